@@ -1,0 +1,30 @@
+"""The errors a user can cause, and the exit codes of every forge command."""
+
+EXIT_COMPLETE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75  # stopped on a signal with a committed checkpoint: resume me
+
+
+class ForgeError(Exception):
+    """Ends the command with one clear sentence and no traceback: what, where, what to do."""
+
+    exit_code = EXIT_FAILED
+
+
+class UsageError(ForgeError):
+    """The command line, the config, the data or the model named in it is wrong; nothing was created."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    """Everything that is wrong with a config, one sentence each, collected before anything is reported."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class TrainingError(ForgeError):
+    """Training cannot go on (a non-finite loss, a disk that filled up); what was saved before stays."""
