@@ -1,0 +1,120 @@
+"""Which rank this process is, what the ranks agree on, and the Accelerator they share."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
+
+from forge.errors import ForgeError, UsageError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Rank 0 downloads and tokenizes while the others wait: a large data set takes longer than NCCL's ten minutes.
+WAIT_FOR_RANK_0 = timedelta(hours=2)
+
+
+def build_accelerator(mixed_precision: str, seed: int) -> Accelerator:
+    """Joins the ranks. Raises UsageError for ranks that did not start and a precision this device has not."""
+    _check_started_ranks()
+    precision = _resolve_precision(mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_FOR_RANK_0)],
+    )
+    set_seed(seed)  # the same on every rank, so that new weights are; the trainer tells the ranks' dropout apart
+    logger.info(
+        "%d rank%s on %s, mixed precision %s, %d CPU threads each",
+        accelerator.num_processes,
+        "" if accelerator.num_processes == 1 else "s",
+        torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        precision + (" (auto)" if mixed_precision == "auto" else ""),
+        torch.get_num_threads(),
+    )
+    return accelerator
+
+
+def rank_0_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Runs work on rank 0, then on the others (which find its caches warm); an error on any rank ends all of them.
+
+    Errors travel as values: an exception raised before a collective would leave the other ranks waiting for it.
+    """
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if accelerator.is_main_process:
+        outcome = _attempt(work)
+    _raise_agreed(outcome[1])
+    if not accelerator.is_main_process:
+        outcome = _attempt(work)
+    _raise_agreed(outcome[1])
+    return outcome[0]  # type: ignore[return-value]
+
+
+def on_rank_0(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Runs work on rank 0 only and gives its result, or its error, to every rank."""
+    outcome = _attempt(work) if accelerator.is_main_process else (None, None)
+    _raise_agreed(outcome[1])
+    box = [outcome[0]]
+    broadcast_object_list(box)
+    return box[0]  # type: ignore[return-value]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:  # noqa: BLE001 - passed on as a value and raised by _raise_agreed on every rank
+        return None, error
+
+
+def _raise_agreed(error: Exception | None) -> None:
+    """Raises on every rank the first error that any rank has; its own, with its traceback, where it has one."""
+    shared = [(type(error).__name__, str(error), getattr(error, "exit_code", None))] if error else [None]
+    first = next((item for item in gather_object(shared) if item is not None), None)
+    if error is not None:
+        raise error
+    if first is not None:
+        name, text, exit_code = first
+        if exit_code == UsageError.exit_code:
+            raise UsageError(text)
+        raise ForgeError(f"another rank failed with {name}: {text}")
+
+
+def _resolve_precision(mixed_precision: str) -> str:
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if mixed_precision == "auto":
+        return "bf16" if bf16 else "no"
+    if mixed_precision == "fp16" and not on_gpu:
+        raise UsageError("training.mixed_precision is fp16, which needs a GPU; set it to no or to bf16")
+    if mixed_precision == "bf16" and on_gpu and not bf16:
+        raise UsageError(
+            "training.mixed_precision is bf16, which this GPU does not compute in; set it to fp16 or to no"
+        )
+    return mixed_precision
+
+
+def _check_started_ranks() -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing of it: say it here."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    command = _parent_command()
+    asked = re.search(r"--num_processes[ =](\d+)", command) if "accelerate" in command else None
+    if asked and int(asked[1]) > 1:
+        raise UsageError(
+            f"the launcher was asked for {asked[1]} processes and started one; on CPU use "
+            f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked[1]} …` (without --cpu)"
+        )
+
+
+def _parent_command() -> str:
+    try:
+        return " ".join(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        return ""

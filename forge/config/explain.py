@@ -1,0 +1,82 @@
+"""Writes a config out again: as YAML with the origin of every key, as a difference of two, as a JSON schema."""
+
+import json
+from typing import Any
+
+import yaml
+
+from forge.config.effects import inert_keys
+from forge.config.loader import LoadedConfig
+from forge.config.schema import Config
+
+
+def effective(config: Config) -> dict[str, Any]:
+    """Every key that has an effect, defaults filled in: what a run records, and itself a valid config."""
+    tree = config.model_dump(mode="json")
+    for dotted in inert_keys(config):
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for key in parents:
+            node = node[key]
+        node.pop(leaf, None)
+    return {key: value for key, value in tree.items() if value != {}}
+
+
+def to_yaml(config: Config) -> str:
+    """`effective` as YAML text that load_config reads back to the same config."""
+    return yaml.safe_dump(effective(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def show(loaded: LoadedConfig, *, origin: bool) -> str:
+    """The merged config as YAML; with origin, each line ends in the file and line, or the flag, that set it."""
+    if not origin:
+        return to_yaml(loaded.config)
+    rows: list[tuple[str, str]] = []
+    _rows(effective(loaded.config), (), loaded, rows)
+    width = min(max(len(line) for line, _ in rows), 72)
+    return "\n".join(f"{line:<{width}}  # {source}" if source else line for line, source in rows) + "\n"
+
+
+def difference(left: Config, right: Config) -> list[str]:
+    """One line for each key whose effective value differs: `key: left -> right`."""
+    a, b = _flat(effective(left)), _flat(effective(right))
+    absent = "(no effect)"
+    return [
+        f"{key}: {_scalar(a[key]) if key in a else absent} -> {_scalar(b[key]) if key in b else absent}"
+        for key in [*a, *(key for key in b if key not in a)]
+        if key not in a or key not in b or a[key] != b[key]
+    ]
+
+
+def json_schema() -> str:
+    """The JSON schema of a config file, for editors."""
+    schema = Config.model_json_schema()
+    schema["properties"] = {
+        "inherits": {"type": "string", "description": "One parent config, relative to this file."},
+        **schema["properties"],
+    }
+    schema["required"] = []  # a parent may give what a file leaves out
+    for definition in schema["$defs"].values():
+        definition.pop("required", None)
+    return json.dumps(schema, indent=2)
+
+
+def _rows(tree: dict[str, Any], path: tuple[str, ...], loaded: LoadedConfig, rows: list[tuple[str, str]]) -> None:
+    for key, value in tree.items():
+        here, indent = (*path, key), "  " * len(path)
+        if isinstance(value, dict) and value:
+            rows.append((f"{indent}{key}:", ""))
+            _rows(value, here, loaded, rows)
+        else:
+            rows.append((f"{indent}{key}: {_scalar(value)}", str(loaded.origins.get(here, "default"))))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

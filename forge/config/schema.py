@@ -1,0 +1,274 @@
+"""The typed, frozen shape of a forge config: every key, its type, its default and what it means.
+
+Every scalar of a YAML file and of `--set` reaches these classes as the text that was written, and the type of
+the field decides how it is read: `1e-4` is a number where a number is wanted, `on` stays a word where a name is
+wanted. The docstring below a field is its description in `forge config schema`.
+"""
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class PlainText(str):
+    """A scalar written without quotes: where no field gives a type, YAML's own reading of it holds."""
+
+    def value(self) -> Any:
+        try:
+            return float(self) if any(c.isdigit() for c in self) and "e" in self.lower() else yaml.safe_load(self)
+        except ValueError:
+            return yaml.safe_load(self)
+
+
+def _read_bool(value: Any) -> Any:
+    """Only words make a boolean: `1` and `0` are refused, they are usually a number in the wrong place."""
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if isinstance(value, str):
+        if value.lower() not in words:
+            raise ValueError("must be true or false")
+        return words[value.lower()]
+    return value
+
+
+def _read_open_map(value: Any) -> Any:
+    """Types the scalars of a map whose keys forge does not know, as YAML would."""
+    if isinstance(value, dict):
+        return {key: _read_open_map(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_open_map(item) for item in value]
+    return value.value() if isinstance(value, PlainText) else value
+
+
+Bool = Annotated[bool, BeforeValidator(_read_bool)]
+OpenMap = Annotated[dict[str, Any], BeforeValidator(_read_open_map)]
+Positive = Annotated[int, Field(gt=0)]
+Text = Annotated[
+    str, Field(min_length=1), BeforeValidator(lambda value: str(value) if isinstance(value, str) else value)
+]
+
+
+class Section(BaseModel):
+    """A map of the config: frozen, no unknown keys, no infinite numbers."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class DatasetConfig(Section):
+    """Where the rows come from: exactly one of name, path and demo."""
+
+    name: Text | None = None
+    """A data set on the hub, such as nyu-mll/glue."""
+    config: Text | None = None
+    """The hub data set's configuration, such as mnli."""
+    revision: Text | None = None
+    """The hub data set's revision: a commit, a branch or a tag."""
+    path: Text | None = None
+    """A local folder with train.{jsonl,parquet,csv} and validation*.{jsonl,parquet,csv}; relative to where
+    forge runs."""
+    demo: Literal["nli"] | None = None
+    """A data set that forge generates itself: nli, sentence pairs with entailment, neutral, contradiction."""
+    train_split: Text = "train"
+    """The split that is trained on."""
+    validation_splits: list[Text] | None = None
+    """The splits that are evaluated; null: every split whose name begins with `validation`."""
+    max_rows: Positive | None = None
+    """Use only the first rows of each split, for a quick look."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DatasetConfig":
+        if not (self.name or self.path or self.demo):
+            raise ValueError("has no source: set one of task.dataset.name, task.dataset.path and task.dataset.demo")
+        return self
+
+
+class ColumnsConfig(Section):
+    """Which columns of the data set hold the text and the label."""
+
+    text: Text = "text"
+    """The column with the text, or with the first sentence of a pair."""
+    text_pair: Text | None = None
+    """The column with the second sentence; null for single sentences."""
+    label: Text = "label"
+    """The column with the label: a name, or an integer."""
+
+
+class ClassificationTask(Section):
+    """Sequence classification: a label for a sentence or a pair of sentences."""
+
+    type: Literal["classification"]
+    """The kind of task."""
+    dataset: DatasetConfig
+    columns: ColumnsConfig = ColumnsConfig()
+    labels: Annotated[list[Text], Field(min_length=2)] | None = None
+    """The label names in the order of the data's integers; null: from the data set's own features, or from its rows."""
+    max_length: Annotated[int, Field(ge=4)] = 128
+    """Tokens a row may have; longer rows are cut at the end of the longer sentence, counted and reported."""
+
+
+class ModelConfig(Section):
+    """The model that is trained (the student): exactly one of path and config."""
+
+    path: Text | None = None
+    """A hub id, a local folder, a run directory (its final model), or package:NAME/FOLDER inside an installed
+    package."""
+    revision: Text | None = None
+    """The hub model's revision: a commit, a branch or a tag."""
+    config: OpenMap | None = None
+    """Builds a model from scratch: the keys of its transformers config, model_type among them."""
+    tokenizer: Text | None = None
+    """Where the tokenizer comes from, in the forms of path; null: from path."""
+    labels: Annotated[list[Text], Field(min_length=2)] | None = None
+    """The label names in the order of the checkpoint's outputs, where its own config does not name them."""
+    new_head: Bool = False
+    """Start the classification head afresh even if the checkpoint has one."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if not (self.path or self.config):
+            raise ValueError("has no source: set model.path, or model.config to build one from scratch")
+        if self.config is not None and not self.tokenizer:
+            raise ValueError("is built from model.config and needs model.tokenizer")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("is built from model.config and needs model.config.model_type, such as bert")
+        return self
+
+
+class TeacherConfig(Section):
+    """The model that is distilled from; not loaded while distillation.alpha is 0."""
+
+    path: Text | None = None
+    """In the forms of model.path."""
+
+
+class DistillationConfig(Section):
+    """loss = (1 - alpha) * CE + alpha * T^2 * D(teacher || student); alpha 0 is plain supervised fine-tuning."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The weight of the teacher; 0: no teacher is loaded."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """T: both distributions are softened by it."""
+
+
+class TrainingConfig(Section):
+    """The optimizer, its schedule and the size of a step."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training split; overridden by max_steps."""
+    max_steps: Positive | None = None
+    """Optimizer steps to train for; null: as many as epochs gives."""
+    per_device_batch_size: Positive = 32
+    """Rows that go through the model at once on one device."""
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches of one optimizer step on each device."""
+    batch_size: Positive | None = None
+    """Rows of one optimizer step over all devices, whatever their number; the accumulation follows from it, with
+    per_device_batch_size as the upper bound of a micro-batch. The alternative to gradient_accumulation_steps."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """The peak rate, reached at the end of the warm-up."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate decays to 0 after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.06
+    """The share of all steps in which the rate rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """The alternative to warmup_ratio, in optimizer steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled decay of matrices and embeddings; biases and norms are not decayed."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """The decay of AdamW's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """The decay of AdamW's second moment."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to AdamW's denominator."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """The gradient is scaled down to this norm; null: no clipping."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seeds new weights, dropout and the order of the rows."""
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    """auto: bf16 where the device computes in it, else no (float32); what was chosen stands in the log."""
+    gradient_checkpointing: Bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    length_grouping: Bool = True
+    """Rows of similar length share a step: less padding, the same rows in every epoch."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that prepare batches, per rank; 0: the training process itself."""
+
+
+class EvaluationConfig(Section):
+    """When the model is evaluated, and on how much."""
+
+    baseline: Bool = True
+    """Evaluate before training."""
+    final: Bool = True
+    """Evaluate after training."""
+    every_steps: Positive | None = None
+    """Evaluate every so many optimizer steps; null: only before and after."""
+    max_samples: Positive | None = None
+    """Evaluate only so many rows of each split, chosen by the seed; the metrics say so."""
+    per_device_batch_size: Positive = 64
+    """Rows that go through the model at once on one device."""
+
+
+class CheckpointConfig(Section):
+    """When the run saves what it needs to go on."""
+
+    every_steps: Positive | None = 500
+    """Save every so many optimizer steps; null: never during training."""
+    keep_last: Positive = 2
+    """How many checkpoints stay."""
+
+
+class LoggingConfig(Section):
+    """How often training reports."""
+
+    every_steps: Positive = 10
+    """Report loss, rate, gradient norm and speed every so many optimizer steps, as means since the last report."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases: the run's config, metadata and metrics; never a reason for training to stop."""
+
+    project: Text = "forge"
+    """The W&B project."""
+    entity: Text | None = None
+    """The W&B team or user; null: your default."""
+    group: Text | None = None
+    """Groups runs on the dashboard."""
+    tags: list[Text] = []
+    """Labels of the run on the dashboard."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: written into the run directory, for `wandb sync` later."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides the run directory."""
+
+    wandb: WandbConfig | None = None
+
+
+class Config(Section):
+    """One training run."""
+
+    task: ClassificationTask
+    model: ModelConfig
+    teacher: TeacherConfig = TeacherConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output_root: Text = "outputs"
+    """The folder that holds all runs; relative to where forge runs."""
+
+
+ALTERNATIVES: tuple[tuple[str, ...], ...] = (
+    # Of each group one key counts: a later layer that sets one drops the others of earlier layers.
+    ("task.dataset.name", "task.dataset.path", "task.dataset.demo"),
+    ("model.path", "model.config"),
+    ("training.max_steps", "training.epochs"),
+    ("training.batch_size", "training.gradient_accumulation_steps"),
+    ("training.warmup_steps", "training.warmup_ratio"),
+)

@@ -1,0 +1,20 @@
+"""The supervised loss, as a sum: the trainer divides by the labels of the whole optimizer step."""
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label of a position that counts for nothing
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over counted positions of -log softmax(logits)[label], in nats.
+
+    logits: (N, V) in any float dtype, computed in float32. labels: (N,) int64, IGNORE where nothing is counted.
+    Returns a float32 scalar, differentiable in logits; 0 where no position is counted.
+    """
+    return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """How many positions of labels are counted: an int64 scalar on their device."""
+    return (labels != IGNORE).sum()
