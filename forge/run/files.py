@@ -1,0 +1,100 @@
+"""Writes the small files of a run so that a crash leaves the old or the new text, never half of one, and reads them."""
+
+import json
+import logging
+import math
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, text: str | bytes) -> None:
+    """Replaces the file in one step: whoever reads meanwhile sees the old or the new text, also after a power cut."""
+    data = text.encode() if isinstance(text, str) else text
+    # A dot in front: no listing takes it for a result. Not tempfile.mkstemp: its files are closed to the group.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a KeyboardInterrupt too leaves no half file behind
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Two spaces of indent, keys in the order given, a Path as its text; NaN and infinity are a ValueError."""
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False, default=_path_as_text) + "\n")
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Adds one whole line in one write. JSON has no NaN: non-finite floats become "nan", "inf" and "-inf"."""
+    line = json.dumps(_finite(value), allow_nan=False, default=_path_as_text).encode() + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line  # the attempt before ended within a line: the torn one must not spoil this one
+        written = os.write(descriptor, line)
+        if written < len(line):
+            raise OSError(f"{path}: only {written} of {len(line)} bytes could be written; the disk may be full")
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every object of the file, none if there is no file yet. A torn last line is one that is still being written, or
+    the last of a killed run: it is left out. A broken line further up (a torn one, then a resume) is warned of."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        value = _parsed(line)
+        if isinstance(value, dict):
+            objects.append(value)
+        elif number < len(lines):
+            logger.warning("%s:%d is not a JSON object and is left out", path, number)
+    return objects
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # some network file systems refuse to sync a folder; the file itself is safe
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _path_as_text(value: Any) -> str:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))  # float(): the text of numpy's own floats differs
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one too: a character torn in two
+        return None
