@@ -96,7 +96,7 @@ def value_problem(path: tuple[str, ...], error: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "map of keys", list: "list"}.get(type(value), type(value).__name__)
+    return "map of keys" if isinstance(value, dict) else type(value).__name__
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

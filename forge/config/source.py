@@ -74,7 +74,8 @@ def read_file(path: Path) -> Layer:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        line = (error.problem_mark or error.context_mark).line + 1 if error.problem_mark or error.context_mark else 1
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
         what = " ".join(part for part in (error.problem, error.context) if part)
         layer.problems.append(f"{layer.name}:{line}: YAML syntax: {what}; check indentation, colons and brackets there")
         return layer

@@ -48,7 +48,7 @@ def load_classifier(
     else:
         assert config.path is not None  # the schema requires one of the two
         loaded = _load_checkpoint(find_model(config.path, f"{key}.path", config.revision), config, labels, key)
-    embeddings = loaded.model.get_input_embeddings().weight.shape[0]
+    embeddings = loaded.model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise UsageError(
             f"{key}: the tokenizer has {len(tokenizer)} tokens and the model embeds {embeddings}; use its own tokenizer"
@@ -56,6 +56,15 @@ def load_classifier(
     if loaded.model.config.pad_token_id is None:  # decoder models find a row's last token by it
         loaded.model.config.pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raises UsageError where rows of max_length tokens have more positions than the model."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UsageError(
+            f"task.max_length is {max_length}, and the model has {positions} positions; lower task.max_length"
+        )
 
 
 def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[str], key: str) -> LoadedModel:
@@ -70,6 +79,10 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
         align(labels, names)
         _set_labels(checkpoint, names)
 
+    # transformers reports missing weights as a table; what they mean is judged and said below.
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source.location,
@@ -81,6 +94,8 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
         )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(not_found(source, f"{key}.path", "weights for a classifier", error)) from error
+    finally:
+        report.setLevel(level)
 
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     absent = sorted(set(info["missing_keys"]) | set(mismatched))
@@ -97,8 +112,8 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
         absent = sorted({*absent, *head})
     elif names is None and (mismatched or not any(name in absent for name in head)):
         raise UsageError(
-            f"{key}.path: {source.name} has a classification head of {outputs} outputs without label names; give them in "
-            f"the order of its outputs with {key}.labels: [...], or start a new head with {key}.new_head: true"
+            f"{key}.path: {source.name} has a classification head of {outputs} outputs without label names; give "
+            f"them in the order of its outputs with {key}.labels: [...], or start a new head with {key}.new_head: true"
         )
     if absent:
         logger.info("%s: %s has no %s; they start new", key, source.name, ", ".join(absent))

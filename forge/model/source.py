@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import is_offline_mode
 
 from forge.errors import UsageError
 
@@ -85,7 +85,8 @@ def _package_folder(name: str, key: str) -> Path:
     if found is None or not found.submodule_search_locations:
         wheel = package.replace("_", "-")
         raise UsageError(
-            f"{key} is {name}, and the package {package} is not installed; `pip install {wheel}` (or forge's extra: demo)"
+            f"{key} is {name}, and the package {package} is not installed; `pip install {wheel}` "
+            "(forge's extra `demo` has it)"
         )
     folder = Path(next(iter(found.submodule_search_locations))) / inside
     if not folder.is_dir():

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from forge.errors import UsageError
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,6 +34,17 @@ def write_atomically(path: Path, text: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Two spaces of indent, keys in the order given, a Path as its text; NaN and infinity are a ValueError."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False, default=_path_as_text) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object. Raises UsageError, naming the file, where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON ({error}); is its folder a run directory?") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds no JSON object; is its folder a run directory?")
+    return value
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:

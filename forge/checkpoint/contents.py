@@ -1,0 +1,56 @@
+"""Saves and loads what a run needs to go on: model, optimizer, scaler, every rank's random numbers, and the step."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from forge.errors import TrainingError
+from forge.run.directory import RunDirectory
+from forge.run.files import write_atomically
+from forge.run.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accelerator, keep_last: int) -> None:
+    """Writes checkpoint-N beside the others, named only when it is whole; then drops those beyond keep_last."""
+    target = run.checkpoint(state.step)
+    staging = run.path / f".tmp-{target.name}"
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(staging))
+    accelerator.wait_for_everyone()
+    state.latest_checkpoint = target.name
+    if accelerator.is_main_process:
+        state.save(staging / run.state_file.name)
+        shutil.rmtree(target, ignore_errors=True)  # of an attempt that was resumed from an older one
+        os.replace(staging, target)
+        write_atomically(run.latest_checkpoint_file, target.name + "\n")
+        state.save(run.state_file)
+        for old in _checkpoints(run)[:-keep_last]:
+            shutil.rmtree(old)
+        logger.info("saved %s", target.name)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accelerator) -> None:
+    """Puts everything back as it was at the state's latest checkpoint. Raises TrainingError if it is gone."""
+    folder = run.path / str(state.latest_checkpoint)
+    if not folder.is_dir():
+        raise TrainingError(
+            f"{folder} is named by training_state.json and does not exist; the run cannot go on from it"
+        )
+    accelerator.load_state(str(folder))
+    saved = TrainingState.load(folder / run.state_file.name)
+    state.step, state.epoch = saved.step, saved.epoch
+    logger.info("resumed from %s at step %d", folder.name, state.step)
+
+
+def _checkpoints(run: RunDirectory) -> list[Path]:
+    """All checkpoints, the oldest first."""
+    found = [path for path in run.path.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))

@@ -1,0 +1,214 @@
+"""The classification task: sentences or pairs with a label, their tokens, their batches and their metrics."""
+
+import hashlib
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from forge.config.schema import ClassificationTask
+from forge.errors import UsageError
+from forge.losses.cross_entropy import IGNORE
+from forge.task.batches import Batch
+from forge.task.rows import describe, fingerprint, load_rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Tokenized rows with the columns input_ids, label (an index into labels), length."""
+
+    tokenizer: PreTrainedTokenizerBase
+    labels: list[str]  # in the order of the data
+    train: Dataset
+    validation: dict[str, Dataset]  # by short name
+    fingerprint: str  # of texts and labels
+    truncated: dict[str, int]  # rows cut to max_length, by split
+    description: str
+    label_ids: list[int] = field(default_factory=list)  # the model's output for each of labels
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        """Pads rows to the longest: input_ids, attention_mask (B, T), …, labels (B,) int64 in the model's order."""
+        names = [name for name in rows[0] if name in self.tokenizer.model_input_names]
+        batch = DataCollatorWithPadding(self.tokenizer)([{name: row[name] for name in names} for row in rows])
+        labels = [IGNORE if row["label"] is None else self.label_ids[row["label"]] for row in rows]
+        return {**batch, "labels": torch.tensor(labels)}
+
+    def metrics(self) -> "ClassificationMetrics":
+        """An empty count of predictions."""
+        names = [self.labels[self.label_ids.index(i)] for i in range(len(self.labels))]
+        return ClassificationMetrics(names)
+
+
+class ClassificationMetrics:
+    """Counts predictions against labels as a confusion matrix, which ranks can add up."""
+
+    def __init__(self, names: list[str]):
+        self.names = names  # in the order of the model's outputs
+        self.counts = torch.zeros(len(names), len(names), dtype=torch.int64)  # (label, prediction)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """logits: (B, V) any float dtype. labels: (B,) int64, IGNORE not counted. No sync with the device."""
+        width = len(self.names)
+        counted = labels != IGNORE
+        cells = labels.clamp(min=0) * width + logits.argmax(dim=-1)
+        self.counts = self.counts.to(logits.device)
+        self.counts += torch.zeros_like(self.counts).view(-1).index_add_(0, cells, counted.long()).view(width, width)
+
+    def compute(self) -> dict[str, float]:
+        """accuracy; macro_f1, the mean over the labels that occur as label or prediction; counts per label."""
+        counts = self.counts.cpu().double()  # waits for the GPU
+        right, labelled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+        occurs = (labelled + predicted) > 0
+        f1 = 2 * right[occurs] / (labelled + predicted)[occurs]
+        metrics = {"accuracy": (right.sum() / counts.sum()).item(), "macro_f1": f1.mean().item()}
+        for i, name in enumerate(self.names):
+            metrics[f"labelled/{name}"] = int(labelled[i])
+            metrics[f"predicted/{name}"] = int(predicted[i])
+            metrics[f"correct/{name}"] = int(right[i])
+        return metrics
+
+
+def load_classification(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> Classification:
+    """Loads, checks and tokenizes the data. Raises UsageError for missing columns, bad labels and empty splits."""
+    train, validation = load_rows(config.dataset)
+    splits = {"train": train, **validation}
+    for split, rows in splits.items():
+        _check_columns(config, split, rows)
+    labels = _label_names(config, train)
+    splits = {split: _index_labels(config, split, rows, labels) for split, rows in splits.items()}
+    limit = tokenizer.model_max_length
+    if config.max_length > limit:
+        raise UsageError(f"task.max_length is {config.max_length}, and the tokenizer's model takes at most {limit}")
+
+    backend = _tokenizer_hash(tokenizer)  # before its first use, which leaves a trace in it
+    tokenized: dict[str, Dataset] = {}
+    truncated: dict[str, int] = {}
+    for split, rows in splits.items():
+        tokenized[split] = _tokenize(config, rows, tokenizer, backend)
+        truncated[split] = sum(tokenized[split]["truncated"])
+        lengths = tokenized[split]["length"]
+        counts = Counter(tokenized[split]["label"])
+        logger.info(
+            "%s: %d rows (%s), %.1f tokens a row, %d cut to %d tokens",
+            split,
+            len(rows),
+            ", ".join(f"{name} {counts[i]}" for i, name in enumerate(labels)),
+            sum(lengths) / len(lengths),
+            truncated[split],
+            config.max_length,
+        )
+    return Classification(
+        tokenizer=tokenizer,
+        labels=labels,
+        train=tokenized.pop("train"),
+        validation=tokenized,
+        fingerprint=fingerprint(splits),
+        truncated=truncated,
+        description=describe(config.dataset),
+        label_ids=list(range(len(labels))),
+    )
+
+
+def _check_columns(config: ClassificationTask, split: str, rows: Dataset) -> None:
+    where = f"{describe(config.dataset)}, {split}"
+    for key in ("text", "text_pair", "label"):
+        column = getattr(config.columns, key)
+        if column is not None and column not in rows.column_names:
+            has = ", ".join(rows.column_names)
+            raise UsageError(
+                f"{where}: there is no column {column}; it has: {has}. Name the right one with task.columns.{key}"
+            )
+        if column is None or key == "label":
+            continue
+        if getattr(rows.features[column], "dtype", "") not in ("string", "large_string"):
+            raise UsageError(
+                f"{where}: the column {column} (task.columns.{key}) holds {rows.features[column]}, not text"
+            )
+        empty = next((i for i, text in enumerate(rows[column]) if text is None), None)
+        if empty is not None:
+            raise UsageError(f"{where}: row {empty} has no text in the column {column}; take the row out or fill it")
+
+
+def _label_names(config: ClassificationTask, train: Dataset) -> list[str]:
+    """The names of the data's labels: task.labels, else the features' own, else the values that occur in train."""
+    feature = train.features[config.columns.label]
+    own = feature.names if isinstance(feature, ClassLabel) else None
+    if config.labels is not None:
+        if own is not None and sorted(own) == sorted(config.labels) and own != config.labels:
+            raise UsageError(
+                f"task.labels is {', '.join(config.labels)}, and the data set itself numbers its labels as "
+                f"{', '.join(own)}; take task.labels out, or put it in that order"
+            )
+        if len(set(config.labels)) < len(config.labels):
+            raise UsageError("task.labels names a label twice")
+        return list(config.labels)
+    if own is not None:
+        return list(own)
+    values = set(train[config.columns.label])
+    if any(not isinstance(value, str | int) for value in values):
+        odd = next(value for value in values if not isinstance(value, str | int))
+        raise UsageError(f"the column {config.columns.label} holds {odd!r}; a label is a name or an integer")
+    if len(values) < 2:
+        raise UsageError(f"the training split has only the label {values.pop()}; a classifier needs at least two")
+    return [str(value) for value in sorted(values)]
+
+
+def _index_labels(config: ClassificationTask, split: str, rows: Dataset, labels: list[str]) -> Dataset:
+    """Replaces the label column by `label`, an index into labels."""
+    column = config.columns.label
+    numbered = isinstance(rows.features[column], ClassLabel) or config.labels is not None
+    positions: dict[Any, int] = {name: i for i, name in enumerate(labels)}
+    indices = []
+    for row, value in enumerate(rows[column]):
+        if isinstance(value, int) and numbered:
+            index = value if 0 <= value < len(labels) else None
+        else:
+            index = positions.get(str(value))
+        if index is None:
+            raise UsageError(
+                f"{describe(config.dataset)}, {split}: row {row} has the label {value!r}, which is none of "
+                f"{', '.join(labels)}; take the row out, or name all labels with task.labels"
+            )
+        indices.append(index)
+    texts = [name for name in (config.columns.text, config.columns.text_pair) if name]
+    return rows.select_columns(texts).add_column("label", indices)
+
+
+def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str) -> Dataset:
+    text, pair = config.columns.text, config.columns.text_pair
+
+    def encode(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = tokenizer(
+            columns[text], columns[pair] if pair else None, truncation="longest_first", max_length=config.max_length
+        )
+        names = [name for name in encoded if name != "attention_mask"]  # all ones until rows are padded
+        return {
+            **{name: encoded[name] for name in names},
+            "length": [len(ids) for ids in encoded["input_ids"]],
+            "truncated": [bool(row.overflowing) for row in encoded.encodings],
+            "label": columns["label"],
+        }
+
+    key = f"{rows._fingerprint} {backend} {config.max_length} {text} {pair}"
+    return rows.map(
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        # Named by content: datasets would pickle the tokenizer, whose bytes differ from process to process.
+        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+        desc="tokenizing",
+    )
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UsageError("forge needs a fast tokenizer (tokenizer.json), and this model has only a slow one")
+    return hashlib.sha256(backend.to_str().encode()).hexdigest()

@@ -1,0 +1,124 @@
+"""Loads the rows of a data set, by split: from the hub, from a local folder, or generated."""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, DatasetDict
+from huggingface_hub import is_offline_mode
+
+from forge.config.schema import DatasetConfig
+from forge.errors import UsageError
+from forge.task.demo_nli import demo_nli
+
+logger = logging.getLogger(__name__)
+
+READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+DEMO_ROWS = {"train": 6000, "validation": 1000}
+
+
+def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
+    """The training split, and the evaluated splits by their short names (validation_matched -> matched).
+
+    Raises UsageError for a data set that cannot be found or read, for a missing and for an empty split.
+    """
+    if config.demo is not None:
+        splits = {split: Dataset.from_list(demo_nli(split, rows)) for split, rows in DEMO_ROWS.items()}
+    elif config.path is not None:
+        splits = _load_folder(Path(config.path), config)
+    else:
+        splits = _load_hub(config)
+
+    where = describe(config)
+    if config.train_split not in splits:
+        raise UsageError(
+            f"{where} has no split {config.train_split}; it has: {', '.join(splits)} (task.dataset.train_split)"
+        )
+    wanted = config.validation_splits or [name for name in splits if name.startswith("validation")]
+    absent = [name for name in wanted if name not in splits]
+    if absent:
+        raise UsageError(
+            f"{where} has no split {absent[0]}; it has: {', '.join(splits)} (task.dataset.validation_splits)"
+        )
+    if not wanted:
+        raise UsageError(
+            f"{where} has no validation split (it has: {', '.join(splits)}); add one, such as validation.jsonl"
+        )
+    for name in [config.train_split, *wanted]:
+        if len(splits[name]) == 0:
+            raise UsageError(f"{where}: the split {name} is empty; forge needs at least one row in each")
+    if config.max_rows is not None:
+        splits = {name: rows.select(range(min(len(rows), config.max_rows))) for name, rows in splits.items()}
+    return splits[config.train_split], {_short(name): splits[name] for name in wanted}
+
+
+def describe(config: DatasetConfig) -> str:
+    """The data set in a few words, for messages and the model card."""
+    if config.demo is not None:
+        return f"forge's demo data set {config.demo}"
+    if config.path is not None:
+        return config.path
+    return " ".join(part for part in (config.name, config.config) if part)
+
+
+def fingerprint(splits: dict[str, Dataset]) -> str:
+    """SHA-256 over the values of every split: equal where the model sees the same rows in the same order."""
+    digest = hashlib.sha256()
+    for name, rows in splits.items():
+        digest.update(f"{name}:{len(rows)}".encode())
+        for batch in rows.with_format("python").iter(batch_size=1000):
+            digest.update(repr(sorted(batch.items())).encode())
+    return digest.hexdigest()
+
+
+def _short(split: str) -> str:
+    return split.removeprefix("validation").strip("_-.") or split
+
+
+def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UsageError(
+            f"task.dataset.path is {folder}, which {what}; name the folder with {config.train_split}.jsonl in it"
+        )
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in READERS or file.name.startswith("."):
+            continue
+        if file.stem in files:
+            raise UsageError(f"{folder} has both {files[file.stem].name} and {file.name}; keep one file per split")
+        files[file.stem] = file
+    if not files:
+        raise UsageError(
+            f"{folder} has no .jsonl, .parquet or .csv file; forge reads train.jsonl and validation*.jsonl there"
+        )
+    wanted = {config.train_split, *(config.validation_splits or [])}
+    splits = {}
+    for split, file in files.items():
+        if split not in wanted and not split.startswith("validation"):
+            continue
+        if file.stat().st_size == 0:
+            raise UsageError(f"{file} is empty; forge needs at least one row in each split")
+        try:
+            splits[split] = datasets.load_dataset(READERS[file.suffix], data_files=str(file.absolute()), split="train")
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            raise UsageError(
+                f"{file} cannot be read as {file.suffix[1:]} ({reason}); check that every row has the same columns"
+            ) from error
+    return splits or {file: Dataset.from_list([]) for file in files}
+
+
+def _load_hub(config: DatasetConfig) -> dict[str, Dataset]:
+    try:
+        loaded = datasets.load_dataset(config.name, config.config, revision=config.revision)
+    except (OSError, ValueError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"the data set {describe(config)} could not be loaded from the hub{offline}: {reason}; check its name, or give a "
+            "local folder with task.dataset.path"
+        ) from error
+    assert isinstance(loaded, DatasetDict)
+    return dict(loaded)

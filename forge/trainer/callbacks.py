@@ -1,0 +1,139 @@
+"""What happens beside training: reports go to the log, to metrics.jsonl, to the terminal's progress bar and to W&B."""
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from forge.run.directory import RunDirectory
+from forge.run.files import append_json_line
+from forge.run.state import TrainingState
+
+logger = logging.getLogger(__name__)
+Metrics = dict[str, Any]
+
+
+class Callback:
+    """Hears of a run's events on rank 0; each does nothing unless overridden."""
+
+    def training_started(self, state: TrainingState) -> None: ...
+
+    def stepped(self, state: TrainingState) -> None:
+        """After every optimizer step; must not wait for the device."""
+
+    def reported(self, state: TrainingState, metrics: Metrics) -> None:
+        """Step metrics, as means since the last report."""
+
+    def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
+        """Metrics of an evaluation; stage is baseline, training or final."""
+
+    def training_ended(self, state: TrainingState) -> None: ...
+
+    def finished(self, state: TrainingState) -> None:
+        """The pipeline ends, complete or not."""
+
+
+class Callbacks(Callback):
+    """Passes every event on to each of several callbacks, in their order."""
+
+    def __init__(self, callbacks: Iterable[Callback]):
+        self._callbacks = list(callbacks)
+
+    def training_started(self, state: TrainingState) -> None:
+        for callback in self._callbacks:
+            callback.training_started(state)
+
+    def stepped(self, state: TrainingState) -> None:
+        for callback in self._callbacks:
+            callback.stepped(state)
+
+    def reported(self, state: TrainingState, metrics: Metrics) -> None:
+        for callback in self._callbacks:
+            callback.reported(state, metrics)
+
+    def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
+        for callback in self._callbacks:
+            callback.evaluated(state, stage, metrics)
+
+    def training_ended(self, state: TrainingState) -> None:
+        for callback in self._callbacks:
+            callback.training_ended(state)
+
+    def finished(self, state: TrainingState) -> None:
+        for callback in self._callbacks:
+            callback.finished(state)
+
+
+class MetricsFile(Callback):
+    """One JSON object per report and per evaluation in metrics.jsonl."""
+
+    def __init__(self, run: RunDirectory):
+        self._file = run.metrics_file
+
+    def reported(self, state: TrainingState, metrics: Metrics) -> None:
+        append_json_line(self._file, {"step": state.step, "epoch": round(state.epoch, 4), **metrics})
+
+    def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
+        append_json_line(self._file, {"step": state.step, "stage": stage, **metrics})
+
+
+class ConsoleReport(Callback):
+    """Log lines for a reader; on a terminal a progress bar takes the place of the step lines there."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bar: Progress | None = None
+        self._start = (0, 0.0)  # step and time at which training began
+
+    def training_started(self, state: TrainingState) -> None:
+        self._start = (state.step, time.perf_counter())
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.add_task("", total=state.total_steps, completed=state.step)
+            self._bar.start()
+
+    def stepped(self, state: TrainingState) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.step)
+
+    def reported(self, state: TrainingState, metrics: Metrics) -> None:
+        line = (
+            f"loss {metrics['loss']:.4f}  rate {metrics['learning_rate']:.2e}  grad norm {metrics['grad_norm']:.2f}  "
+            f"{metrics['samples_per_second']:.1f} samples/s  {metrics['tokens_per_second']:.0f} tokens/s  "
+            f"peak {metrics['peak_memory_mib']:.0f} MiB"
+        )
+        logger.info("step %d/%d  %s  left %s", state.step, state.total_steps, line, self._left(state))
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=f"loss {metrics['loss']:.4f}")
+
+    def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
+        for split in dict.fromkeys(name.split("/")[0] for name in metrics):
+            values = {name.split("/", 1)[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}
+            seconds = values.pop("seconds")
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
+            rows = f"{values['samples']} of {values['samples_of']}" if "samples_of" in values else values["samples"]
+            logger.info("%s evaluation, %s (%s rows, %.1f s): %s", stage, split, rows, seconds, shown)
+
+    def training_ended(self, state: TrainingState) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def finished(self, state: TrainingState) -> None:
+        self.training_ended(state)  # also where training broke off
+
+    def _left(self, state: TrainingState) -> str:
+        step, start = self._start
+        seconds = (time.perf_counter() - start) / max(1, state.step - step) * (state.total_steps - state.step)
+        return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
