@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from forge import __version__
 from forge.errors import EXIT_COMPLETE, EXIT_USAGE, ConfigError, ForgeError
@@ -124,7 +125,7 @@ def _runs(args: argparse.Namespace) -> int:
     if args.incomplete:
         unfinished = {entry.path for entry in incomplete_runs(root)}
         runs = [run for run in runs if run.path.absolute() in unfinished]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in runs:
         state = TrainingState.load(run.state_file)
         rows.append(

@@ -72,7 +72,7 @@ def run_pipeline(request: Request, log: RunLog) -> Result:
     run, state = on_rank_0(accelerator, lambda: _open_run(request, accelerator, task, loaded_model))
     log.open(run.log_file)
     _hide_progress_bars()  # in a file they are noise; the log says the same in lines
-    for notice in request.loaded.notices:
+    for notice in request.loaded.notices if accelerator.is_main_process else []:
         logger.warning(notice)
     logger.info("run %s (%s)", run.path, "new" if request.resumed is None else f"attempt {state.attempts}")
 
@@ -182,7 +182,7 @@ def _facts(config: Config, accelerator: Accelerator, task: Classification, loade
             "architecture": type(loaded.model).__name__,
             "parameters": sum(p.numel() for p in loaded.model.parameters()),
             "trained_parameters": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
-            "labels": list(loaded.model.config.id2label.values()),
+            "labels": list((loaded.model.config.id2label or {}).values()),
             "new_weights": loaded.new_weights if loaded.source else "all",
         },
         "world": {

@@ -124,6 +124,8 @@ class ModelConfig(Section):
     """The label names in the order of the checkpoint's outputs, where its own config does not name them."""
     new_head: Bool = False
     """Start the classification head afresh even if the checkpoint has one."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Sets every dropout rate of the model; null: as its own config has them."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import (
@@ -40,7 +41,9 @@ def load_classifier(
     checkpoint's order, and the data's labels are mapped to it by name.
     """
     if config.config is not None:
-        model = AutoModelForSequenceClassification.from_config(_scratch_config(config.config, labels, tokenizer, key))
+        scratch = _scratch_config(config.config, labels, tokenizer, key)
+        _set_dropout(scratch, config.dropout)
+        model = AutoModelForSequenceClassification.from_config(scratch)
         logger.info("%s: built from scratch (%s)", key, model.config.model_type)
         loaded = LoadedModel(
             model.float(), None, list(range(len(labels))), [name for name, _ in model.named_parameters()]
@@ -48,7 +51,7 @@ def load_classifier(
     else:
         assert config.path is not None  # the schema requires one of the two
         loaded = _load_checkpoint(find_model(config.path, f"{key}.path", config.revision), config, labels, key)
-    embeddings = loaded.model.get_input_embeddings().num_embeddings
+    embeddings = len(cast(torch.nn.Embedding, loaded.model.get_input_embeddings()).weight)
     if len(tokenizer) > embeddings:
         raise UsageError(
             f"{key}: the tokenizer has {len(tokenizer)} tokens and the model embeds {embeddings}; use its own tokenizer"
@@ -69,8 +72,9 @@ def check_length(model: PreTrainedModel, max_length: int) -> None:
 
 def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[str], key: str) -> LoadedModel:
     checkpoint = load_model_config(source, f"{key}.path")
+    _set_dropout(checkpoint, config.dropout)
     outputs = checkpoint.num_labels
-    names = config.labels or named_labels(checkpoint.id2label)
+    names = config.labels or named_labels(checkpoint.id2label or {})
     if config.labels is not None and len(config.labels) != outputs:
         raise UsageError(f"{key}.labels has {len(config.labels)} names and the checkpoint has {outputs} outputs")
     if config.new_head or names is None:
@@ -81,8 +85,7 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
 
     # transformers reports missing weights as a table; what they mean is judged and said below.
     report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
+    report.addFilter(_no_load_report)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source.location,
@@ -95,7 +98,7 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(not_found(source, f"{key}.path", "weights for a classifier", error)) from error
     finally:
-        report.setLevel(level)
+        report.removeFilter(_no_load_report)
 
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     absent = sorted(set(info["missing_keys"]) | set(mismatched))
@@ -139,6 +142,18 @@ def _scratch_config(
     config.pad_token_id = tokenizer.pad_token_id
     _set_labels(config, labels)
     return config
+
+
+def _no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
+    """Sets every dropout rate of the config; their names differ from model to model."""
+    if rate is not None:
+        for name, value in config.to_dict().items():
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, int | float | None):
+                setattr(config, name, rate)
 
 
 def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:

@@ -117,8 +117,8 @@ def _load_hub(config: DatasetConfig) -> dict[str, Dataset]:
         offline = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"the data set {describe(config)} could not be loaded from the hub{offline}: {reason}; check its name, or give a "
-            "local folder with task.dataset.path"
+            f"the data set {describe(config)} could not be loaded from the hub{offline}: {reason}; check its name, or "
+            "give a local folder with task.dataset.path"
         ) from error
     assert isinstance(loaded, DatasetDict)
     return dict(loaded)
