@@ -99,6 +99,8 @@ class ConsoleReport(Callback):
                 TextColumn("{task.description}"),
                 console=self._console,
                 transient=True,
+                redirect_stdout=False,  # what is printed goes through the descriptors into output.log
+                redirect_stderr=False,
             )
             self._bar.add_task("", total=state.total_steps, completed=state.step)
             self._bar.start()

@@ -1,0 +1,179 @@
+"""What the tests share: a tiny model and tokenizer, a small data folder, the true commands, and a trainer."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any import of a library that reads them: tests never reach a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOUNS = ["dog", "cat", "man", "girl", "bird", "horse", "cook", "boat"]
+VERBS = ["sees", "likes", "draws", "finds"]
+WORDS = ["the", "a", "no", "not", *NOUNS, *VERBS]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a BERT of two layers without a classification head, and its word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=64,
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def pair_rows(count: int, offset: int = 0) -> list[dict[str, object]]:
+    """Sentence pairs of several lengths; the label follows from the hypothesis' first word."""
+    rows: list[dict[str, object]] = []
+    for i in range(offset, offset + count):
+        noun, other, verb = NOUNS[i % 8], NOUNS[(i // 8) % 8], VERBS[i % 4]
+        premise = " ".join(["the", noun, verb, "the", other] * (1 + i % 3))
+        label = i % 3
+        rows.append({"premise": premise, "hypothesis": f"{('a', 'the', 'no')[label]} {noun} {verb}", "label": label})
+    return rows
+
+
+def write_rows(file: Path, rows: list[dict[str, object]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 training pairs and two validation splits of 13 and 7 rows."""
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "train.jsonl", pair_rows(48))
+    write_rows(folder / "validation_matched.jsonl", pair_rows(13, offset=100))
+    write_rows(folder / "validation_other.jsonl", pair_rows(7, offset=200))
+    return folder
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_model: Path, data_folder: Path) -> Path:
+    """A config for the tiny model on the small data, without dropout, in steps of eight rows."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(f"""
+task:
+  type: classification
+  dataset: {{path: {data_folder}}}
+  columns: {{text: premise, text_pair: hypothesis, label: label}}
+  labels: [entailment, neutral, contradiction]
+  max_length: 32
+model: {{path: {tiny_model}, dropout: 0.0}}
+training: {{max_steps: 6, batch_size: 8, learning_rate: 1e-2, mixed_precision: no}}
+logging: {{every_steps: 1}}
+checkpoint: {{every_steps: 3}}
+output_root: {tmp_path / "outputs"}
+""")
+    return file
+
+
+def forge(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The true command, `python forge.py …`, to its end."""
+    command = [sys.executable, str(REPOSITORY / "forge.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def forge_on_two_ranks(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The true command on two gloo ranks, through accelerate's launcher and a free port, uninstalled."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", str(port)]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "forge/train.py", *map(str, arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.fixture
+def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., object]]:
+    """Builds a FinetuningTrainer in this process: build_trainer("training.seed=1", …)."""
+    from dataclasses import replace
+
+    from accelerate.state import AcceleratorState, GradientState
+
+    from forge.cluster.ranks import build_accelerator
+    from forge.config.loader import load_config
+    from forge.pipeline import _load_model, _load_task
+    from forge.run.directory import create_run_directory
+    from forge.run.state import TrainingState, new_run_id
+    from forge.trainer.callbacks import Callback
+    from forge.trainer.finetuning import FinetuningTrainer
+
+    class Recorder(Callback):
+        def __init__(self) -> None:
+            self.reports: list[dict[str, float]] = []
+            self.evaluations: list[tuple[str, int]] = []
+
+        def reported(self, state: TrainingState, metrics: dict[str, float]) -> None:
+            self.reports.append(metrics)
+
+        def evaluated(self, state: TrainingState, stage: str, metrics: dict[str, float]) -> None:
+            self.evaluations.append((stage, state.step))
+
+    def build(*settings: str, mutate: Callable[[object], None] | None = None) -> FinetuningTrainer:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        config = load_config(config_file, settings).config
+        accelerator = build_accelerator(config.training.mixed_precision, config.training.seed)
+        task = _load_task(config)
+        loaded = _load_model(config, task)
+        if mutate is not None:
+            mutate(loaded.model)
+        run = create_run_directory(tmp_path / "trainer_runs", Path("tiny"), None)
+        task = replace(task, label_ids=loaded.label_ids)
+        state = TrainingState(run_id=new_run_id())
+        return FinetuningTrainer(config, accelerator, task, loaded.model, run, state, Recorder())
+
+    yield build
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -1,0 +1,106 @@
+"""Which rows a step takes: each once an epoch, the same for any number of ranks, from any position."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from forge.task.batches import FILLER, StepBatches, epoch_steps, evaluation_batches, split_step
+
+LENGTHS = np.random.default_rng(0).integers(5, 60, size=1003)
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_every_row_comes_exactly_once_an_epoch(group_by_length: bool) -> None:
+    steps = epoch_steps(LENGTHS, 16, seed=1, epoch=0, group_by_length=group_by_length)
+
+    assert len(steps) == 63
+    assert [len(step) for step in steps] == [16] * 62 + [11]
+    assert sorted(np.concatenate(steps)) == list(range(1003))
+
+
+def test_an_epoch_is_a_pure_function_of_seed_and_epoch() -> None:
+    def plan(seed: int, epoch: int) -> list[int]:
+        return np.concatenate(epoch_steps(LENGTHS, 16, seed, epoch, group_by_length=True)).tolist()
+
+    assert plan(1, 0) == plan(1, 0)
+    assert plan(1, 0) != plan(1, 1)
+    assert plan(1, 0) != plan(2, 0)
+
+
+def test_grouping_by_length_leaves_little_padding_and_still_shuffles() -> None:
+    def padding(grouped: bool) -> float:
+        steps = epoch_steps(LENGTHS, 16, 1, 0, group_by_length=grouped)
+        padded = sum(len(step) * LENGTHS[step].max() for step in steps)
+        return padded / LENGTHS.sum() - 1
+
+    assert padding(True) < 0.1 < 0.5 < padding(False)
+    longest = [LENGTHS[step].max() for step in epoch_steps(LENGTHS, 16, 1, 0, group_by_length=True)]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 8), (2, 4), (3, 2)])
+def test_a_step_is_dealt_out_without_loss_whatever_the_ranks(ranks: int, micro_batches: int) -> None:
+    rows = np.arange(100, 116)
+    dealt = split_step(rows, ranks, micro_batches)
+
+    assert [len(rank) for rank in dealt] == [micro_batches] * ranks
+    assert sorted(row for rank in dealt for batch in rank for row in batch) == list(range(100, 116))
+
+
+def test_a_short_step_fills_empty_places_so_that_every_rank_takes_part() -> None:
+    assert split_step(np.array([7, 8, 9]), ranks=2, micro_batches=2) == [[[7], [9]], [[8], [FILLER]]]
+
+
+def test_evaluation_covers_every_row_once_with_as_many_batches_on_each_rank() -> None:
+    lengths = np.arange(13)
+    dealt = evaluation_batches(lengths, np.arange(13), batch_size=4, ranks=3)
+
+    assert [len(rank) for rank in dealt] == [2, 2, 2]
+    assert dealt[0][0] == [12, 11, 10, 9]  # the longest first
+    assert sorted(row for rank in dealt for batch in rank for row in batch) == [FILLER, FILLER, *range(13)]
+
+
+def batches(num_workers: int = 0, rank: int = 0, ranks: int = 1) -> StepBatches:
+    rows = Dataset.from_dict({"id": list(range(21)), "length": [5 + i % 7 for i in range(21)], "label": [1] * 21})
+    return StepBatches(
+        rows,
+        lambda rows: {"id": [row["id"] if row["label"] is not None else None for row in rows]},  # type: ignore[dict-item]
+        rows_per_step=4,
+        rank=rank,
+        ranks=ranks,
+        micro_batches=2,
+        seed=3,
+        group_by_length=True,
+        num_workers=num_workers,
+        pin_memory=False,
+    )
+
+
+def ledger(loader: StepBatches, start: int, steps: int) -> list[list[object]]:
+    loader.start_at(start)
+    return [[row for batch in loader.next_step() for row in batch["id"]] for _ in range(steps)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_starting_anywhere_gives_the_same_rows_as_running_there(num_workers: int) -> None:
+    whole = ledger(batches(), 0, 17)  # six steps an epoch: almost three epochs
+
+    assert sorted(row for step in whole[:6] for row in step if row is not None) == list(range(21))
+    for start in (1, 5, 6, 13):
+        assert ledger(batches(num_workers), start, 17 - start) == whole[start:]
+
+
+def test_two_ranks_together_take_the_rows_that_one_takes() -> None:
+    alone = [set(step) - {None} for step in ledger(batches(), 0, 12)]
+    first, second = (ledger(batches(rank=rank, ranks=2), 0, 12) for rank in (0, 1))
+
+    assert [(set(a) | set(b)) - {None} for a, b in zip(first, second, strict=True)] == alone
+    assert all(not (set(a) & set(b)) - {None} for a, b in zip(first, second, strict=True))
+
+
+def test_a_filler_is_a_row_without_a_label() -> None:
+    last_of_epoch = ledger(batches(), 5, 1)[0]  # 21 = 5 * 4 + 1: one row and one filler
+
+    assert len([row for row in last_of_epoch if row is not None]) == 1
+    assert last_of_epoch.count(None) == 1

@@ -1,0 +1,24 @@
+"""Labels of data and model meet by name, and never by position."""
+
+import pytest
+
+from forge.errors import UsageError
+from forge.model.labels import align, named_labels
+
+
+def test_the_order_of_the_model_is_found_by_name_whatever_the_case() -> None:
+    assert align(["entailment", "neutral", "contradiction"], ["CONTRADICTION", "ENTAILMENT", "NEUTRAL"]) == [1, 2, 0]
+    assert align(["not_entailment", "entailment"], ["entailment", "not entailment"]) == [1, 0]
+
+
+@pytest.mark.parametrize("model", [["positive", "negative", "neutral"], ["entailment", "neutral"], ["a", "A", "b"]])
+def test_other_names_are_refused_with_both_lists_and_a_way_out(model: list[str]) -> None:
+    with pytest.raises(UsageError) as refused:
+        align(["entailment", "neutral", "contradiction"], model)
+    for part in ("entailment, neutral, contradiction", ", ".join(model), "task.labels", "model.new_head"):
+        assert part in str(refused.value)
+
+
+def test_names_that_transformers_made_up_are_no_names() -> None:
+    assert named_labels({0: "LABEL_0", 1: "LABEL_1"}) is None
+    assert named_labels({1: "no", 0: "yes"}) == ["yes", "no"]
