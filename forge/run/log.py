@@ -141,9 +141,7 @@ class RunLog:
             os.close(entry)
             self._tees.append((descriptor, original, child))
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(
-                line_buffering=True
-            )  # into a pipe, Python keeps 8 KiB back, and loses them in a crash
+            sys.stdout.reconfigure(line_buffering=True)  # into a pipe, Python keeps 8 KiB back: lost in a crash
         atexit.register(self.close)
 
 
