@@ -176,7 +176,7 @@ def test_an_environment_inside_a_checkout_is_not_taken_for_the_code(
 def test_the_git_variables_of_a_hook_do_not_mislead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository, other = a_repository(tmp_path / "code"), a_repository(tmp_path / "other")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
-    assert git_facts(repository)["root"] == str(repository)
+    assert git_facts(repository)["commit"] == head_of(repository)
 
 
 def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

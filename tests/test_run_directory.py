@@ -160,8 +160,10 @@ def test_a_name_that_two_runs_bear_is_refused_with_their_paths(tmp_path: Path) -
     assert all(str(path) in str(refusal.value) for path in paths)
 
 
-def test_a_run_that_is_not_there_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    a_run(tmp_path, "sft", "baseline")
+def test_a_run_that_is_not_there_is_refused_with_the_nearest_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(a_run(tmp_path, "sft", "baseline").path)  # an empty RUN is not the current folder
     with pytest.raises(UsageError, match="did you mean baseline"):
         find_run(tmp_path, "basline")
     with pytest.raises(UsageError, match="forge runs"):
