@@ -106,7 +106,14 @@ def row_loader(
 ) -> DataLoader[Batch]:
     """A loader of the given batches of row ids; fillers come as row 0 with `label` None."""
     return DataLoader(
-        _Rows(rows), batch_sampler=batches, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory
+        _Rows(rows),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Else every new iterator draws a number from torch's global generator: the dropout after an evaluation, or
+        # after a resume, would not be that of the unbroken run.
+        generator=torch.Generator(),
     )
 
 

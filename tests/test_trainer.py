@@ -1,0 +1,188 @@
+"""The loop: the same step however it is split, the loss it reports, and when it refuses to go on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from forge.errors import TrainingError
+
+Build = Callable[..., Any]
+
+
+def trajectory(trainer: Any) -> tuple[list[float], list[float]]:
+    """Trains; the reported losses and the final weights. Before the next build_trainer: Accelerate's state is shared."""
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return [report["loss"] for report in trainer.callbacks.reports], weights.tolist()
+
+
+def test_one_large_batch_and_many_micro_batches_take_the_same_steps(build_trainer: Build) -> None:
+    losses, weights = trajectory(build_trainer("training.per_device_batch_size=8"))
+    for size in (1, 3):  # 3: micro-batches of unequal size
+        split_losses, split_weights = trajectory(build_trainer(f"training.per_device_batch_size={size}"))
+
+        assert split_losses == pytest.approx(losses, rel=1e-5)
+        assert split_weights == pytest.approx(weights, abs=1e-5)
+    assert losses[0] > 1.0 > 0.9 > losses[-1]  # and they did learn
+
+
+def test_the_classic_accumulation_gives_the_same_step_as_batch_size(build_trainer: Build) -> None:
+    losses, weights = trajectory(build_trainer("training.per_device_batch_size=8"))
+    classic = build_trainer("training.per_device_batch_size=2", "training.gradient_accumulation_steps=4")
+
+    assert classic.rows_per_step == 8
+    classic_losses, classic_weights = trajectory(classic)
+    assert classic_losses == pytest.approx(losses, rel=1e-5)
+    assert classic_weights == pytest.approx(weights, abs=1e-5)
+
+
+def test_the_short_last_step_of_an_epoch_weighs_its_rows_alone(build_trainer: Build) -> None:
+    """48 rows in steps of 20: the third has 8 rows, and places of it are empty with micro-batches of 2."""
+    settings = ("training.batch_size=20", "training.max_steps=4")
+    losses, weights = trajectory(build_trainer(*settings))
+    split = build_trainer(*settings, "training.per_device_batch_size=2")
+    split_losses, split_weights = trajectory(split)
+
+    assert split.micro_batches == 10
+    assert split_losses == pytest.approx(losses, rel=1e-5)
+    assert split_weights == pytest.approx(weights, abs=1e-5)
+
+
+def test_the_first_step_is_adamw_on_the_mean_over_rows(build_trainer: Build) -> None:
+    """Against plain torch: one large batch, torch's own cross-entropy, clipping and AdamW."""
+    reference = build_trainer("training.max_steps=1", "training.per_device_batch_size=8")
+    reference.batches.start_at(0)
+    (batch,) = reference.batches.next_step()
+    model = reference.model.train()
+    labels = batch.pop("labels")
+    loss = torch.nn.functional.cross_entropy(model(**batch).logits, labels)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    spared = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": spared, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=3e-3, eps=1e-3).step()
+
+    trainer = build_trainer("training.max_steps=1", "training.warmup_steps=0", "training.per_device_batch_size=2")
+    losses, weights = trajectory(trainer)
+    assert losses[0] == pytest.approx(loss.item(), rel=1e-6)
+    assert trainer.callbacks.reports[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert weights == pytest.approx(torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(), abs=1e-5)
+
+
+def test_a_report_is_the_mean_over_the_labels_since_the_last_one(build_trainer: Build) -> None:
+    settings = ("training.batch_size=20", "training.max_steps=6")
+    losses, _ = trajectory(build_trainer(*settings))
+    means_of_three, _ = trajectory(build_trainer(*settings, "logging.every_steps=3"))
+    rows = [20, 20, 8, 20, 20, 8]
+    means = [sum(losses[i + j] * rows[i + j] for j in range(3)) / 48 for i in (0, 3)]
+    assert means_of_three == pytest.approx(means, rel=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm(build_trainer: Build) -> None:
+    settings = ("training.max_steps=1", "training.warmup_steps=0")
+    free = build_trainer(*settings, "training.max_grad_norm=null")
+    before = torch.cat([p.detach().flatten() for p in free.model.parameters()])
+    moved_free = torch.tensor(trajectory(free)[1]) - before
+    clipped = build_trainer(*settings, "training.max_grad_norm=1e-9")
+    moved_clipped = torch.tensor(trajectory(clipped)[1]) - before
+
+    assert moved_free.abs().max() > 2e-3  # AdamW's first step has the size of the rate, 3e-3
+    assert moved_clipped.abs().max() < 2e-4  # a gradient far below epsilon, and the decay
+    assert free.callbacks.reports[0]["grad_norm"] == pytest.approx(clipped.callbacks.reports[0]["grad_norm"])
+
+
+def test_gradient_checkpointing_changes_no_number(build_trainer: Build) -> None:
+    losses, weights = trajectory(build_trainer())
+    recomputed = build_trainer("training.gradient_checkpointing=true")
+
+    assert recomputed.model.is_gradient_checkpointing
+    recomputed_losses, recomputed_weights = trajectory(recomputed)
+    assert recomputed_losses == pytest.approx(losses, rel=1e-6)
+    assert recomputed_weights == pytest.approx(weights, abs=1e-6)
+
+
+def test_bf16_computes_in_bf16_and_keeps_its_weights_in_float32(build_trainer: Build) -> None:
+    plain, _ = trajectory(build_trainer())
+    trainer = build_trainer("training.mixed_precision=bf16")
+    seen = []
+    trainer.model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    losses, _ = trajectory(trainer)
+
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses == pytest.approx(plain, rel=0.1)
+    assert losses != pytest.approx(plain, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(build_trainer: Build) -> None:
+    def poison(model: Any) -> None:
+        calls = []
+
+        def after_step_four(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return output * float("nan") if len(calls) == 5 else output
+
+        model.classifier.register_forward_hook(after_step_four)
+
+    trainer = build_trainer("logging.every_steps=100", mutate=poison)
+    with pytest.raises(TrainingError, match="loss became nan at step 5 of 6.*newest good checkpoint is checkpoint-3"):
+        trainer.train()
+    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert all(torch.isfinite(torch.tensor(report["loss"])) for report in trainer.callbacks.reports)
+
+
+def test_evaluation_counts_every_row_once_and_leaves_training_as_it_was(build_trainer: Build) -> None:
+    trainer = build_trainer("evaluation.per_device_batch_size=4")
+    metrics = trainer.evaluate()
+
+    assert trainer.student.training
+    assert metrics["matched/samples"] == 13
+    assert metrics["other/samples"] == 7
+    assert sum(metrics[f"matched/labelled/{name}"] for name in trainer.task.labels) == 13
+    rows = trainer.task.collate([trainer.task.validation["matched"][i] for i in range(13)])
+    labels = rows.pop("labels")
+    with torch.no_grad():
+        logits = trainer.model.eval()(**rows).logits
+    assert metrics["matched/accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+    assert metrics["matched/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_a_quick_look_says_of_how_many_rows_it_is(build_trainer: Build) -> None:
+    metrics = build_trainer("evaluation.max_samples=9").evaluate()
+
+    assert (metrics["matched/samples"], metrics["matched/samples_of"]) == (9, 13)
+    assert metrics["other/samples"] == 7
+    assert "other/samples_of" not in metrics
+
+
+def test_evaluation_during_training_comes_when_it_is_due_and_not_twice_at_the_end(build_trainer: Build) -> None:
+    trainer = build_trainer("evaluation.every_steps=2")
+    trainer.train()
+
+    assert trainer.callbacks.evaluations == [("training", 2), ("training", 4)]
+
+
+def test_only_the_last_checkpoints_stay(build_trainer: Build) -> None:
+    trainer = build_trainer("checkpoint.every_steps=1", "checkpoint.keep_last=2")
+    trainer.train()
+
+    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    assert trainer.run.latest_checkpoint_file.read_text() == "checkpoint-6\n"
+
+
+def test_a_restored_trainer_ends_where_the_unbroken_one_does(build_trainer: Build) -> None:
+    """With dropout: the random numbers are part of what is restored."""
+    settings = ("model.dropout=0.1", "checkpoint.every_steps=2", "checkpoint.keep_last=3")
+    unbroken = build_trainer(*settings)
+    _, weights = trajectory(unbroken)
+
+    resumed = build_trainer(*settings)
+    resumed.run, resumed.state.latest_checkpoint = unbroken.run, "checkpoint-4"
+    resumed.restore()
+    assert resumed.state.step == 4
+    losses, resumed_weights = trajectory(resumed)
+    assert losses == [report["loss"] for report in unbroken.callbacks.reports[4:]]
+    assert resumed_weights == weights
