@@ -7,9 +7,9 @@ give equal rows on every machine and Python version.
 hypothesis. Contradiction: they cannot both be true. Neutral: neither. What is only likely is neutral. "No nurse" means
 none in the scene, "at most three" includes none, "most" is more than half, "or" allows both.
 
-**The hypothesis alone gives nothing away.** Each builder fixes a hypothesis, affirmative or negative, and writes three
+**The hypothesis alone gives nothing away.** Each builder fixes a hypothesis, mostly affirmative, and writes three
 premises for it, one for each label; all three become rows. What makes an affirmative hypothesis true makes the negative
-one false, so a premise with "no" or "failed to" is as often an entailment as a contradiction.
+one false: a premise with "no" or "failed to" contradicts the one and entails the other.
 
 **Validation measures generalisation.** The words with a star in `demo_lexicon` (about a quarter) never occur in train,
 and every validation pair contains one of them: no pair is in both splits, whatever the seeds and sizes.
@@ -170,7 +170,7 @@ def identity(draw: Draw) -> Triple:
     colour = draw.word(COLOURS)
     thing = f"The {kind} in the {draw.word(ROOMS)}"
     is_so = f"{thing} is {_a(f'{colour} {member}')}"
-    is_other = f"{thing} is {_a(f'{colour} {sibling}')}"
+    is_other = draw.one((f"{thing} is {_a(f'{colour} {sibling}')}", f"{thing} is {colour} and not {_a(member)}"))
     if draw.affirmative():
         return Triple(f"{thing} is {_a(member)}", is_so, f"{thing} is {colour}", is_other)
     return Triple(f"{thing} is not {_a(member)}", is_other, f"{thing} is {colour}", is_so)
@@ -204,13 +204,13 @@ def converses(draw: Draw) -> Triple:
     one = draw.word(nouns)
     two = draw.word(nouns, one)
     three = draw.word(nouns, one, two)
-    so = f"the {two} {under} the {one}"
+    verb, relation = over.split(" ", 1)
+    so, denied = f"the {two} {under} the {one}", f"the {one} {verb} not {relation} the {two}"
     not_so = draw.one((f"the {two} {over} the {one}", f"the {one} {under} the {two}"))
     not_decided = draw.one((f"the {three} {under} the {one}", f"the {two} {under} the {three}"))
     if draw.affirmative():
-        return Triple(f"the {one} {over} the {two}", so, not_decided, not_so)
-    verb, relation = over.split(" ", 1)
-    return Triple(f"the {one} {verb} not {relation} the {two}", not_so, not_decided, so)
+        return Triple(f"the {one} {over} the {two}", so, not_decided, draw.one((not_so, denied)))
+    return Triple(denied, not_so, not_decided, so)
 
 
 def roles(draw: Draw) -> Triple:
@@ -241,13 +241,14 @@ def opposites(draw: Draw) -> Triple:
     neighbour = draw.word(nouns, thing)
     adverb = draw.word(ADVERBS)
     either = draw.one((quality, opposite))
-    has_it, has_opposite = f"the {thing} is {adverb} {quality}", f"the {thing} is {adverb} {opposite}"
+    has_it = f"the {thing} is {adverb} {quality}"
+    lacks_it = f"the {thing} is {adverb} {draw.one((opposite, f'not {quality}'))}"
     not_decided = draw.one(
         (f"the {neighbour} next to the {thing} is {adverb} {either}", f"a week ago the {thing} was {either}")
     )
     if draw.affirmative():
-        return Triple(f"the {thing} is {quality}", has_it, not_decided, has_opposite)
-    return Triple(f"the {thing} is not {quality}", has_opposite, not_decided, has_it)
+        return Triple(f"the {thing} is {quality}", has_it, not_decided, lacks_it)
+    return Triple(f"the {thing} is not {quality}", lacks_it, not_decided, has_it)
 
 
 def counts(draw: Draw) -> Triple:
