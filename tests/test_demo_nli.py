@@ -38,8 +38,8 @@ def test_the_first_rows_are_the_same_on_every_machine() -> None:
         for split in ("train", "validation")
     }
     assert digests == {
-        "train": "59fb17f4ea41d4838fb02a7c9840c899fe9f060c6e9811e6efc766adb396a1aa",
-        "validation": "61d6c34442e5ed1edbdaf3c69b3fa7ff45a82ca0985edbca34e1dd08674d22ad",
+        "train": "0bd5b0e73ee75cd0b73a73e6f2b0804ce37245edd0c943b1a71c3c3083753c45",
+        "validation": "97ea4029368cf7be35b51f070affbebb89006a7b9e4c8daeae66d9d1298ff3ea",
     }
 
 
@@ -143,14 +143,14 @@ EXAMPLES = [
         "the actor did not blame the tailor",
     ),
     (opposites, 1, "the gate is closed",
-        "the gate is now closed",
-        "the window next to the gate is now closed",
-        "the gate is now not closed",
+        "the gate is really closed",
+        "the window next to the gate is really closed",
+        "the gate is really not closed",
     ),
     (opposites, 2, "the classroom is bright",
-        "the classroom is now bright",
+        "the classroom is really bright",
         "a week ago the classroom was dark",
-        "the classroom is now dark",
+        "the classroom is really dark",
     ),
     (opposites, 8, "the tea is not cold",
         "the tea is still hot",

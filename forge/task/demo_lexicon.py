@@ -120,4 +120,4 @@ TRUE_THAT = words("knows_that noticed_that is_right_that has_proved_that discove
 FALSE_THAT = words("wrongly_believes_that falsely_claims_that is_wrong_to_think_that mistakenly*_thinks_that")
 MAYBE_THAT = words("believes_that says_that hopes_that was_told_that suspects*_that assumes*_that")
 
-ADVERBS = words("clearly still now certainly*")
+ADVERBS = words("clearly still really certainly*")
