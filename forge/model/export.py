@@ -33,6 +33,9 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     staging = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
+    # Tokenizing leaves its truncation and padding behind in the tokenizer, and whoever loads it would truncate too.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(staging)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staging, folder)

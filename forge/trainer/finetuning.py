@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from forge.checkpoint.contents import load_checkpoint, save_checkpoint
 from forge.config.schema import Config
-from forge.errors import TrainingError
+from forge.errors import TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
 from forge.run.directory import RunDirectory
 from forge.run.state import TrainingState
@@ -49,6 +49,8 @@ class FinetuningTrainer:
         accelerator.gradient_accumulation_steps = self.micro_batches
 
         if training.gradient_checkpointing:
+            if not model.supports_gradient_checkpointing:
+                raise UsageError(f"{type(model).__name__} cannot recompute activations; set training.gradient_checkpointing: false")
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student = Student(model.to(accelerator.device))
         self.student, self.optimizer = accelerator.prepare(student, build_optimizer(student, training))
