@@ -166,7 +166,7 @@ def test_an_existing_run_name_is_refused_and_a_complete_run_is_left_alone(finish
     resumed = forge("--resume", run)
 
     assert taken.returncode == 2
-    assert "the run is complete" in taken.stderr
+    assert "exists and is complete: choose another --run_name, such as first-2" in taken.stderr
     assert resumed.returncode == 0
     assert f"{run} is complete" in resumed.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

@@ -12,7 +12,7 @@ Build = Callable[..., Any]
 
 
 def trajectory(trainer: Any) -> tuple[list[float], list[float]]:
-    """Trains; the reported losses and the final weights. Before the next build_trainer: Accelerate's state is shared."""
+    """Trains, and gives reported losses and final weights. Before the next build: Accelerate shares state."""
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     return [report["loss"] for report in trainer.callbacks.reports], weights.tolist()
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(build_trainer
         model.classifier.register_forward_hook(after_step_four)
 
     trainer = build_trainer("logging.every_steps=100", mutate=poison)
-    with pytest.raises(TrainingError, match="loss became nan at step 5 of 6.*newest good checkpoint is checkpoint-3"):
+    with pytest.raises(TrainingError, match=r"loss became nan at step 5 of 6.*newest good checkpoint is checkpoint-3"):
         trainer.train()
     assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-3"]
     assert all(torch.isfinite(torch.tensor(report["loss"])) for report in trainer.callbacks.reports)

@@ -50,7 +50,8 @@ class FinetuningTrainer:
 
         if training.gradient_checkpointing:
             if not model.supports_gradient_checkpointing:
-                raise UsageError(f"{type(model).__name__} cannot recompute activations; set training.gradient_checkpointing: false")
+                name = type(model).__name__
+                raise UsageError(f"{name} cannot recompute activations; set training.gradient_checkpointing: false")
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student = Student(model.to(accelerator.device))
         self.student, self.optimizer = accelerator.prepare(student, build_optimizer(student, training))
