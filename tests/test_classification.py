@@ -135,7 +135,7 @@ def test_columns_that_are_not_text_and_labels_that_are_not_labels_are_refused(ti
 
 
 def test_metrics_equal_their_definitions_on_counts_by_hand() -> None:
-    """Labels a a a b b c; predicted a a b b c c. c also never labelled in the second half below."""
+    """Labels a a a b b c, predicted a a b b c c, and one row that is not counted."""
     metrics = ClassificationMetrics(["a", "b", "c", "never"])
     labels = torch.tensor([0, 0, 0, 1, 1, 2, IGNORE])
     predicted = torch.tensor([0, 0, 1, 1, 2, 2, 3])
