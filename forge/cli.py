@@ -164,9 +164,9 @@ def _runs(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "stage", "step", "started (UTC)", "last last_error", box=None)
+    table = Table("run", "stage", "step", "started (UTC)", "last error", box=None)
     for row in rows:
-        last_error = (row["last_error"] or "").splitlines()
+        last_error = (row["error"] or "").splitlines()
         step = f"{row['step']}/{row['total_steps']}"
         table.add_row(row["run"], row["stage"], step, row["created_at"][:16], last_error[0][:60] if last_error else "")
     Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)

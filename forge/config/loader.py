@@ -115,7 +115,7 @@ def _parent(layer: Layer, file: Path, seen: list[Path]) -> tuple[Path | None, st
         return None, f"inherits {display(parent)}, which is a folder; name a file in it"
     if not os.path.exists(parent):  # unlike Path.exists, also for names that no file can have
         near = near_name(parent, other_than=file) if "\0" not in name else None
-        hint = "check the path" if parent == Path(name) else "the path is relative to the file it stands in"
+        hint = "check the path" if Path(name).is_absolute() else "the path is relative to the file it stands in"
         hint = f"did you mean {near}?" if near else hint
         return None, f"inherits {display(parent)}, which does not exist; {hint}"
     if parent.resolve() in seen:

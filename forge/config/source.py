@@ -77,7 +77,7 @@ def read_file(path: Path) -> Layer:
 
 def read_setting(setting: str) -> Layer:
     """One `--set key=value`; the value is YAML: a word, a number, null, [a, b] or {a: b}."""
-    layer = Layer(f"--set {setting}")
+    layer = Layer(f"--set {' '.join(setting.splitlines())}")
     origin = Origin(layer.name)
     key, equals, text = setting.partition("=")
     try:
@@ -97,11 +97,11 @@ def near_name(path: Path, other_than: Path | None = None) -> str | None:
     """The name beside a missing file that is spelt most like it."""
     try:
         beside = [p for p in path.parent.iterdir() if p.suffix in SUFFIXES]
-        names = [p.name for p in beside if other_than is None or p.resolve() != other_than.resolve()]
-        found = get_close_matches(path.name, names, n=1)
+        names = {p.stem: p.name for p in beside if other_than is None or p.resolve() != other_than.resolve()}
+        found = get_close_matches(path.stem, names, n=1)
     except OSError:
         return None
-    return found[0] if found else None
+    return names[found[0]] if found else None
 
 
 class _Unreadable(Exception):
