@@ -131,7 +131,7 @@ def upward_imports(root: Path) -> list[str]:
             found.append(f"{name} stands on no floor")
             continue
         for line, target in imported(file, root):
-            other = (target.split(".") + ["__init__"])[1]
+            other = [*target.split("."), "__init__"][1]
             down = other in FLOORS and FLOORS[other] < FLOORS.get(room, 0)
             if not (down or other == room or other in ENTRIES.get(name, set())):
                 found.append(f"{name}:{line} imports {target}")
@@ -147,10 +147,8 @@ def imported(file: Path, root: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = [*package[: len(package) + 1 - node.level]] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            names = [alias.name for alias in node.names]
-            rooms = [
-                name for name in names if (root / "forge" / name).is_dir() or (root / f"forge/{name}.py").is_file()
-            ]
+            house = root / "forge"
+            rooms = [a.name for a in node.names if (house / a.name).is_dir() or (house / f"{a.name}.py").is_file()]
             targets = [f"forge.{name}" for name in rooms] if source == "forge" else [source]
         else:
             continue
@@ -171,10 +169,7 @@ def bad_docstrings(root: Path) -> list[str]:
     for file in modules(root):
         text = file.read_text()
         docstring = ast.get_docstring(ast.parse(text), clean=False) or ""
-        first = docstring.splitlines()[0].rstrip() if docstring else ""
-        # The sentence may run on to the next line of its paragraph.
-        paragraph = docstring.split("\n\n")[0].rstrip()
-        is_sentence = bool(first) and paragraph.endswith(".")
+        is_sentence = docstring.split("\n")[0].rstrip().endswith(".")
         if text.strip() and file.parent != root and not is_sentence:
             found.append(f"{file.relative_to(root)}: its first line is no sentence with a full stop")
     return found
