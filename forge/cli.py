@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from forge import __version__
-from forge.errors import EXIT_COMPLETE, EXIT_USAGE, ConfigError, ForgeError
-from forge.train import EPILOG, add_config_arguments, add_train_arguments, train
+from forge.errors import EXIT_COMPLETE, EXIT_USAGE, BaseConfigError, ConfigError, ForgeError, UsageError
+from forge.train import EPILOG, Parser, add_config_arguments, add_train_arguments, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="forge", description="Train models from one YAML config.", epilog=EPILOG)
+    parser = Parser(prog="forge", description="Train models from one YAML config.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"forge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -90,6 +91,8 @@ def _validate(args: argparse.Namespace) -> int:
     for name in args.configs:
         try:
             loaded = load_config(Path(name))
+        except BaseConfigError:
+            print(f"{name}: valid, a base for other configs: it sets neither task nor model")
         except ConfigError as error:
             wrong += 1
             for problem in error.problems:
@@ -103,7 +106,15 @@ def _diff(args: argparse.Namespace) -> int:
     from forge.config.explain import difference
     from forge.config.loader import load_config
 
-    lines = difference(load_config(Path(args.left)).config, load_config(Path(args.right)).config)
+    configs, problems = [], []
+    for name in (args.left, args.right):
+        try:
+            configs.append(load_config(Path(name)).config)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    lines = difference(*configs)
     print("\n".join(lines) if lines else "no difference")
     return EXIT_COMPLETE
 
@@ -123,11 +134,15 @@ def _runs(args: argparse.Namespace) -> int:
     root = Path(args.output_root)
     runs = find_runs(root)
     if args.incomplete:
-        unfinished = {entry.path for entry in incomplete_runs(root)}
-        runs = [run for run in runs if run.path.absolute() in unfinished]
+        unfinished = {entry.path.resolve() for entry in incomplete_runs(root)}
+        runs = [run for run in runs if run.path.resolve() in unfinished]
     rows: list[dict[str, Any]] = []
     for run in runs:
-        state = TrainingState.load(run.state_file)
+        try:
+            state = TrainingState.load(run.state_file)
+        except UsageError as error:  # one broken run must not hide the others
+            print(f"error: {error}", file=sys.stderr)
+            continue
         rows.append(
             {
                 "run": str(run.path),
@@ -151,12 +166,12 @@ def _runs(args: argparse.Namespace) -> int:
 
     table = Table("run", "stage", "step", "started (UTC)", "last error", box=None)
     for row in rows:
-        error = (row["error"] or "").splitlines()
+        last_error = (row["error"] or "").splitlines()
         step = f"{row['step']}/{row['total_steps']}"
-        table.add_row(row["run"], row["stage"], step, row["created_at"][:16], error[0][:60] if error else "")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(row["run"], row["stage"], step, row["created_at"][:16], last_error[0][:60] if last_error else "")
+    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
     if args.incomplete:
-        print(f"\ngo on with one of them: python forge.py --resume {rows[-1]['run']}")
+        print(f"\ngo on with one of them: python forge.py --resume {shlex.quote(rows[-1]['run'])}")
     return EXIT_COMPLETE
 
 

@@ -26,5 +26,9 @@ class ConfigError(UsageError):
         self.problems = problems
 
 
+class BaseConfigError(ConfigError):
+    """Nothing is wrong with the config but that it names neither task nor model: others inherit it."""
+
+
 class TrainingError(ForgeError):
     """Training cannot go on (a non-finite loss, a disk that filled up); what was saved before stays."""

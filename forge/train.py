@@ -11,14 +11,25 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from forge.errors import EXIT_COMPLETE, EXIT_FAILED, ConfigError, ForgeError, UsageError
+from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ConfigError, ForgeError, UsageError
 
 if TYPE_CHECKING:
     from forge.config.loader import LoadedConfig
     from forge.pipeline import Result
     from forge.run.directory import RunDirectory
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong with the command line, and takes no abbreviations."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"error: {message}; see `{self.prog} --help`\n")
+
 
 EPILOG = "Exit codes: 0 complete; 1 failed; 2 usage or config error; 75 stopped on a signal, to be resumed."
 
@@ -53,9 +64,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains, and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="forge.py", description="Train a model from one YAML config.", epilog=EPILOG, allow_abbrev=False
-    )
+    parser = Parser(prog="forge.py", description="Train a model from one YAML config.", epilog=EPILOG)
     add_train_arguments(parser)
     return train(parser.parse_args(arguments))
 
@@ -110,7 +119,7 @@ def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | Non
         return load_config(Path(args.config), args.set, debug=args.debug, **overrides), None
     given = [f"--{name}" for name in ("set", "max_steps", "epochs", "debug", "run_name") if getattr(args, name)]
     if given:
-        raise UsageError(f"{given[0]} cannot be combined with --resume: a run goes on with its own config")
+        raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a run goes on with its own config")
     run = find_run(Path(args.output_root or "outputs"), args.resume)
     return load_config(run.config_file), run
 
@@ -120,7 +129,7 @@ def _print_summary(result: "Result") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 100, markup=False)  # a path may hold [brackets]
     if rows := result.table():
         table = Table("metric", "before", "after", title=result.run.name, title_justify="left")
         for row in rows:

@@ -39,9 +39,6 @@ def inert_keys(config: Config) -> dict[str, Inert]:
         add("training.warmup_ratio", "training.warmup_steps is set", "training.warmup_steps")
     if training.batch_size is not None:
         add("training.gradient_accumulation_steps", "training.batch_size is set", "training.batch_size")
-        if training.per_device_batch_size > training.batch_size:
-            reason = f"training.batch_size is {training.batch_size} and bounds it"
-            add("training.per_device_batch_size", reason, "training.batch_size")
     if not evaluation.baseline and not evaluation.final and evaluation.every_steps is None:
         reason = "evaluation.baseline and evaluation.final are false"
         add("evaluation.max_samples evaluation.per_device_batch_size", reason, "evaluation.final")

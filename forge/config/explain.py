@@ -1,13 +1,14 @@
 """Writes a config out again: as YAML with the origin of every key, as a difference of two, as a JSON schema."""
 
 import json
+from collections.abc import Container
 from typing import Any
 
 import yaml
 
 from forge.config.effects import inert_keys
 from forge.config.loader import LoadedConfig
-from forge.config.schema import Config
+from forge.config.schema import Config, PlainText
 
 
 def effective(config: Config) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def effective(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """`effective` as YAML text that load_config reads back to the same config."""
-    return yaml.safe_dump(effective(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(effective(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def show(loaded: LoadedConfig, *, origin: bool) -> str:
@@ -40,9 +41,13 @@ def show(loaded: LoadedConfig, *, origin: bool) -> str:
 def difference(left: Config, right: Config) -> list[str]:
     """One line for each key whose effective value differs: `key: left -> right`."""
     a, b = _flat(effective(left)), _flat(effective(right))
-    absent = "(no effect)"
+    inert_a, inert_b = inert_keys(left), inert_keys(right)
+
+    def value(key: str, flat: dict[str, Any], inert: Container[str]) -> str:
+        return _scalar(flat[key]) if key in flat else "(no effect)" if key in inert else "(not set)"
+
     return [
-        f"{key}: {_scalar(a[key]) if key in a else absent} -> {_scalar(b[key]) if key in b else absent}"
+        f"{key}: {value(key, a, inert_a)} -> {value(key, b, inert_b)}"
         for key in [*a, *(key for key in b if key not in a)]
         if key not in a or key not in b or a[key] != b[key]
     ]
@@ -61,14 +66,26 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts each text in quotes that would be read back as something else."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    style = '"' if len(text.splitlines()) > 1 else "'" if PlainText(text).value() != text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _rows(tree: dict[str, Any], path: tuple[str, ...], loaded: LoadedConfig, rows: list[tuple[str, str]]) -> None:
     for key, value in tree.items():
         here, indent = (*path, key), "  " * len(path)
         if isinstance(value, dict) and value:
-            rows.append((f"{indent}{key}:", ""))
+            rows.append((f"{indent}{_scalar(key)}:", ""))
             _rows(value, here, loaded, rows)
         else:
-            rows.append((f"{indent}{key}: {_scalar(value)}", str(loaded.origins.get(here, "default"))))
+            rows.append((f"{indent}{_scalar(key)}: {_scalar(value)}", str(loaded.origins.get(here, "default"))))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -79,4 +96,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _scalar(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1_000_000)
+    return text.removesuffix("...\n").strip()

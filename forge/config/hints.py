@@ -44,10 +44,21 @@ def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]
             yield from all_keys(nested, f"{prefix}{name}.")
 
 
+def unknown_key(path: tuple[str, ...]) -> str:
+    """One sentence for a key that forge does not know."""
+    dotted = ".".join(path)
+    if "." in path[-1]:
+        first, rest = path[-1].split(".", 1)
+        return f"{dotted} is written as one key; in a file it is a key in a map: `{first}: {{{rest}: …}}`"
+    return f"{dotted} is not a config key; {key_hint(dotted)}"
+
+
 def key_hint(dotted: str) -> str:
     """The nearest right key, or the keys that the map around it has."""
     keys = list(all_keys())
     leaf = dotted.rsplit(".", 1)[-1]
+    if leaf == "inherits":
+        return "inherits stands at the top of a file and nowhere else"
     if leaf in OTHER_NAMES:
         return f"did you mean {OTHER_NAMES[leaf]}?"
     parent = dotted.rsplit(".", 1)[0] + "." if "." in dotted else ""
@@ -66,21 +77,22 @@ def key_hint(dotted: str) -> str:
 def value_problem(path: tuple[str, ...], error: Any) -> str:
     """One sentence for a value that is missing or wrong; `error` is one of pydantic's error dicts."""
     key, kind, given, context = ".".join(path), error["type"], error["input"], error.get("ctx", {})
-    shown = "null" if given is None else f"`{given}`" if isinstance(given, str) else f"a {_kind(given)}"
+    shown = "null" if given is None else f"`{_short(given)}`" if isinstance(given, str) else f"a {_kind(given)}"
+    or_null = ", or null" if _nullable(path) else ""
     if kind == "missing":
         return f"{key} is missing; set it, here or in a parent"
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
-        near = get_close_matches(str(given), choices, n=1)
-        one_of = f"it must be one of {', '.join(choices)}" if len(choices) > 1 else f"forge knows {choices[0]}"
-        return f"{key} is {shown}; {one_of}" + (f"; did you mean {near[0]}?" if near else "")
+        near = get_close_matches(str(given).lower(), choices, n=1) if len(choices) > 1 else []
+        one_of = f"it must be one of {', '.join(choices)}" if len(choices) > 1 else f"forge knows {choices[0]} only"
+        return f"{key} is {shown}; {one_of}{or_null}" + (f"; did you mean {near[0]}?" if near else "")
     wanted = {
         "float": "a number", "int": "a whole number", "bool": "true or false", "string": "text",
         "model": "a map of keys", "dict": "a map of keys", "list": "a list, such as [a, b]",
         "finite": "a finite number",
     }  # fmt: skip
     if kind in ("model_type", "dict_type", "model_attributes_type") and given is None:
-        return f"{key} is empty; give it keys, or take the line out"
+        return f"{key} is empty; give it keys, or leave it out"
     if kind == "value_error":
         reason = str(error["ctx"]["error"])
         return f"{key} is {shown}; it {reason}" if reason.startswith("must ") else f"{key} {reason}"
@@ -88,15 +100,37 @@ def value_problem(path: tuple[str, ...], error: Any) -> str:
               "less_than": ("less than", "lt"), "less_than_equal": ("at most", "le")}  # fmt: skip
     if kind in bounds:
         words, name = bounds[kind]
-        return f"{key} is {given}; it must be {words} {context[name]:g}"
-    if kind in ("too_short", "string_too_short"):
-        return f"{key} is too short; it needs at least {context['min_length']}"
+        bound = f"{context[name]:g}" if isinstance(context[name], float) else context[name]
+        return f"{key} is {_short(given)}; it must be {words} {bound}{or_null}"
+    if kind == "string_too_short":
+        return f"{key} is empty; it must be text{or_null}"
+    if kind == "too_short":
+        length = {0: "no entries", 1: "one entry"}.get(context["actual_length"], f"{context['actual_length']} entries")
+        return f"{key} has {length}; it needs at least {context['min_length']}"
     expected = wanted.get(kind.split("_")[0])
-    return f"{key} is {shown}; it must be {expected}" if expected else f"{key} is {shown}: {error['msg']}"
+    if expected == "text" and isinstance(given, list | dict):
+        expected = "text, in quotes if it has brackets, braces, a dash or a colon in it"
+    return f"{key} is {shown}; it must be {expected}{or_null}" if expected else f"{key} is {shown}: {error['msg']}"
+
+
+def _short(value: Any) -> str:
+    """The value on one line, cut after 60 characters."""
+    text = " ".join(str(value).splitlines())
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _kind(value: Any) -> str:
     return "map of keys" if isinstance(value, dict) else type(value).__name__
+
+
+def _nullable(path: tuple[str, ...]) -> bool:
+    """May the key of the schema be null?"""
+    section: type[Section] | None = Config
+    for name in path[:-1]:
+        info = section.model_fields.get(name) if section else None
+        section = _section_of(info.annotation) if info else None
+    info = section.model_fields.get(path[-1]) if section else None
+    return info is not None and type(None) in get_args(info.annotation)
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

@@ -1,5 +1,6 @@
 """Loads a config: one parent per file, then the command line; every problem is collected before any is reported."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from forge.config.effects import Inert, inert_keys, unsupported
-from forge.config.hints import key_hint, value_problem
-from forge.config.schema import ALTERNATIVES, Config
-from forge.config.source import Layer, Origin, Path_, display, read_file, read_setting
-from forge.errors import ConfigError
+from forge.config.hints import unknown_key, value_problem
+from forge.config.schema import ALTERNATIVES, Config, PlainText
+from forge.config.source import Layer, Origin, Path_, display, near_name, read_file, read_setting
+from forge.errors import BaseConfigError, ConfigError
 
 COMMAND_LINE = "the command line"
 
@@ -48,39 +49,40 @@ def load_config(
     output_root: str | None = None,
 ) -> LoadedConfig:
     """Reads file, its parents and the command line's settings. Raises ConfigError with every problem found."""
-    layers, problems = read_chain(file)
+    files, problems = read_chain(file)
     named = {"training.max_steps": max_steps, "training.epochs": epochs, "output_root": output_root}
-    flags = [f"{key}={value}" for key, value in named.items() if value is not None]
-    command_line = [
-        *(_setting(text, f"--set {text}") for text in settings),
-        *(_setting(text, "--debug") for text in DEBUG_SETTINGS if debug),
-        *(_setting(text, f"--{text.split('=')[0].split('.')[-1]}") for text in flags),
-    ]
-    if max_steps is not None and epochs is not None:
-        problems.append(
-            "--max_steps and --epochs are both given; keep one, max_steps would leave epochs without effect"
-        )
+    given = [read_setting(text) for text in settings]
+    flags = [_flag(key, value) for key, value in named.items() if value is not None]
+    layers = [*files, *given, *(_debug_layers() if debug else []), *flags]
+    incomplete = bool(problems) or any(layer.unreadable for layer in layers)
 
-    merged = Layer("merged")
-    for layer in [*layers, *command_line]:
+    command_line, merged = Layer(COMMAND_LINE), Layer("merged")
+    for layer in [*given, *flags]:
+        _merge(layer.tree, command_line.tree, (), layer, command_line)
+    for layer in [*files, command_line]:
+        problems += layer.problems + _both_set(layer)
+    for layer in [*given, *flags]:
         problems += layer.problems
-        problems += _apply(layer, merged)
-    if any(layer.problems and not layer.tree for layer in layers):
-        raise ConfigError(_in_order(problems, layers))  # a file could not be read: what it sets is unknown
+    for layer in layers:
+        _merge(layer.tree, merged.tree, (), layer, merged)
+    _drop_alternatives(layers, merged)
 
-    config, more = _build(merged, layers[-1].name)
+    leaf = files[-1].name
+    config, more = _build(merged, leaf, incomplete)
     problems += more
     inert: dict[str, Inert] = {}
     notices: list[str] = []
     if config is not None:
-        inert = {key: why for key, why in inert_keys(config).items() if tuple(key.split(".")) in merged.origins}
+        inert = {key: why for key, why in inert_keys(config).items() if _get(merged.tree, key) is not None}
         clashes, notices = _sort_inert(inert, merged.origins)
         problems += clashes
         problems += [
             f"{_origin(merged.origins, tuple(key.split('.')))}: {why}" for key, why in unsupported(config).items()
         ]
+    if problems == [_base(leaf)]:
+        raise BaseConfigError(problems)
     if problems or config is None:
-        raise ConfigError(_in_order(problems, layers))
+        raise ConfigError(_in_order(problems, files, [layer.name for layer in [*given, *flags]]))
     return LoadedConfig(config, file, merged.origins, inert_keys(config), notices)
 
 
@@ -91,69 +93,95 @@ def read_chain(file: Path) -> tuple[list[Layer], list[str]]:
     seen: list[Path] = []
     current: Path | None = file
     while current is not None:
-        resolved = current.resolve()
-        if resolved in seen:
-            ring = " -> ".join(display(p) for p in [*seen[seen.index(resolved) :], resolved])
-            problems.append(f"{layers[-1].name}: inherits forms a ring: {ring}; take one `inherits` out")
-            break
-        seen.append(resolved)
+        seen.append(current.resolve())
         layer = read_file(current)
-        if layers and not current.exists():
-            line = layers[-1].origins.get(("inherits",), Origin(layers[-1].name))
-            layer.problems = [
-                f"{line}: inherits {layer.name}, which does not exist; the path is relative to the file it stands in"
-            ]
         layers.append(layer)
-        parent = layer.tree.pop("inherits", None)
-        origin = layer.origins.get(("inherits",))
-        if isinstance(parent, list | dict):
-            problems.append(f"{origin}: inherits takes one file, not a {'list' if isinstance(parent, list) else 'map'}")
-            parent = None
-        current = current.parent / parent if parent else None
+        current, problem = _parent(layer, current, seen)
+        problems += [f"{layer.origins[('inherits',)]}: {problem}"] if problem else []
     return layers[::-1], problems
 
 
-def _in_order(problems: list[str], layers: list[Layer]) -> list[str]:
-    """Sorted by file and line, the named file first; a problem in a parent says who inherits it."""
-    names = [layer.name for layer in reversed(layers)]
+def _parent(layer: Layer, file: Path, seen: list[Path]) -> tuple[Path | None, str | None]:
+    """The file that this one inherits, if any; or what is wrong with its `inherits`."""
+    if "inherits" not in layer.tree:
+        return None, None
+    name = layer.tree.pop("inherits")
+    if isinstance(name, list | dict):
+        return None, f"inherits takes one file, not a {'list' if isinstance(name, list) else 'map'}"
+    if not name:
+        return None, "inherits is empty; name the parent's file, or take the line out"
+    parent = file.parent / name
+    if os.path.isdir(parent):
+        return None, f"inherits {display(parent)}, which is a folder; name a file in it"
+    if not os.path.exists(parent):  # unlike Path.exists, also for names that no file can have
+        near = near_name(parent, other_than=file) if "\0" not in name else None
+        hint = "check the path" if Path(name).is_absolute() else "the path is relative to the file it stands in"
+        hint = f"did you mean {near}?" if near else hint
+        return None, f"inherits {display(parent)}, which does not exist; {hint}"
+    if parent.resolve() in seen:
+        ring = " -> ".join(display(p) for p in [*seen[seen.index(parent.resolve()) :], parent])
+        return None, f"inherits forms a ring: {ring}; take one `inherits` out"
+    return parent, None
+
+
+def _in_order(problems: list[str], files: list[Layer], settings: list[str]) -> list[str]:
+    """Sorted by file and line, the named file first, then the command line; a parent's problem says who inherits it."""
+    names = [layer.name for layer in reversed(files)]
 
     def place(problem: str) -> tuple[int, int]:
         for index, name in enumerate(names):
             if found := re.match(rf"{re.escape(name)}(:(\d+))?:", problem):
                 return index, int(found[2] or 0)
-        return len(names), 0  # the command line
+        on_command_line = (index for index, name in enumerate(settings) if problem.startswith(f"{name}: "))
+        return len(names), next(on_command_line, len(settings))
 
-    def with_heirs(problem: str) -> str:
-        heirs = names[: place(problem)[0]][::-1]
-        return (
-            f"{problem} [inherited by {', by '.join(heirs)}]" if heirs and place(problem)[0] < len(names) else problem
-        )
+    def whole(problem: str) -> str:
+        file = place(problem)[0]
+        heirs = names[:file][::-1] if file < len(names) else []
+        return _one_line(problem) + (f" [inherited by {', by '.join(heirs)}]" if heirs else "")
 
-    return [with_heirs(problem) for problem in sorted(problems, key=place)]
+    return list(dict.fromkeys(whole(problem) for problem in sorted(problems, key=place)))
 
 
-def _setting(text: str, name: str) -> Layer:
-    """A setting of the command line, called by the flag that the user wrote."""
-    layer = read_setting(text)
-    layer.problems = [problem.replace(f"--set {text}", name, 1) for problem in layer.problems]
-    layer.origins = {path: Origin(name) for path in layer.origins}
-    layer.name = COMMAND_LINE
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def _debug_layers() -> list[Layer]:
+    layers = [read_setting(text) for text in DEBUG_SETTINGS]
+    for layer in layers:
+        layer.name = "--debug"
+        layer.origins = {path: Origin("--debug") for path in layer.origins}
+    return layers
+
+
+def _flag(key: str, value: str) -> Layer:
+    """A flag of its own, such as --max_steps: its value is text as it stands, not YAML."""
+    layer = Layer(f"--{key.split('.')[-1]}")
+    layer.put(key, PlainText(value), Origin(layer.name))
     return layer
 
 
-def _apply(layer: Layer, merged: Layer) -> list[str]:
-    """Lays a layer over the merged tree: maps merge key by key, lists and scalars are replaced."""
+def _both_set(layer: Layer) -> list[str]:
+    """Alternatives that one author set."""
     problems = []
     for group in ALTERNATIVES:
-        chosen = [key for key in group if _get(layer.tree, key) is not None]
-        if len(chosen) > 1:
-            origin = layer.origins[tuple(chosen[1].split("."))]
-            problems.append(f"{origin}: {' and '.join(chosen)} are both set; they are alternatives, keep one")
-        elif chosen:
-            for other in set(group) - set(chosen):
-                _remove(merged, tuple(other.split(".")))
-    _merge(layer.tree, merged.tree, (), layer, merged)
+        origins = {key: layer.origins[tuple(key.split("."))] for key in group if _get(layer.tree, key) is not None}
+        if len(origins) > 1:
+            *first, last = sorted(origins, key=lambda key: origins[key].line or 0)
+            others = " and ".join(f"{key} ({origins[key]})" for key in first)
+            problems.append(f"{origins[last]}: {last} is an alternative to {others}; keep one of them")
     return problems
+
+
+def _drop_alternatives(layers: list[Layer], merged: Layer) -> None:
+    """Of each group of alternatives the one that the latest layer sets stays."""
+    for group in ALTERNATIVES:
+        present = [key for key in group if _get(merged.tree, key) is not None]
+        latest = next((key for layer in layers[::-1] for key in present if _get(layer.tree, key) is not None), None)
+        for key in present:
+            if key != latest:
+                _remove(merged, tuple(key.split(".")))
 
 
 def _merge(new: dict[str, Any], old: dict[str, Any], path: Path_, layer: Layer, merged: Layer) -> None:
@@ -168,25 +196,43 @@ def _merge(new: dict[str, Any], old: dict[str, Any], path: Path_, layer: Layer, 
             merged.origins[here] = layer.origins[here]
             if isinstance(value, dict):
                 _merge(value, old[key], here, layer, merged)
+            elif isinstance(value, list):
+                merged.origins |= {below: layer.origins[below] for below in _below(layer.origins, here)}
 
 
-def _build(merged: Layer, leaf: str) -> tuple[Config | None, list[str]]:
-    """The config, or None; and the problems. A second build without the faulty keys lets later checks run too."""
+def _base(leaf: str) -> str:
+    return f"{leaf}: is a base for other configs, it sets neither task nor model; inherit it, or set both"
+
+
+def _build(merged: Layer, leaf: str, incomplete: bool) -> tuple[Config | None, list[str]]:
+    """The config, or None; and the problems. A second build without the faulty keys lets later checks run too.
+
+    If the tree is incomplete, since something could not be read, no key is called missing.
+    """
     problems: list[str] = []
-    for _ in range(2):
+    for attempt in (1, 2):
         try:
             return Config.model_validate(merged.tree), problems
         except ValidationError as error:
-            if problems:
+            if attempt == 2:
                 return None, problems
+            missing = []
             for item in error.errors(include_url=False):
                 path = tuple(str(part) for part in item["loc"])
                 origin = _origin(merged.origins, path) or Origin(leaf)
-                if item["type"] == "extra_forbidden":
-                    problems.append(f"{origin}: {'.'.join(path)} is not a config key; {key_hint('.'.join(path))}")
+                if item["type"] == "missing" or (item["type"] == "value_error" and isinstance(item["input"], dict)):
+                    missing.append((path, f"{origin}: {value_problem(path, item)}"))
+                elif item["type"] == "extra_forbidden":
+                    problems.append(f"{origin}: {unknown_key(path)}")
                 else:
                     problems.append(f"{origin}: {value_problem(path, item)}")
                 _remove(merged, path)
+            if incomplete:
+                continue
+            if not problems and [path for path, _ in missing] == [("task",), ("model",)]:
+                return None, [_base(leaf)]
+            meant = {path for path, _ in missing if any(f"did you mean {'.'.join(path)}?" in text for text in problems)}
+            problems += [text for path, text in missing if path not in meant]
     return None, problems
 
 

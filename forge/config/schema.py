@@ -5,34 +5,41 @@ the field decides how it is read: `1e-4` is a number where a number is wanted, `
 wanted. The docstring below a field is its description in `forge config schema`.
 """
 
+import math
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class PlainText(str):
-    """A scalar written without quotes: where no field gives a type, YAML's own reading of it holds."""
+    """A scalar written without quotes."""
 
     def value(self) -> Any:
-        try:
-            return float(self) if any(c.isdigit() for c in self) and "e" in self.lower() else yaml.safe_load(self)
-        except ValueError:
-            return yaml.safe_load(self)
+        """What it means where no field gives a type: a truth value or a number if it looks like one, else the text."""
+        if self.lower() in BOOLEANS:
+            return BOOLEANS[self.lower()]
+        if any(c in "0123456789" for c in self):
+            for read in (int, float):
+                with suppress(ValueError):
+                    if math.isfinite(number := read(self)):
+                        return number
+        return str(self)
 
 
 def _read_bool(value: Any) -> Any:
     """Only words make a boolean: `1` and `0` are refused, they are usually a number in the wrong place."""
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     if isinstance(value, str):
-        if value.lower() not in words:
+        if value.lower() not in BOOLEANS:
             raise ValueError("must be true or false")
-        return words[value.lower()]
+        return BOOLEANS[value.lower()]
     return value
 
 
 def _read_open_map(value: Any) -> Any:
-    """Types the scalars of a map whose keys forge does not know, as YAML would."""
+    """Types the scalars of a map whose keys forge does not know."""
     if isinstance(value, dict):
         return {key: _read_open_map(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -186,7 +193,7 @@ class TrainingConfig(Section):
     """Added to AdamW's denominator."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """The gradient is scaled down to this norm; null: no clipping."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # numpy takes no larger one
     """Seeds new weights, dropout and the order of the rows."""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """auto: bf16 where the device computes in it, else no (float32); what was chosen stands in the log."""

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import yaml
 from forge.config.schema import PlainText
 
 Path_ = tuple[str, ...]  # the keys that lead to a value, from the top of the config
+
+MAX_DEPTH = 50  # maps and lists inside each other; no config comes near, and the writers of YAML and JSON end at 255
+MAX_VALUES = 100_000  # a few lines of aliases to aliases can stand for billions of values
+SUFFIXES = (".yaml", ".yml")
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
@@ -32,19 +38,15 @@ class Layer:
     tree: dict[str, Any] = field(default_factory=dict)
     origins: dict[Path_, Origin] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unreadable: bool = False  # what it sets is unknown: nothing can be called missing
 
     def put(self, key: str, value: Any, origin: Origin) -> None:
-        """Sets a dotted key: the maps on the way to it are made."""
+        """Sets a dotted key of an empty layer: the maps on the way to it are made."""
         path = tuple(key.split("."))
         node = self.tree
         for depth, name in enumerate(path[:-1], start=1):
-            if not isinstance(node.setdefault(name, {}), dict):
-                self.problems.append(
-                    f"{origin}: {'.'.join(path[:depth])} is already set to a value and cannot hold {key}"
-                )
-                return
-            node = node[name]
-            self.origins.setdefault(path[:depth], origin)
+            node = node.setdefault(name, {})
+            self.origins[path[:depth]] = origin
         node[path[-1]] = value
         self.origins[path] = origin
 
@@ -56,97 +58,168 @@ def display(path: Path) -> str:
 
 
 def read_file(path: Path) -> Layer:
-    """One YAML file. Syntax errors, unreadable files, duplicate keys and merge keys become problems."""
+    """One YAML file. An unreadable file, wrong syntax, duplicate keys and merge keys become problems."""
     layer = Layer(display(path))
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        layer.problems.append(f"{layer.name}: there is no such config file; check the path (you are in {Path.cwd()})")
+        node = _compose(_read_text(path), "check indentation, colons and brackets there")
+        if node is None or node.tag == "tag:yaml.org,2002:null":
+            raise _Unreadable("is empty; give it keys, such as task and model")
+        if not isinstance(node, yaml.MappingNode):
+            raise _Unreadable("a config is a map of keys, such as `task:`", node.start_mark.line + 1)
+    except _Unreadable as error:
+        place = layer.name if error.line is None else f"{layer.name}:{error.line}"
+        layer.problems.append(f"{place}: {error}")
+        layer.unreadable = True
         return layer
-    except IsADirectoryError:
-        found = ", ".join(sorted(p.name for p in path.glob("*.yaml"))[:5])
-        hint = f"name a file in it: {found}" if found else "name a YAML file"
-        layer.problems.append(f"{layer.name}: is a folder, not a config file; {hint}")
-        return layer
-    except (OSError, UnicodeDecodeError) as error:
-        layer.problems.append(f"{layer.name}: cannot be read ({error}); it must be a text file in UTF-8")
-        return layer
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        what = " ".join(part for part in (error.problem, error.context) if part)
-        layer.problems.append(f"{layer.name}:{line}: YAML syntax: {what}; check indentation, colons and brackets there")
-        return layer
-    except yaml.YAMLError as error:
-        layer.problems.append(f"{layer.name}: YAML syntax: {str(error).splitlines()[0]}")
-        return layer
-    if node is None:
-        layer.problems.append(f"{layer.name}: is empty; a config needs at least task and model, or inherits")
-    elif not isinstance(node, yaml.MappingNode):
-        layer.problems.append(f"{layer.name}:{node.start_mark.line + 1}: a config is a map of keys, such as `task:`")
-    else:
-        layer.tree = _read_map(node, (), layer, frozenset())
+    layer.tree = _read_map(node, (), layer)
     return layer
 
 
 def read_setting(setting: str) -> Layer:
     """One `--set key=value`; the value is YAML: a word, a number, null, [a, b] or {a: b}."""
-    name = f"--set {setting}"
-    layer = Layer(name)
+    layer = Layer(f"--set {' '.join(setting.splitlines())}")
+    origin = Origin(layer.name)
     key, equals, text = setting.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", key):
-        layer.problems.append(f"{name}: must have the form key=value with a dotted key, such as training.seed=1")
-        return layer
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        layer.problems.append(f"{name}: the value is not valid YAML ({str(error).splitlines()[0]}); quote it")
+        if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", key):
+            raise _Unreadable("must have the form key=value with a dotted key, such as training.seed=1")
+        node = _compose(text, f"put the value in quotes, such as {key}='\"…\"'")
+    except _Unreadable as error:
+        layer.problems.append(f"{layer.name}: {error}")
+        layer.unreadable = True
         return layer
-    if node is None:  # `--set key=` clears the key
-        layer.put(key, None, Origin(name))
-        return layer
-    layer.put(key, _read_node(node, tuple(key.split(".")), layer, frozenset(), Origin(name)), Origin(name))
+    # `--set key=` clears the key
+    layer.put(key, None if node is None else _read_node(node, tuple(key.split(".")), layer, origin), origin)
     return layer
 
 
-def _read_node(node: yaml.Node, path: Path_, layer: Layer, open_nodes: frozenset[int], origin: Origin | None) -> Any:
+def near_name(path: Path, other_than: Path | None = None) -> str | None:
+    """The name beside a missing file that is spelt most like it."""
+    try:
+        beside = [p for p in path.parent.iterdir() if p.suffix in SUFFIXES]
+        names = {p.stem: p.name for p in beside if other_than is None or p.resolve() != other_than.resolve()}
+        found = get_close_matches(path.stem, names, n=1)
+    except OSError:
+        return None
+    return names[found[0]] if found else None
+
+
+class _Unreadable(Exception):
+    """Why nothing of a file or a setting can be used, and the line."""
+
+    def __init__(self, sentence: str, line: int | None = None):
+        super().__init__(sentence)
+        self.line = line
+
+
+def _read_text(path: Path) -> str:
+    try:
+        contents = path.read_bytes()
+    except FileNotFoundError:
+        near = near_name(path)
+        hint = f"did you mean {near}?" if near else f"check the path (you are in {Path.cwd()})"
+        raise _Unreadable(f"there is no such config file; {hint}") from None
+    except IsADirectoryError:
+        found = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)[:5])
+        hint = f"name a file in it: {found}" if found else "name a YAML file"
+        raise _Unreadable(f"is a folder, not a config file; {hint}") from None
+    except OSError as error:
+        raise _Unreadable(f"cannot be read ({error.strerror}); check the path and its permissions") from None
+    try:
+        return contents.decode("utf-8-sig")  # with or without the mark that some editors put first
+    except UnicodeDecodeError as error:
+        line = contents.count(b"\n", 0, error.start) + 1
+        raise _Unreadable(f"byte 0x{contents[error.start]:02x} is not UTF-8; save the file as UTF-8", line) from None
+
+
+def _compose(text: str, hint: str) -> yaml.Node | None:
+    """The nodes of YAML text, of a bounded size and without tags; None if there is nothing in it."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tag = next(
+            (token for token in yaml.scan(text, Loader=yaml.SafeLoader) if isinstance(token, yaml.TagToken)), None
+        )
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _Unreadable(_syntax(error, hint), mark.line + 1 if mark else None) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _Unreadable(f"YAML does not allow the character #x{error.character:04x}; take it out", line) from None
+    except RecursionError:
+        raise _Unreadable(f"maps and lists are nested more than {MAX_DEPTH} deep; make it flatter") from None
+    if tag is not None:
+        name = "".join(part for part in tag.value if part)
+        what = f"the YAML tag {name} is not used in forge configs; write the value alone, in quotes if it is text"
+        raise _Unreadable(what, tag.start_mark.line + 1)
+    if node is not None:
+        _measure(node, {})
+    return node
+
+
+def _syntax(error: yaml.MarkedYAMLError, hint: str) -> str:
+    problem, context = error.problem or "", error.context or ""
+    if "'\\t'" in problem:
+        return "YAML syntax: there is a tab where only spaces may stand; indent with spaces"
+    if "another document" in problem:
+        return "YAML syntax: a second document begins here; keep one document, and take this `---` out"
+    return f"YAML syntax: {' '.join(filter(None, (problem, context)))}; {hint}"
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node stands for, aliases written out, and how deep they are nested."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 0
+    line = node.start_mark.line + 1
+    if id(node) in known:
+        shape = known[id(node)]
+        if shape is None:
+            raise _Unreadable("this value contains itself through an alias; write its keys out", line)
+        return shape
+    known[id(node)] = None
+    inside = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+    shapes = [_measure(child, known) for child in inside]
+    values, depth = 1 + sum(values for values, _ in shapes), 1 + max((depth for _, depth in shapes), default=0)
+    if depth > MAX_DEPTH:
+        raise _Unreadable(f"maps and lists are nested more than {MAX_DEPTH} deep; make it flatter", line)
+    if values > MAX_VALUES:
+        raise _Unreadable(f"this stands for more than {MAX_VALUES:,} values; take aliases out", line)
+    known[id(node)] = values, depth
+    return values, depth
+
+
+def _read_node(node: yaml.Node, path: Path_, layer: Layer, origin: Origin | None = None) -> Any:
+    """The node as texts; with an origin, that holds for all of it, else each line counts."""
     if isinstance(node, yaml.ScalarNode):
         if node.style is None:  # plain, neither quoted nor a block
             return None if node.tag == "tag:yaml.org,2002:null" else PlainText(node.value)
         return node.value
-    if id(node) in open_nodes:
-        layer.problems.append(
-            f"{layer.name}:{node.start_mark.line + 1}: {'.'.join(path)} contains itself through an alias"
-        )
-        return None
-    open_nodes |= {id(node)}
     if isinstance(node, yaml.SequenceNode):
-        return [_read_node(item, (*path, str(i)), layer, open_nodes, origin) for i, item in enumerate(node.value)]
+        items = []
+        for index, item in enumerate(node.value):
+            here = (*path, str(index))
+            layer.origins[here] = origin or Origin(layer.name, item.start_mark.line + 1)
+            items.append(_read_node(item, here, layer, origin))
+        return items
     assert isinstance(node, yaml.MappingNode)
-    return _read_map(node, path, layer, open_nodes, origin)
+    return _read_map(node, path, layer, origin)
 
 
-def _read_map(
-    node: yaml.MappingNode, path: Path_, layer: Layer, open_nodes: frozenset[int], origin: Origin | None = None
-) -> dict[str, Any]:
+def _read_map(node: yaml.MappingNode, path: Path_, layer: Layer, origin: Origin | None = None) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key_node, value_node in node.value:
         here = origin or Origin(layer.name, key_node.start_mark.line + 1)
-        if not isinstance(key_node, yaml.ScalarNode):
-            layer.problems.append(f"{here}: a key must be a word")
+        if not isinstance(key_node, yaml.ScalarNode) or not key_node.value.strip():
+            layer.problems.append(f"{here}: a key must be a word, such as `task:`")
             continue
         key, key_path = key_node.value, (*path, key_node.value)
-        dotted = ".".join(key_path)
-        if key == "<<":
+        if key_node.tag == MERGE_TAG:
             layer.problems.append(
                 f"{here}: the merge key << is not used in forge configs; use inherits, or repeat the keys"
             )
         elif key in tree:
-            first = layer.origins[key_path]
-            layer.problems.append(f"{here}: {dotted} is given twice in this file, first at {first}; keep one of them")
+            first = "" if layer.origins[key_path] == here else f", first at {layer.origins[key_path]}"
+            layer.problems.append(f"{here}: {'.'.join(key_path)} is given twice{first}; keep one of them")
         else:
             layer.origins[key_path] = here
-            tree[key] = _read_node(value_node, key_path, layer, open_nodes, origin)
+            tree[key] = _read_node(value_node, key_path, layer, origin)
     return tree

@@ -1,4 +1,4 @@
-"""A made-up data set for natural-language inference: does the premise entail, leave open or contradict the hypothesis?
+"""A made-up data set for natural-language inference: pairs whose label follows by logic from what forge wrote.
 
 It needs no download, and a small pretrained encoder learns most of it in a few hundred steps on a CPU. Equal arguments
 give equal rows on every machine and Python version.

@@ -1,0 +1,159 @@
+"""A key without effect is a mistake where one author wrote it and the mode, a notice where two did."""
+
+from pathlib import Path
+
+import pytest
+
+from forge.config.effects import inert_keys, unsupported
+from forge.config.explain import effective
+from forge.config.loader import LoadedConfig, load_config
+from forge.config.schema import Config
+from forge.errors import ConfigError
+
+WHOLE = "task: {type: classification, dataset: {path: data}}\nmodel: {path: m}\n"  # two lines
+ALPHA_0 = "distillation: {alpha: 0}\n"
+HOT = "distillation: {temperature: 4}\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_one_file_that_sets_both_is_wrong() -> None:
+    assert problems(WHOLE + "distillation:\n  temperature: 4\n  alpha: 0\n") == [
+        "c.yaml:4: distillation.temperature has no effect, since distillation.alpha is 0 (c.yaml:5); "
+        "take one of them out"
+    ]
+
+
+def test_a_command_line_that_sets_both_is_wrong() -> None:
+    assert problems(WHOLE, "distillation.alpha=0", "distillation.temperature=4") == [
+        "--set distillation.temperature=4: distillation.temperature has no effect, since distillation.alpha is 0 "
+        "(--set distillation.alpha=0); take one of them out"
+    ]
+
+
+def test_a_parent_that_sets_both_is_wrong_for_its_heirs_too() -> None:
+    Path("b.yaml").write_text("distillation: {alpha: 0, temperature: 4}\n")
+    assert problems("inherits: b.yaml\n" + WHOLE) == [
+        "b.yaml:1: distillation.temperature has no effect, since distillation.alpha is 0 (b.yaml:1); "
+        "take one of them out [inherited by c.yaml]"
+    ]
+
+
+def test_a_control_run_of_a_distillation_is_one_notice() -> None:
+    loaded = load(WHOLE + "distillation:\n  temperature: 4\nteacher: {path: t}\n", "distillation.alpha=0")
+    assert loaded.notices == [
+        "without effect in this run: distillation.temperature (c.yaml:4: distillation.alpha is 0), "
+        "teacher.path (c.yaml:5: distillation.alpha is 0)"
+    ]
+
+
+@pytest.mark.parametrize(("parent", "child"), [(ALPHA_0, HOT), (HOT, ALPHA_0)])
+def test_a_parent_and_its_child_are_two_authors(parent: str, child: str) -> None:
+    Path("b.yaml").write_text(parent)
+    place = "b.yaml:1" if parent == HOT else "c.yaml:4"
+    assert load(f"inherits: b.yaml\n{WHOLE}{child}").notices == [
+        f"without effect in this run: distillation.temperature ({place}: distillation.alpha is 0)"
+    ]
+
+
+def test_a_file_and_the_command_line_are_two_authors() -> None:
+    assert load(WHOLE + ALPHA_0, "distillation.temperature=4").notices == [
+        "without effect in this run: distillation.temperature "
+        "(--set distillation.temperature=4: distillation.alpha is 0)"
+    ]
+
+
+def test_a_mode_that_nobody_set_makes_a_notice() -> None:
+    assert load(WHOLE + HOT).notices == [
+        "without effect in this run: distillation.temperature (c.yaml:3: distillation.alpha is 0)"
+    ]
+
+
+def test_a_default_and_a_null_are_not_spoken_of() -> None:
+    assert load(WHOLE + ALPHA_0).notices == []
+    assert load(WHOLE + "distillation: {alpha: 0}\nteacher: {path: null}\n").notices == []
+    assert load(WHOLE.replace("path: data", "path: data, name: null")).notices == []
+
+
+def test_a_value_that_the_last_author_set_again_is_his() -> None:
+    Path("b.yaml").write_text(HOT)
+    (problem,) = problems(f"inherits: b.yaml\n{WHOLE}distillation: {{alpha: 0, temperature: 3}}\n")
+    assert problem.startswith("c.yaml:4: distillation.temperature has no effect")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (WHOLE, {"task.dataset.name", "task.dataset.config", "task.dataset.revision"}),
+        (WHOLE.replace("path: data", "name: n"), set()),
+        (
+            WHOLE.replace("path: data", "demo: nli"),
+            {
+                *("task.dataset.name", "task.dataset.config", "task.dataset.revision"),
+                *("task.dataset.train_split", "task.dataset.validation_splits"),
+            },
+        ),
+        (
+            WHOLE.replace("path: data", "name: n").replace("path: m", "config: {model_type: bert}, tokenizer: t"),
+            {"model.path", "model.revision", "model.labels", "model.new_head"},
+        ),
+        (WHOLE.replace("path: data", "name: n").replace("path: m", "path: m, new_head: yes"), {"model.labels"}),
+        (WHOLE.replace("path: data", "name: n") + "training: {max_steps: 1}\n", {"training.epochs"}),
+        (WHOLE.replace("path: data", "name: n") + "training: {warmup_steps: 0}\n", {"training.warmup_ratio"}),
+        (
+            WHOLE.replace("path: data", "name: n") + "training: {batch_size: 8}\n",
+            {"training.gradient_accumulation_steps"},
+        ),
+        (WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no, final: no, every_steps: 3}\n", set()),
+        (WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no}\n", set()),
+        (
+            WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no, final: no}\n",
+            {"evaluation.max_samples", "evaluation.per_device_batch_size"},
+        ),
+        (WHOLE.replace("path: data", "name: n") + "checkpoint: {every_steps: null}\n", {"checkpoint.keep_last"}),
+    ],
+)
+def test_each_mode_has_its_keys_without_effect(text: str, expected: set[str]) -> None:
+    config = load(text).config
+    inert = inert_keys(config)
+    assert set(inert) == expected | {"distillation.temperature", "teacher.path"}
+    assert all(found(config, why.mode_key) != "absent" for why in inert.values())
+    assert all(found(config, key) != "absent" for key in inert)
+    assert not any(found(effective(config), key) != "absent" for key in inert)
+
+
+def test_with_a_teacher_its_keys_have_their_effect_but_this_version_has_none() -> None:
+    config = load(WHOLE).config
+    config = config.model_copy(update={"distillation": config.distillation.model_copy(update={"alpha": 0.5})})
+    assert not {"distillation.temperature", "teacher.path"} & set(inert_keys(config))
+    assert unsupported(config) == {
+        "distillation.alpha": "distillation.alpha is 0.5, and this version of forge trains with 0 only; set it to 0"
+    }
+
+
+def test_a_batch_size_below_the_device_limit_is_no_clash() -> None:
+    config = load(WHOLE + "training: {batch_size: 48, per_device_batch_size: 64}\n").config
+    assert effective(config)["training"]["per_device_batch_size"] == 64
+
+
+def load(text: str, *settings: str) -> LoadedConfig:
+    Path("c.yaml").write_text(text)
+    return load_config(Path("c.yaml"), settings)
+
+
+def problems(text: str, *settings: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load(text, *settings)
+    return error.value.problems
+
+
+def found(tree: object, dotted: str) -> object:
+    node = tree.model_dump() if isinstance(tree, Config) else tree
+    for key in dotted.split("."):
+        if not isinstance(node, dict) or key not in node:
+            return "absent"
+        node = node[key]
+    return node
