@@ -11,6 +11,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import logging
 import os
+import shutil
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ConfigError, ForgeError, UsageError
@@ -136,13 +137,16 @@ def _print_summary(result: "Result") -> None:
             table.add_row(*row)
         console.print(table)
     path = os.path.relpath(result.run.path) if result.run.path.is_relative_to(Path.cwd()) else result.run.path
-    console.print(f"run       {path}", highlight=False, soft_wrap=True)
-    console.print(
-        f"model     {path}/final     (loads with from_pretrained; README.md in it is the model card)", soft_wrap=True
+    active = shutil.which("forge") is not None  # the environment that forge is installed in
+    python = "python" if active else os.path.relpath(sys.executable)
+    lines = (
+        ("run", path, "metrics, log, config, provenance"),
+        ("model", f"{path}/final", "loads with from_pretrained; its README.md is the model card"),
+        ("next", "forge runs" if active else f"{python} -m forge.cli runs", "all runs"),
+        ("", f"{python} forge.py --config X.yaml --set model.path={path}", "go on from this model"),
     )
-    console.print(
-        f"next      forge runs          python forge.py --config X.yaml --set model.path={path}", soft_wrap=True
-    )
+    for word, what, why in lines:
+        console.print(f"{word:<6} {what}   # {why}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -30,6 +30,19 @@ class LoadedModel:
     source: ModelSource | None  # None: built from scratch
     label_ids: list[int]
     new_weights: list[str]  # the parameters that no checkpoint gave
+
+    def facts(self) -> dict[str, Any]:
+        """What run_metadata.json tells of the model."""
+        return {
+            "source": self.source.name if self.source else "from scratch",
+            "location": self.source.location if self.source else None,
+            "revision": self.source.revision if self.source else None,
+            "architecture": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "labels": list((self.model.config.id2label or {}).values()),
+            "new_weights": self.new_weights if self.source else "all",
+        }
 
 
 def load_classifier(

@@ -40,6 +40,16 @@ class Classification:
         labels = [IGNORE if row["label"] is None else self.label_ids[row["label"]] for row in rows]
         return {**batch, "labels": torch.tensor(labels)}
 
+    def facts(self) -> dict[str, Any]:
+        """What run_metadata.json tells of the data."""
+        return {
+            "description": self.description,
+            "fingerprint": self.fingerprint,
+            "rows": {"train": len(self.train), **{name: len(rows) for name, rows in self.validation.items()}},
+            "truncated": self.truncated,
+            "labels": self.labels,
+        }
+
     def metrics(self) -> "ClassificationMetrics":
         """An empty count of predictions."""
         names = [self.labels[self.label_ids.index(i)] for i in range(len(self.labels))]

@@ -1,5 +1,6 @@
 """What happens beside training: reports go to the log, to metrics.jsonl, to the terminal's progress bar and to W&B."""
 
+import json
 import logging
 import time
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from forge.run.directory import RunDirectory
-from forge.run.files import append_json_line
+from forge.run.files import append_json_line, read_json_lines, write_atomically
 from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,13 @@ class MetricsFile(Callback):
 
     def __init__(self, run: RunDirectory):
         self._file = run.metrics_file
+
+    def training_started(self, state: TrainingState) -> None:
+        """A resumed run takes steps again that the last attempt had reported: one curve, no step twice."""
+        rows = read_json_lines(self._file)
+        kept = [row for row in rows if row["step"] <= state.step]
+        if len(kept) < len(rows):
+            write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def reported(self, state: TrainingState, metrics: Metrics) -> None:
         append_json_line(self._file, {"step": state.step, "epoch": round(state.epoch, 4), **metrics})

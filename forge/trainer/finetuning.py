@@ -1,12 +1,14 @@
 """The loop: steps, rate, reports, evaluations and checkpoints of supervised fine-tuning over Accelerate."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from forge.checkpoint.contents import load_checkpoint, save_checkpoint
-from forge.config.schema import Config
+from forge.config.schema import Config, TrainingConfig
 from forge.errors import TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
 from forge.run.directory import RunDirectory
@@ -158,6 +160,18 @@ class FinetuningTrainer:
             f"{self.accelerator.mixed_precision}); nothing was saved after it, {kept}. Try a lower "
             "training.learning_rate, a longer warm-up, or training.mixed_precision: no"
         )
+
+
+def world_facts(accelerator: Accelerator, training: TrainingConfig) -> dict[str, Any]:
+    """What run_metadata.json tells of the ranks, and of how a step is spread over them."""
+    rows_per_step, micro_batches = step_shape(training, accelerator.num_processes)
+    return {
+        "ranks": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "mixed_precision": accelerator.mixed_precision,
+        "rows_per_step": rows_per_step,
+        "micro_batches_per_rank": micro_batches,
+    }
 
 
 def due(step: int, every: int | None) -> bool:

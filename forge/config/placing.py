@@ -1,0 +1,31 @@
+"""Where a config's runs lie, and its local folders as paths that hold wherever it is read."""
+
+from pathlib import Path
+
+from forge.config.schema import Config
+
+
+def config_name(file: Path) -> Path:
+    """Where a config's runs lie below the output root: its path below configs/, or its bare name elsewhere."""
+    path = file.resolve().with_suffix("")
+    if "configs" in path.parts[:-1]:
+        below = len(path.parts) - 1 - path.parts[::-1].index("configs")
+        return Path(*path.parts[below + 1 :])
+    return Path(path.name)
+
+
+def located(config: Config) -> Config:
+    """The config with local folders as absolute paths: a run's own config.yaml holds wherever it is read from."""
+
+    def place(name: str | None) -> str | None:
+        return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name
+
+    dataset = config.task.dataset.model_copy(update={"path": place(config.task.dataset.path)})
+    model = {"path": place(config.model.path), "tokenizer": place(config.model.tokenizer)}
+    return config.model_copy(
+        update={
+            "task": config.task.model_copy(update={"dataset": dataset}),
+            "model": config.model.model_copy(update=model),
+            "output_root": str(Path(config.output_root).absolute()),
+        }
+    )
