@@ -11,11 +11,13 @@ import datasets
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 
 from forge.cluster.ranks import build_accelerator, on_rank_0, rank_0_first
 from forge.config.explain import effective, to_yaml
 from forge.config.loader import LoadedConfig
 from forge.config.schema import Config
+from forge.errors import TrainingError
 from forge.model.card import compare, model_card
 from forge.model.export import export_model
 from forge.model.load import LoadedModel, check_length, load_classifier
@@ -161,7 +163,16 @@ def _evaluate(stage: str, wanted: bool, trainer: FinetuningTrainer) -> None:
 
 
 def _export(trainer: FinetuningTrainer) -> None:
-    on_rank_0(trainer.accelerator, lambda: export_model(trainer.model, trainer.task.tokenizer, trainer.run.final))
+    def export() -> None:
+        try:
+            export_model(trainer.model, trainer.task.tokenizer, trainer.run.final)
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TrainingError(
+                f"the final model could not be written ({reason}); free some space, then resume"
+            ) from error
+
+    on_rank_0(trainer.accelerator, export)
     logger.info("final model in %s", trainer.run.final)
 
 

@@ -101,7 +101,7 @@ def train(args: argparse.Namespace) -> int:
         logger.error("interrupted; `forge runs --incomplete` names the run and its resume command")
         return EXIT_FAILED
     except OSError as error:
-        logger.exception("stopped by the system: %s", error)
+        logger.error("stopped by the system: %s; see to it, then resume the run", error)
         return EXIT_FAILED
     except Exception:
         logger.exception("forge failed; this is a bug in forge or in what it calls, and the traceback says where")

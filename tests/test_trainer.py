@@ -183,6 +183,27 @@ def test_only_the_last_checkpoints_stay(build_trainer: Build) -> None:
     assert trainer.run.latest_checkpoint_file.read_text() == "checkpoint-6\n"
 
 
+def test_a_save_that_fails_leaves_the_checkpoint_before_and_no_half_of_its_own(build_trainer: Build) -> None:
+    trainer = build_trainer()
+    save = trainer.accelerator.save_state
+
+    def disk_full_at_the_second(folder: str) -> None:
+        save(folder)
+        if trainer.state.step == 6:
+            raise OSError(28, "No space left on device")
+
+    trainer.accelerator.save_state = disk_full_at_the_second
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-6 could not be saved \(.*No space left.*newest checkpoint is check"
+    ):
+        trainer.train()
+    assert sorted(path.name for path in trainer.run.path.iterdir()) == [
+        *("checkpoint-3", "latest_checkpoint", "training_state.json"),
+    ]
+    assert trainer.state.latest_checkpoint == "checkpoint-3"
+    assert trainer.run.latest_checkpoint_file.read_text() == "checkpoint-3\n"
+
+
 def test_a_restored_trainer_ends_where_the_unbroken_one_does(build_trainer: Build) -> None:
     """With dropout: the random numbers are part of what is restored."""
     settings = ("model.dropout=0.1", "checkpoint.every_steps=2", "checkpoint.keep_last=3")

@@ -3,11 +3,14 @@
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
-from forge.errors import TrainingError
+from forge.cluster.ranks import on_every_rank, on_rank_0
+from forge.errors import ForgeError, TrainingError
 from forge.run.directory import RunDirectory
 from forge.run.files import write_atomically
 from forge.run.state import TrainingState
@@ -16,25 +19,37 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accelerator, keep_last: int) -> None:
-    """Writes checkpoint-N beside the others, named only when it is whole; then drops those beyond keep_last."""
+    """Writes checkpoint-N beside the others, named only when it is whole; then drops those beyond keep_last.
+
+    Raises TrainingError where it could not be written; the checkpoints before it stay.
+    """
     target = run.checkpoint(state.step)
     staging = run.path / f".tmp-{target.name}"
-    if accelerator.is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(staging))
-    accelerator.wait_for_everyone()
-    state.latest_checkpoint = target.name
-    if accelerator.is_main_process:
-        state.save(staging / run.state_file.name)
+
+    def commit() -> None:
+        saved = replace(state, latest_checkpoint=target.name)
+        saved.save(staging / run.state_file.name)
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was resumed from an older one
         os.replace(staging, target)
         write_atomically(run.latest_checkpoint_file, target.name + "\n")
-        state.save(run.state_file)
+        saved.save(run.state_file)
         for old in _checkpoints(run)[:-keep_last]:
             shutil.rmtree(old)
-        logger.info("saved %s", target.name)
-    accelerator.wait_for_everyone()
+
+    try:
+        on_rank_0(accelerator, lambda: shutil.rmtree(staging, ignore_errors=True))
+        on_every_rank(accelerator, lambda: accelerator.save_state(str(staging)))
+        on_rank_0(accelerator, commit)
+    except (OSError, RuntimeError, SafetensorError, ForgeError) as error:  # torch's writer raises RuntimeError
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        newest = state.latest_checkpoint or "none yet"
+        raise TrainingError(
+            f"{target} could not be saved ({reason}); the newest checkpoint is {newest}. Free some space, then resume"
+        ) from error
+    state.latest_checkpoint = target.name
+    logger.info("saved %s", target.name)
 
 
 def load_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accelerator) -> None:

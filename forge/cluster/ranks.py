@@ -57,6 +57,13 @@ def rank_0_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
+def on_every_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Runs work on all ranks at once; an error on any rank ends all of them. Work must hold no collective."""
+    result, error = _attempt(work)
+    _raise_agreed(error)
+    return result  # type: ignore[return-value]
+
+
 def on_rank_0(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Runs work on rank 0 only and gives its result, or its error, to every rank."""
     outcome = _attempt(work) if accelerator.is_main_process else (None, None)
