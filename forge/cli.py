@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from forge import __version__
+from forge.command import EPILOG, Parser, add_config_arguments, add_train_arguments, train
 from forge.errors import EXIT_COMPLETE, EXIT_USAGE, BaseConfigError, ConfigError, ForgeError, UsageError
-from forge.train import EPILOG, Parser, add_config_arguments, add_train_arguments, train
 
 
 def main(arguments: list[str] | None = None) -> int:

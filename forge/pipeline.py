@@ -13,16 +13,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from forge.cluster.ranks import build_accelerator, on_rank_0, rank_0_first
+from forge.cluster.ranks import build_accelerator, on_every_rank, on_rank_0, rank_0_first
 from forge.config.explain import effective, to_yaml
 from forge.config.loader import LoadedConfig
+from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import TrainingError
 from forge.model.card import compare, model_card
 from forge.model.export import export_model
-from forge.model.load import LoadedModel, check_length, load_classifier
+from forge.model.load import LoadedModel, check_fits, load_classifier
 from forge.model.source import find_model, load_tokenizer
-from forge.run.directory import RunDirectory, check_writable
+from forge.run.directory import RunDirectory, check_run_name, check_writable
 from forge.run.files import read_json, read_json_lines, write_atomically
 from forge.run.log import RunLog
 from forge.run.opening import open_run
@@ -65,11 +66,11 @@ def run_pipeline(request: Request, log: RunLog) -> Result:
     log.adopt_library_loggers()
     if not log.console.is_terminal or not accelerator.is_main_process:
         _hide_progress_bars()
-    on_rank_0(accelerator, lambda: check_writable(Path(config.output_root)))
+    on_rank_0(accelerator, lambda: _check_place(request))
 
     # What bad input can break comes first: until here and through the next two lines nothing is created.
     task = rank_0_first(accelerator, lambda: _load_task(config))
-    loaded_model = rank_0_first(accelerator, lambda: _load_model(config, task))
+    loaded_model = on_every_rank(accelerator, lambda: _load_model(config, task))
     task = replace(task, label_ids=loaded_model.label_ids)
 
     facts = {"data": task.facts(), "model": loaded_model.facts(), "world": world_facts(accelerator, config.training)}
@@ -88,11 +89,14 @@ def run_pipeline(request: Request, log: RunLog) -> Result:
         try:
             trainer = FinetuningTrainer(config, accelerator, task, loaded_model.model, run, state, callbacks)
             trainer.restore()
-            stages: list[tuple[Stage, Callable[[], None]]] = [
-                (Stage.BASELINE_EVALUATION, lambda: _evaluate("baseline", config.evaluation.baseline, trainer)),
+            stages: list[tuple[Stage, Callable[[], object]]] = [
+                (
+                    Stage.BASELINE_EVALUATION,
+                    lambda: trainer.evaluate("baseline") if config.evaluation.baseline else None,
+                ),
                 (Stage.TRAINING, trainer.train),
                 (Stage.EXPORT, lambda: _export(trainer)),
-                (Stage.FINAL_EVALUATION, lambda: _evaluate("final", config.evaluation.final, trainer)),
+                (Stage.FINAL_EVALUATION, lambda: trainer.evaluate("final") if config.evaluation.final else None),
             ]
             for stage, work in stages:
                 if state.stage.order <= stage.order:
@@ -102,6 +106,7 @@ def run_pipeline(request: Request, log: RunLog) -> Result:
             on_rank_0(accelerator, lambda: _complete(result, state, config))
         finally:
             callbacks.finished(state)
+    accelerator.end_training()
     return result
 
 
@@ -115,6 +120,14 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator)
             state.error = f"{type(error).__name__}: {error}".strip(": ")
             state.save(run.state_file)
         raise
+
+
+def _check_place(request: Request) -> None:
+    """A run that could not be written, or not under its name, is refused before the work and not after it."""
+    output_root = Path(request.loaded.config.output_root)
+    check_writable(output_root)
+    if request.resumed is None and request.run_name is not None:
+        check_run_name(output_root, config_name(request.loaded.file), request.run_name)
 
 
 def _hide_progress_bars() -> None:
@@ -133,7 +146,7 @@ def _load_task(config: Config) -> Classification:
 def _load_model(config: Config, task: Classification) -> LoadedModel:
     set_seed(config.training.seed)  # new weights depend on the seed alone, not on what was drawn before
     loaded = load_classifier(config.model, task.labels, task.tokenizer)
-    check_length(loaded.model, config.task.max_length)
+    check_fits(loaded.model, config.task.max_length, config.training)
     return loaded
 
 
@@ -155,11 +168,6 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
         update(Path(trainer.config.output_root), state.run_id, stage)
 
     on_rank_0(trainer.accelerator, record)
-
-
-def _evaluate(stage: str, wanted: bool, trainer: FinetuningTrainer) -> None:
-    if wanted:
-        trainer.callbacks.evaluated(trainer.state, stage, trainer.evaluate())
 
 
 def _export(trainer: FinetuningTrainer) -> None:

@@ -8,59 +8,7 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-import logging
-import os
-import shutil
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ConfigError, ForgeError, UsageError
-
-if TYPE_CHECKING:
-    from forge.config.loader import LoadedConfig
-    from forge.pipeline import Result
-    from forge.run.directory import RunDirectory
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong with the command line, and takes no abbreviations."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"error: {message}; see `{self.prog} --help`\n")
-
-
-EPILOG = "Exit codes: 0 complete; 1 failed; 2 usage or config error; 75 stopped on a signal, to be resumed."
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that change a config."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set any key, such as training.seed=1; repeatable",
-    )
-    parser.add_argument("--max_steps", metavar="N", help="optimizer steps to train for, instead of epochs")
-    parser.add_argument("--epochs", metavar="E", help="passes over the training split")
-    parser.add_argument(
-        "--debug", action="store_true", help="a few rows, two steps, every stage; nothing is sent to W&B"
-    )
-    parser.add_argument("--output_root", metavar="DIR", help="the folder that holds all runs (outputs)")
-
-
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of training."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="X.yaml", help="start a new run from this config")
-    what.add_argument(
-        "--resume", metavar="RUN", help="go on with a run: its directory, or its name if there is one such"
-    )
-    parser.add_argument("--run_name", metavar="NAME", help="the run directory's name (the time of the start)")
-    add_config_arguments(parser)
+from forge.command import EPILOG, Parser, add_train_arguments, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,85 +16,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="forge.py", description="Train a model from one YAML config.", epilog=EPILOG)
     add_train_arguments(parser)
     return train(parser.parse_args(arguments))
-
-
-def train(args: argparse.Namespace) -> int:
-    """Trains as the parsed arguments say, and returns the exit code. The heavy imports wait until the config holds."""
-    from forge.run.log import start_logging
-    from forge.run.state import TrainingState
-
-    rank = int(os.environ.get("RANK", "0"))
-    log = start_logging(rank)
-    logger = logging.getLogger("forge")
-    try:
-        loaded, resumed = _loaded(args)
-        if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
-            logger.info("%s is complete; its model is in %s", resumed.path, resumed.final)
-            return EXIT_COMPLETE
-        os.environ.setdefault(
-            "TOKENIZERS_PARALLELISM", "false" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "true"
-        )
-        from forge.pipeline import Request, run_pipeline
-
-        result = run_pipeline(Request(loaded, sys.orig_argv, args.run_name, resumed), log)
-        if rank == 0:
-            _print_summary(result)
-        return EXIT_COMPLETE
-    except ForgeError as error:
-        if rank == 0:
-            for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
-                logger.error(problem)
-        return error.exit_code
-    except KeyboardInterrupt:
-        logger.error("interrupted; `forge runs --incomplete` names the run and its resume command")
-        return EXIT_FAILED
-    except OSError as error:
-        logger.error("stopped by the system: %s; see to it, then resume the run", error)
-        return EXIT_FAILED
-    except Exception:
-        logger.exception("forge failed; this is a bug in forge or in what it calls, and the traceback says where")
-        return EXIT_FAILED
-    finally:
-        log.close()
-
-
-def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | None]":
-    """The checked config, and the run it is resumed in. Needs no torch: a wrong config answers at once."""
-    from forge.config.loader import load_config
-    from forge.run.directory import find_run
-
-    if args.config is not None:
-        overrides = {"max_steps": args.max_steps, "epochs": args.epochs, "output_root": args.output_root}
-        return load_config(Path(args.config), args.set, debug=args.debug, **overrides), None
-    given = [f"--{name}" for name in ("set", "max_steps", "epochs", "debug", "run_name") if getattr(args, name)]
-    if given:
-        raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a run goes on with its own config")
-    run = find_run(Path(args.output_root or "outputs"), args.resume)
-    return load_config(run.config_file), run
-
-
-def _print_summary(result: "Result") -> None:
-    """The numbers before and after, where the run lies, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 100, markup=False)  # a path may hold [brackets]
-    if rows := result.table():
-        table = Table("metric", "before", "after", title=result.run.name, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    path = os.path.relpath(result.run.path) if result.run.path.is_relative_to(Path.cwd()) else result.run.path
-    active = shutil.which("forge") is not None  # the environment that forge is installed in
-    python = "python" if active else os.path.relpath(sys.executable)
-    lines = (
-        ("run", path, "metrics, log, config, provenance"),
-        ("model", f"{path}/final", "loads with from_pretrained; its README.md is the model card"),
-        ("next", "forge runs" if active else f"{python} -m forge.cli runs", "all runs"),
-        ("", f"{python} forge.py --config X.yaml --set model.path={path}", "go on from this model"),
-    )
-    for word, what, why in lines:
-        console.print(f"{word:<6} {what}   # {why}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -124,14 +124,16 @@ def forge(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> sub
     )
 
 
-def forge_on_two_ranks(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def forge_on_two_ranks(
+    *arguments: object, script: object = "forge/train.py", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The true command on two gloo ranks, through accelerate's launcher and a free port, uninstalled."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", str(port)]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "forge/train.py", *map(str, arguments)]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script), *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False

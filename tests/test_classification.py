@@ -93,6 +93,38 @@ def test_rows_that_are_cut_are_counted(tiny_model: Path, data_folder: Path) -> N
     assert max(task.train["length"][:]) == 16
 
 
+def test_the_longer_sentence_is_cut(tiny_model: Path, tmp_path: Path) -> None:
+    row = {"premise": "the dog", "hypothesis": "a " * 30, "label": "x"}
+    write_rows(tmp_path / "train.jsonl", [row, {**row, "label": "y"}])
+    write_rows(tmp_path / "validation.jsonl", [row])
+
+    assert load(tiny_model, {"path": str(tmp_path)}, max_length=8).train[0]["input_ids"] == [2, 4, 8, 3, 5, 5, 5, 3]
+
+
+def test_tokens_of_one_kind_of_model_are_not_taken_for_those_of_another(tiny_model: Path, data_folder: Path) -> None:
+    """DistilBERT's tokenizer is BERT's but for the inputs it names; both read one cache."""
+    config = ClassificationTask(
+        type="classification",
+        dataset={"path": str(data_folder)},
+        columns={"text": "premise", "text_pair": "hypothesis"},
+        max_length=31,
+    )
+    like_distilbert = AutoTokenizer.from_pretrained(tiny_model)
+    like_distilbert.model_input_names = ["input_ids", "attention_mask"]
+
+    assert "token_type_ids" not in load_classification(config, like_distilbert).train.column_names
+    assert "token_type_ids" in load_classification(config, AutoTokenizer.from_pretrained(tiny_model)).train.column_names
+
+
+def test_a_quick_look_sees_every_label_of_sorted_rows(tiny_model: Path, tmp_path: Path) -> None:
+    rows = sorted(pair_rows(90), key=lambda row: str(row["label"]))
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "validation.jsonl", rows)
+    task = load(tiny_model, {"path": str(tmp_path), "max_rows": 6})
+
+    assert task.train["label"][:] == [0, 0, 1, 1, 2, 2]
+
+
 def test_the_fingerprint_follows_the_rows(tiny_model: Path, tmp_path: Path) -> None:
     def fingerprint(rows: list[dict[str, object]]) -> str:
         write_rows(tmp_path / "train.jsonl", rows)

@@ -5,11 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, GPT2Config, GPT2Model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    GPT2Model,
+    RobertaConfig,
+)
 
-from forge.config.schema import ModelConfig
+from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
-from forge.model.load import LoadedModel, check_length, load_classifier
+from forge.model.load import LoadedModel, check_fits, load_classifier
 from forge.model.source import find_model
 
 LABELS = ["entailment", "neutral", "contradiction"]
@@ -97,7 +104,7 @@ def test_a_model_is_built_from_scratch_by_its_config_alone(tiny_model: Path) -> 
     assert loaded.model.classifier.weight.shape == (3, 16)
     with pytest.raises(UsageError, match=r"model\.config\.hidden_sise is not a setting of bert models"):
         load(tiny_model, path=None, config={"model_type": "bert", "hidden_sise": 16}, tokenizer="x")
-    with pytest.raises(UsageError, match="transformers cannot build this"):
+    with pytest.raises(UsageError, match="transformers cannot build a classifier from this"):
         load(tiny_model, path=None, config={"model_type": "bort"}, tokenizer="x")
 
 
@@ -122,10 +129,30 @@ def test_what_cannot_fit_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the tokenizer has 20 tokens"):
         load(tiny_model, path=str(tmp_path / "small"), new_head=True)
     with pytest.raises(UsageError, match=r"task\.max_length is 65, and the model has 64 positions"):
-        check_length(load(tiny_model).model, 65)
+        check_fits(load(tiny_model).model, 65, TrainingConfig())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"model\.path: the folder .*empty has no usable config"):
         load(tiny_model, path=str(tmp_path / "empty"))
+
+
+def test_roberta_has_fewer_positions_than_its_config_says() -> None:
+    config = RobertaConfig(
+        **{"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 8, "max_position_embeddings": 66, "pad_token_id": 1},
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+
+    check_fits(model, 64, TrainingConfig())
+    with pytest.raises(UsageError, match="the model has 64 positions"):
+        check_fits(model, 65, TrainingConfig())
+
+
+def test_a_model_that_cannot_recompute_activations_is_not_asked_to(tiny_model: Path) -> None:
+    model = load(tiny_model).model
+    model.supports_gradient_checkpointing = False
+    check_fits(model, 32, TrainingConfig())
+    with pytest.raises(UsageError, match="BertForSequenceClassification cannot recompute activations"):
+        check_fits(model, 32, TrainingConfig(gradient_checkpointing=True))
 
 
 def test_weights_of_another_architecture_are_refused(tiny_model: Path, tmp_path: Path) -> None:

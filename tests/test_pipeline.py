@@ -212,6 +212,64 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_unbroken_end(config_fil
     assert stages == ["baseline", "final"]
 
 
+@pytest.mark.parametrize(("every_steps", "stage"), [("null", "final evaluation"), ("500", "step 40/")])
+def test_a_run_without_a_checkpoint_starts_its_training_again(
+    every_steps: str, stage: str, config_file: Path, tmp_path: Path
+) -> None:
+    """Nothing holds the weights of the steps that were taken: no fresh model may pass for a trained one."""
+    settings = ["--config", config_file, "--max_steps", 60, "--set", f"checkpoint.every_steps={every_steps}"]
+    whole = forge(*settings, "--run_name", "whole")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "forge.py", *map(str, settings), "--run_name", "broken"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        assert any(stage in line for line in run.stderr)
+        run.send_signal(signal.SIGINT)
+        run.stderr.read()
+    runs = tmp_path / "outputs" / "tiny"
+    assert not read_json(runs / "broken" / "training_state.json")["pipeline_complete"]
+
+    resumed = forge("--resume", runs / "broken")
+    assert resumed.returncode == 0, resumed.stderr
+    whole_model, model = (runs / name / "final" / "model.safetensors" for name in ("whole", "broken"))
+    assert model.read_bytes() == whole_model.read_bytes()
+    steps = [row["step"] for row in read_json_lines(runs / "broken" / "metrics.jsonl") if "stage" not in row]
+    assert steps == list(range(1, 61))
+
+
+def test_data_and_model_meet_by_label_name_through_the_whole_job(
+    finished: tuple[Path, str, str], config_file: Path, tmp_path: Path
+) -> None:
+    """A finished model whose outputs are put into another order begins where it ended."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    final = finished[0] / "final"
+    model = AutoModelForSequenceClassification.from_pretrained(final)
+    order = [2, 0, 1]
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[order].clone())
+        model.classifier.bias.copy_(model.classifier.bias[order].clone())
+    names = [model.config.id2label[i].upper() for i in order]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "permuted")
+    AutoTokenizer.from_pretrained(final).save_pretrained(tmp_path / "permuted")
+    done = forge(
+        *("--config", config_file, "--max_steps", 1, "--run_name", "permuted"),
+        *("--set", f"model.path={tmp_path / 'permuted'}", "--set", "task.max_length=12"),
+    )
+
+    assert done.returncode == 0, done.stderr
+    after = read_json_lines(finished[0] / "metrics.jsonl")[-1]
+    (before, _, _) = read_json_lines(tmp_path / "outputs" / "tiny" / "permuted" / "metrics.jsonl")
+    compared = [name for name in after if name not in ("step", "stage") and not name.endswith("seconds")]
+    assert len(compared) > 20
+    assert {name: before[name] for name in compared} == pytest.approx({name: after[name] for name in compared})
+    card = (tmp_path / "outputs" / "tiny" / "permuted" / "final" / "README.md").read_text()
+    assert "Labels: CONTRADICTION, ENTAILMENT, NEUTRAL" in card
+
+
 def test_debug_runs_every_stage_in_two_steps_and_sends_nothing(config_file: Path, tmp_path: Path) -> None:
     done = forge("--config", config_file, "--debug", "--set", "tracking.wandb={project: x}")
 
@@ -260,6 +318,61 @@ def test_two_ranks_take_the_same_trajectory_as_one(config_file: Path, tmp_path: 
     weights, others = (load_file(runs / name / "final" / "model.safetensors") for name in ("alone", "both"))
     for name, weight in weights.items():
         assert (weight - others[name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.multiprocess
+def test_an_error_on_any_rank_ends_all_of_them_with_one_sentence(tmp_path: Path) -> None:
+    script = tmp_path / "agree.py"
+    script.write_text("""
+import sys
+sys.path.insert(0, sys.argv[1])
+from forge.cluster.ranks import build_accelerator, on_every_rank, on_rank_0, rank_0_first
+from forge.errors import ForgeError, UsageError
+
+accelerator = build_accelerator("no", 0)
+rank = accelerator.process_index
+
+def fails_on(broken, error):
+    def work():
+        if rank == broken:
+            raise error
+        return rank
+    return work
+
+lines = []
+assert on_rank_0(accelerator, lambda: f"of rank {rank}") == "of rank 0"
+for run in (rank_0_first, on_every_rank, on_rank_0):
+    assert run(accelerator, lambda: 7) == 7
+    for broken in (0, 1):
+        try:
+            lines.append(f"{run.__name__} {run(accelerator, fails_on(broken, UsageError('bad input')))}")
+        except ForgeError as error:
+            lines.append(f"{run.__name__} {type(error).__name__} {error}")
+    try:
+        run(accelerator, fails_on(0, OSError(28, 'full')))
+    except OSError:
+        lines.append(f"{run.__name__} its own")
+    except ForgeError as error:
+        lines.append(f"{run.__name__} {error}")
+open(f"{sys.argv[2]}/{rank}", "w").write("\\n".join(lines))
+""")
+    done = forge_on_two_ranks(REPOSITORY, tmp_path, script=script)
+    assert done.returncode == 0, done.stderr
+
+    bad = "UsageError bad input"
+    other = "another rank failed with OSError: [Errno 28] full"
+    assert [(tmp_path / str(rank)).read_text().splitlines() for rank in (0, 1)] == [
+        [
+            *(f"rank_0_first {bad}", f"rank_0_first {bad}", "rank_0_first its own"),
+            *(f"on_every_rank {bad}", f"on_every_rank {bad}", "on_every_rank its own"),
+            *(f"on_rank_0 {bad}", "on_rank_0 0", "on_rank_0 its own"),
+        ],
+        [
+            *(f"rank_0_first {bad}", f"rank_0_first {bad}", f"rank_0_first {other}"),
+            *(f"on_every_rank {bad}", f"on_every_rank {bad}", f"on_every_rank {other}"),
+            *(f"on_rank_0 {bad}", "on_rank_0 0", f"on_rank_0 {other}"),
+        ],
+    ]
 
 
 @pytest.mark.multiprocess

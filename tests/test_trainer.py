@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import pair_rows
 
 from forge.errors import TrainingError
 
@@ -29,9 +31,9 @@ def test_one_large_batch_and_many_micro_batches_take_the_same_steps(build_traine
 
 def test_the_loop_learns_what_can_be_learned(build_trainer: Build) -> None:
     trainer = build_trainer("training.max_steps=150")
-    before = trainer.evaluate()
+    before = trainer.evaluate("baseline")
     trainer.train()
-    after = trainer.evaluate()
+    after = trainer.evaluate("baseline")
 
     assert before["matched/accuracy"] < 0.6
     assert after["matched/accuracy"] == 1.0
@@ -60,25 +62,35 @@ def test_the_short_last_step_of_an_epoch_weighs_its_rows_alone(build_trainer: Bu
     assert split_weights == pytest.approx(weights, abs=1e-5)
 
 
-def test_the_first_step_is_adamw_on_the_mean_over_rows(build_trainer: Build) -> None:
-    """Against plain torch: one large batch, torch's own cross-entropy, clipping and AdamW."""
-    reference = build_trainer("training.max_steps=1", "training.per_device_batch_size=8")
+def test_three_steps_are_those_of_plain_torch(build_trainer: Build) -> None:
+    """Against one large batch, torch's own cross-entropy, clipping and AdamW: rate, betas, epsilon and decay."""
+    settings = ("training.max_steps=3", "training.warmup_steps=0", "training.adam_beta2=0.95")
+    reference = build_trainer(*settings, "training.per_device_batch_size=8")
     reference.batches.start_at(0)
-    (batch,) = reference.batches.next_step()
     model = reference.model.train()
-    labels = batch.pop("labels")
-    loss = torch.nn.functional.cross_entropy(model(**batch).logits, labels)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     spared = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": spared, "weight_decay": 0.0}]
-    torch.optim.AdamW(groups, lr=3e-3, eps=1e-3).step()
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-3)
+    expected = []
+    for rate in (3e-3, 2e-3, 1e-3):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        (batch,) = reference.batches.next_step()
+        labels = batch.pop("labels")
+        loss = torch.nn.functional.cross_entropy(model(**batch).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        expected.append((loss.item(), norm.item(), rate))
 
-    trainer = build_trainer("training.max_steps=1", "training.warmup_steps=0", "training.per_device_batch_size=2")
-    losses, weights = trajectory(trainer)
-    assert losses[0] == pytest.approx(loss.item(), rel=1e-6)
-    assert trainer.callbacks.reports[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    trainer = build_trainer(*settings, "training.per_device_batch_size=2")
+    _, weights = trajectory(trainer)
+    for report, (loss, norm, rate) in zip(trainer.callbacks.reports, expected, strict=True):
+        assert report["loss"] == pytest.approx(loss, rel=1e-5)
+        assert report["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert report["learning_rate"] == pytest.approx(rate)
     assert weights == pytest.approx(torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(), abs=1e-5)
 
 
@@ -127,26 +139,47 @@ def test_bf16_computes_in_bf16_and_keeps_its_weights_in_float32(build_trainer: B
     assert losses != pytest.approx(plain, rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(build_trainer: Build) -> None:
-    def poison(model: Any) -> None:
+def poison(step: int, *, gradient: bool) -> Callable[[Any], None]:
+    """Makes the loss, or only the gradient, of one step nan; the steps have one micro-batch."""
+
+    def mutate(model: Any) -> None:
         calls = []
 
-        def after_step_four(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             calls.append(1)
-            return output * float("nan") if len(calls) == 5 else output
+            if len(calls) != step:
+                return output
+            if gradient:
+                output.register_hook(lambda grad: grad * float("nan"))
+                return output
+            return output * float("nan")
 
-        model.classifier.register_forward_hook(after_step_four)
+        model.classifier.register_forward_hook(spoil)
 
-    trainer = build_trainer("logging.every_steps=100", mutate=poison)
-    with pytest.raises(TrainingError, match=r"loss became nan at step 5 of 6.*newest good checkpoint is checkpoint-3"):
+    return mutate
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_is_not_finite_stops_the_run_with_the_step_and_the_checkpoint_before(
+    gradient: bool, build_trainer: Build
+) -> None:
+    trainer = build_trainer("logging.every_steps=100", mutate=poison(5, gradient=gradient))
+    with pytest.raises(TrainingError, match=r"norm nan at step 5 of 6 .*newest checkpoint is checkpoint-3"):
         trainer.train()
     assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-3"]
-    assert all(torch.isfinite(torch.tensor(report["loss"])) for report in trainer.callbacks.reports)
+    assert trainer.callbacks.reports == []
+
+
+def test_nothing_that_is_not_finite_is_saved_between_two_reports(build_trainer: Build) -> None:
+    trainer = build_trainer("logging.every_steps=100", mutate=poison(2, gradient=True))
+    with pytest.raises(TrainingError, match=r"at step 2 of 6 .*no checkpoint before it"):
+        trainer.train()
+    assert list(trainer.run.path.glob("checkpoint-*")) == []
 
 
 def test_evaluation_counts_every_row_once_and_leaves_training_as_it_was(build_trainer: Build) -> None:
     trainer = build_trainer("evaluation.per_device_batch_size=4")
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate("baseline")
 
     assert trainer.student.training
     assert metrics["matched/samples"] == 13
@@ -161,8 +194,11 @@ def test_evaluation_counts_every_row_once_and_leaves_training_as_it_was(build_tr
 
 
 def test_a_quick_look_says_of_how_many_rows_it_is(build_trainer: Build) -> None:
-    metrics = build_trainer("evaluation.max_samples=9").evaluate()
+    metrics = build_trainer("evaluation.max_samples=9").evaluate("final")
 
+    drawn = np.random.default_rng(42).permutation(13)[:9]
+    neutral = sum(pair_rows(13, offset=100)[row]["label"] == 1 for row in drawn)
+    assert metrics["matched/labelled/neutral"] == neutral != 3  # 3 of the first nine
     assert (metrics["matched/samples"], metrics["matched/samples_of"]) == (9, 13)
     assert metrics["other/samples"] == 7
     assert "other/samples_of" not in metrics

@@ -5,19 +5,22 @@ import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 
 from forge.errors import ForgeError, UsageError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Rank 0 downloads and tokenizes while the others wait: a large data set takes longer than NCCL's ten minutes.
+# Rank 0 downloads and tokenizes while the others wait, which can take longer than the ten minutes of NCCL. Only the
+# agreements wait so long: in training a rank that died is noticed by the usual timeout.
 WAIT_FOR_RANK_0 = timedelta(hours=2)
 
 
@@ -28,7 +31,6 @@ def build_accelerator(mixed_precision: str, seed: int) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=precision,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_FOR_RANK_0)],
     )
     set_seed(seed)  # the same on every rank, so that new weights are; the trainer tells the ranks' dropout apart
     logger.info(
@@ -40,6 +42,11 @@ def build_accelerator(mixed_precision: str, seed: int) -> Accelerator:
         torch.get_num_threads(),
     )
     return accelerator
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """32 bits that seed one rank's random numbers; seed + rank would give rank 1 those of the next seed's rank 0."""
+    return int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
 
 
 def rank_0_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -68,9 +75,8 @@ def on_rank_0(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Runs work on rank 0 only and gives its result, or its error, to every rank."""
     outcome = _attempt(work) if accelerator.is_main_process else (None, None)
     _raise_agreed(outcome[1])
-    box = [outcome[0]]
-    broadcast_object_list(box)
-    return box[0]  # type: ignore[return-value]
+    results = _exchange(outcome[0])
+    return results[0]
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -82,8 +88,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 def _raise_agreed(error: Exception | None) -> None:
     """Raises on every rank the first error that any rank has; its own, with its traceback, where it has one."""
-    shared = [(type(error).__name__, str(error), getattr(error, "exit_code", None))] if error else [None]
-    first = next((item for item in gather_object(shared) if item is not None), None)
+    mine = (type(error).__name__, str(error), getattr(error, "exit_code", None)) if error else None
+    first = next((item for item in _exchange(mine) if item is not None), None)
     if error is not None:
         raise error
     if first is not None:
@@ -91,6 +97,21 @@ def _raise_agreed(error: Exception | None) -> None:
         if exit_code == UsageError.exit_code:
             raise UsageError(text)
         raise ForgeError(f"another rank failed with {name}: {text}")
+
+
+def _exchange(value: Any) -> list[Any]:
+    """The value of every rank, in the order of the ranks."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value, group=_agreement_group())
+    return values
+
+
+@cache
+def _agreement_group() -> Any:
+    """A group of all ranks beside the one that training uses: on the CPU, and patient."""
+    return torch.distributed.new_group(backend="gloo", timeout=WAIT_FOR_RANK_0)
 
 
 def _resolve_precision(mixed_precision: str) -> str:

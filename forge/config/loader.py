@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from forge.config.effects import Inert, inert_keys, unsupported
 from forge.config.hints import unknown_key, value_problem
 from forge.config.schema import ALTERNATIVES, Config, PlainText
-from forge.config.source import Layer, Origin, Path_, display, near_name, read_file, read_setting
+from forge.config.source import KeyPath, Layer, Origin, display, near_name, read_file, read_setting
 from forge.errors import BaseConfigError, ConfigError
 
 COMMAND_LINE = "the command line"
@@ -34,8 +34,7 @@ class LoadedConfig:
 
     config: Config
     file: Path
-    origins: dict[Path_, Origin] = field(default_factory=dict)  # keys that are not here have their default
-    inert: dict[str, Inert] = field(default_factory=dict)  # keys without effect in this config's mode
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)  # keys that are not here have their default
     notices: list[str] = field(default_factory=list)  # one line each, to be shown before training
 
 
@@ -83,7 +82,7 @@ def load_config(
         raise BaseConfigError(problems)
     if problems or config is None:
         raise ConfigError(_in_order(problems, files, [layer.name for layer in [*given, *flags]]))
-    return LoadedConfig(config, file, merged.origins, inert_keys(config), notices)
+    return LoadedConfig(config, file, merged.origins, notices)
 
 
 def read_chain(file: Path) -> tuple[list[Layer], list[str]]:
@@ -184,7 +183,7 @@ def _drop_alternatives(layers: list[Layer], merged: Layer) -> None:
                 _remove(merged, tuple(key.split(".")))
 
 
-def _merge(new: dict[str, Any], old: dict[str, Any], path: Path_, layer: Layer, merged: Layer) -> None:
+def _merge(new: dict[str, Any], old: dict[str, Any], path: KeyPath, layer: Layer, merged: Layer) -> None:
     for key, value in new.items():
         here = (*path, key)
         if isinstance(value, dict) and isinstance(old.get(key), dict):
@@ -236,7 +235,7 @@ def _build(merged: Layer, leaf: str, incomplete: bool) -> tuple[Config | None, l
     return None, problems
 
 
-def _sort_inert(inert: dict[str, Inert], origins: dict[Path_, Origin]) -> tuple[list[str], list[str]]:
+def _sort_inert(inert: dict[str, Inert], origins: dict[KeyPath, Origin]) -> tuple[list[str], list[str]]:
     """A key without effect is an error where one author wrote both it and the mode, else a notice."""
     clashes, left_out = [], []
     for key, why in inert.items():
@@ -252,7 +251,7 @@ def _author(origin: Origin) -> str:
     return COMMAND_LINE if origin.line is None else origin.layer
 
 
-def _origin(origins: dict[Path_, Origin], path: Path_) -> Origin | None:
+def _origin(origins: dict[KeyPath, Origin], path: KeyPath) -> Origin | None:
     """Where the key, or the nearest map around it, was written."""
     return next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
 
@@ -264,7 +263,7 @@ def _get(tree: dict[str, Any], dotted: str) -> Any:
     return node
 
 
-def _remove(merged: Layer, path: Path_) -> None:
+def _remove(merged: Layer, path: KeyPath) -> None:
     node: Any = merged.tree
     for key in path[:-1]:
         node = node.get(key) if isinstance(node, dict) else None
@@ -274,5 +273,5 @@ def _remove(merged: Layer, path: Path_) -> None:
         del merged.origins[known]
 
 
-def _below(origins: dict[Path_, Origin], path: Path_) -> Iterator[Path_]:
+def _below(origins: dict[KeyPath, Origin], path: KeyPath) -> Iterator[KeyPath]:
     return iter([known for known in origins if known[: len(path)] == path])

@@ -82,7 +82,7 @@ class DatasetConfig(Section):
     validation_splits: list[Text] | None = None
     """The splits that are evaluated; null: every split whose name begins with `validation`."""
     max_rows: Positive | None = None
-    """Use only the first rows of each split, for a quick look."""
+    """Use only so many rows of each split, at equal distances, for a quick look."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "DatasetConfig":
@@ -233,7 +233,7 @@ class LoggingConfig(Section):
     """How often training reports."""
 
     every_steps: Positive = 10
-    """Report loss, rate, gradient norm and speed every so many optimizer steps, as means since the last report."""
+    """Report every so many optimizer steps: loss and speed since the last report, the last step's rate and norm."""
 
 
 class WandbConfig(Section):

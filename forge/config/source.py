@@ -11,7 +11,7 @@ import yaml
 
 from forge.config.schema import PlainText
 
-Path_ = tuple[str, ...]  # the keys that lead to a value, from the top of the config
+KeyPath = tuple[str, ...]  # the keys that lead to a value, from the top of the config
 
 MAX_DEPTH = 50  # maps and lists inside each other; no config comes near, and the writers of YAML and JSON end at 255
 MAX_VALUES = 100_000  # a few lines of aliases to aliases can stand for billions of values
@@ -36,7 +36,7 @@ class Layer:
 
     name: str
     tree: dict[str, Any] = field(default_factory=dict)
-    origins: dict[Path_, Origin] = field(default_factory=dict)
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unreadable: bool = False  # what it sets is unknown: nothing can be called missing
 
@@ -187,7 +187,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
     return values, depth
 
 
-def _read_node(node: yaml.Node, path: Path_, layer: Layer, origin: Origin | None = None) -> Any:
+def _read_node(node: yaml.Node, path: KeyPath, layer: Layer, origin: Origin | None = None) -> Any:
     """The node as texts; with an origin, that holds for all of it, else each line counts."""
     if isinstance(node, yaml.ScalarNode):
         if node.style is None:  # plain, neither quoted nor a block
@@ -204,7 +204,7 @@ def _read_node(node: yaml.Node, path: Path_, layer: Layer, origin: Origin | None
     return _read_map(node, path, layer, origin)
 
 
-def _read_map(node: yaml.MappingNode, path: Path_, layer: Layer, origin: Origin | None = None) -> dict[str, Any]:
+def _read_map(node: yaml.MappingNode, path: KeyPath, layer: Layer, origin: Origin | None = None) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key_node, value_node in node.value:
         here = origin or Origin(layer.name, key_node.start_mark.line + 1)

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forge.config.schema import ModelConfig
+from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.model.labels import align, named_labels
 from forge.model.source import ModelSource, find_model, load_model_config, not_found
@@ -37,6 +37,7 @@ class LoadedModel:
             "source": self.source.name if self.source else "from scratch",
             "location": self.source.location if self.source else None,
             "revision": self.source.revision if self.source else None,
+            "commit": getattr(self.model.config, "_commit_hash", None),  # of a hub model, whatever revision said
             "architecture": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -56,7 +57,10 @@ def load_classifier(
     if config.config is not None:
         scratch = _scratch_config(config.config, labels, tokenizer, key)
         _set_dropout(scratch, config.dropout)
-        model = AutoModelForSequenceClassification.from_config(scratch)
+        try:
+            model = AutoModelForSequenceClassification.from_config(scratch)
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # sizes that do not fit each other
+            raise UsageError(_not_buildable(key, error)) from error
         logger.info("%s: built from scratch (%s)", key, model.config.model_type)
         loaded = LoadedModel(
             model.float(), None, list(range(len(labels))), [name for name, _ in model.named_parameters()]
@@ -74,13 +78,20 @@ def load_classifier(
     return loaded
 
 
-def check_length(model: PreTrainedModel, max_length: int) -> None:
-    """Raises UsageError where rows of max_length tokens have more positions than the model."""
+def check_fits(model: PreTrainedModel, max_length: int, training: TrainingConfig) -> None:
+    """Raises UsageError where the model cannot take rows of max_length tokens, or be trained as asked."""
     positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from padding_idx + 1 on.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1
     if positions is not None and max_length > positions:
         raise UsageError(
             f"task.max_length is {max_length}, and the model has {positions} positions; lower task.max_length"
         )
+    if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        name = type(model).__name__
+        raise UsageError(f"{name} cannot recompute activations; set training.gradient_checkpointing: false")
 
 
 def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[str], key: str) -> LoadedModel:
@@ -148,13 +159,15 @@ def _scratch_config(
         if unknown:
             raise UsageError(f"{key}.config.{unknown[0]} is not a setting of {model_type} models")
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **given})
-    except ValueError as error:
-        raise UsageError(
-            f"{key}.config: transformers cannot build this ({' '.join(str(error).split())[:200]})"
-        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(_not_buildable(key, error)) from error
     config.pad_token_id = tokenizer.pad_token_id
     _set_labels(config, labels)
     return config
+
+
+def _not_buildable(key: str, error: Exception) -> str:
+    return f"{key}.config: transformers cannot build a classifier from this ({' '.join(str(error).split())[:200]})"
 
 
 def _no_load_report(record: logging.LogRecord) -> bool:

@@ -95,10 +95,8 @@ def create_run_directory(output_root: Path, config_name: Path, run_name: str | N
     """Makes <output_root>/<config_name>/<run_name>/, which nobody else gets; with no name, one of the time of day."""
     if config_name.is_absolute() or ".." in config_name.parts:
         raise ValueError(f"{config_name} must be a path below configs/")
-    if run_name is not None and not valid_run_name(run_name):
-        raise UsageError(
-            f"run name {run_name!r} is not allowed: use letters, digits and . _ - + = only, and begin with none of . -"
-        )
+    if run_name is not None:
+        check_run_name(output_root, config_name, run_name)
     parent = output_root / config_name
     _refuse_run_above(output_root, parent)
     try:
@@ -108,6 +106,17 @@ def create_run_directory(output_root: Path, config_name: Path, run_name: str | N
         raise UsageError(
             f"run directory cannot be created: {error.strerror} at {error.filename}; give another --output_root"
         ) from None
+
+
+def check_run_name(output_root: Path, config_name: Path, run_name: str) -> None:
+    """Raises UsageError for a name that cannot be used, or is taken; another process may still take it after this."""
+    if not valid_run_name(run_name):
+        raise UsageError(
+            f"run name {run_name!r} is not allowed: use letters, digits and . _ - + = only, and begin with none of . -"
+        )
+    run = RunDirectory(output_root / config_name / run_name)
+    if run.path.exists():
+        raise UsageError(_taken(run))
 
 
 def valid_run_name(name: str) -> bool:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import tokenizers
 import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
@@ -206,7 +207,9 @@ def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTo
             "label": columns["label"],
         }
 
-    key = f"{rows._fingerprint} {backend} {config.max_length} {text} {pair}"
+    # BERT and DistilBERT share the backend and differ in the inputs they name.
+    how = f"{backend} {tokenizer.model_input_names} {tokenizer.truncation_side} {tokenizers.__version__}"
+    key = f"{rows._fingerprint} {how} {config.max_length} {text} {pair}"
     return rows.map(
         encode,
         batched=True,

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +26,7 @@ class Callback:
         """After every optimizer step; must not wait for the device."""
 
     def reported(self, state: TrainingState, metrics: Metrics) -> None:
-        """Step metrics, as means since the last report."""
+        """Step metrics: loss and speed since the last report, the last step's rate and gradient norm."""
 
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
         """Metrics of an evaluation; stage is baseline, training or final."""
@@ -76,16 +76,21 @@ class MetricsFile(Callback):
 
     def training_started(self, state: TrainingState) -> None:
         """A resumed run takes steps again that the last attempt had reported: one curve, no step twice."""
-        rows = read_json_lines(self._file)
-        kept = [row for row in rows if row["step"] <= state.step]
-        if len(kept) < len(rows):
-            write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._keep(lambda row: row["step"] <= state.step)
 
     def reported(self, state: TrainingState, metrics: Metrics) -> None:
         append_json_line(self._file, {"step": state.step, "epoch": round(state.epoch, 4), **metrics})
 
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
+        if stage != "training":  # the attempt before may have ended after this line and before the next stage
+            self._keep(lambda row: row.get("stage") != stage)
         append_json_line(self._file, {"step": state.step, "stage": stage, **metrics})
+
+    def _keep(self, wanted: Callable[[Metrics], bool]) -> None:
+        rows = read_json_lines(self._file)
+        kept = [row for row in rows if wanted(row)]
+        if len(kept) < len(rows):
+            write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class ConsoleReport(Callback):

@@ -8,8 +8,9 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from forge.checkpoint.contents import load_checkpoint, save_checkpoint
+from forge.cluster.ranks import on_rank_0, rank_seed
 from forge.config.schema import Config, TrainingConfig
-from forge.errors import TrainingError, UsageError
+from forge.errors import TrainingError
 from forge.losses.cross_entropy import count_labels
 from forge.run.directory import RunDirectory
 from forge.run.state import TrainingState
@@ -51,14 +52,11 @@ class FinetuningTrainer:
         accelerator.gradient_accumulation_steps = self.micro_batches
 
         if training.gradient_checkpointing:
-            if not model.supports_gradient_checkpointing:
-                name = type(model).__name__
-                raise UsageError(f"{name} cannot recompute activations; set training.gradient_checkpointing: false")
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student = Student(model.to(accelerator.device))
         self.student, self.optimizer = accelerator.prepare(student, build_optimizer(student, training))
         # From here on every rank draws its own dropout.
-        torch.manual_seed(training.seed + accelerator.process_index)
+        torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
 
         self.batches = StepBatches(
             task.train,
@@ -79,6 +77,8 @@ class FinetuningTrainer:
         """Goes back to the state's latest checkpoint; a run without one starts at its beginning."""
         if self.state.latest_checkpoint is not None:
             load_checkpoint(self.run, self.state, self.accelerator)
+        else:  # whatever steps an attempt took, nothing holds their weights
+            self.state.step, self.state.epoch = 0, 0.0
 
     def train(self) -> None:
         """Runs from the state's step to the last one. Raises TrainingError at a loss that is not finite."""
@@ -99,10 +99,10 @@ class FinetuningTrainer:
             if reports or evaluates or saves:
                 self._check_finite()  # before a report, and before anything is saved
             if reports:
-                self.callbacks.reported(self.state, self.meter.metrics(rate))
+                self._report(rate)
             if evaluates:
                 with self.meter.paused():
-                    self.callbacks.evaluated(self.state, "training", self.evaluate())
+                    self.evaluate("training")
             if saves and self.config.checkpoint.every_steps is not None:
                 with self.meter.paused():
                     save_checkpoint(self.run, self.state, self.accelerator, self.config.checkpoint.keep_last)
@@ -112,8 +112,9 @@ class FinetuningTrainer:
         """One optimizer update at the given rate. Nothing here waits for the device, but for fp16's scaler."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        counts = sum(count_labels(batch["labels"]) for batch in micro_batches)
-        labels = self.accelerator.reduce(torch.as_tensor(counts).to(self.accelerator.device), "sum")
+        counts = sum(int(count_labels(batch["labels"])) for batch in micro_batches)  # still on the CPU
+        # torch.full and not torch.tensor: a copy from the CPU would wait for the GPU
+        label_count = self.accelerator.reduce(torch.full((), counts, device=self.accelerator.device), "sum")
         ce_sum = torch.zeros((), device=self.accelerator.device)  # float32, this rank's
         tokens = 0
         for cpu_batch in micro_batches:
@@ -121,17 +122,17 @@ class FinetuningTrainer:
             batch = send_to_device(cpu_batch, self.accelerator.device, non_blocking=True)
             with self.accelerator.accumulate(self.student):
                 losses = self.student(batch)
-                self.accelerator.backward(losses["ce_sum"] / labels * self.undo_averaging)
+                self.accelerator.backward(losses["ce_sum"] / label_count * self.undo_averaging)
             ce_sum += losses["ce_sum"].detach()
         max_norm = self.config.training.max_grad_norm
         grad_norm = self.accelerator.clip_grad_norm_(self.student.parameters(), max_norm or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.meter.add(ce_sum, labels, grad_norm, tokens)
+        self.meter.add(ce_sum, label_count, grad_norm, tokens)
 
-    def evaluate(self) -> dict[str, float]:
-        """The metrics of every validation split, the same on every rank."""
-        return evaluate(
+    def evaluate(self, stage: str) -> dict[str, float]:
+        """Evaluates every validation split and reports it; stage is baseline, training or final."""
+        metrics = evaluate(
             self.student,
             self.task,
             self.accelerator,
@@ -139,25 +140,35 @@ class FinetuningTrainer:
             max_samples=self.config.evaluation.max_samples,
             seed=self.config.training.seed,
         )
+        on_rank_0(self.accelerator, lambda: self.callbacks.evaluated(self.state, stage, metrics))
+        return metrics
 
     @property
     def model(self) -> PreTrainedModel:
         """The bare model, for export."""
         return self.accelerator.unwrap_model(self.student).model
 
+    def _report(self, rate: float) -> None:
+        metrics = self.meter.metrics(rate)
+        # A full disk there must not leave the other ranks waiting for rank 0.
+        on_rank_0(self.accelerator, lambda: self.callbacks.reported(self.state, metrics))
+
     def _check_finite(self) -> None:
-        losses = self.meter.losses()
-        if torch.isfinite(losses).all():
+        """Raises TrainingError at the first step since the last report whose loss or gradient is not finite."""
+        losses, grad_norms = self.meter.losses(), self.meter.grad_norms()
+        bad = ~torch.isfinite(losses)
+        if self.accelerator.scaler is None:  # with fp16 an infinite gradient is a step that the scaler left out
+            bad |= ~torch.isfinite(grad_norms)
+        if not bad.any():
             return
-        first = int((~torch.isfinite(losses)).nonzero()[0])
-        step = self.state.step - len(losses) + first + 1
-        kept = f"the newest good checkpoint is {self.state.latest_checkpoint}" if self.state.latest_checkpoint else (
-            "no checkpoint was saved yet"
-        )  # fmt: skip
+        index = int(bad.nonzero()[0])
+        step = self.state.step - len(losses) + index + 1
+        newest = self.state.latest_checkpoint
         raise TrainingError(
-            f"the loss became {losses[first].item()} at step {step} of {self.total_steps} (rate "
-            f"{learning_rate(step - 1, self.total_steps, self.config.training):.2e}, mixed precision "
-            f"{self.accelerator.mixed_precision}); nothing was saved after it, {kept}. Try a lower "
+            f"loss {losses[index]:.4g} and gradient norm {grad_norms[index]:.4g} at step {step} of {self.total_steps} "
+            f"(rate {learning_rate(step - 1, self.total_steps, self.config.training):.2e}, mixed precision "
+            f"{self.accelerator.mixed_precision}); nothing was saved after it, "
+            f"{f'the newest checkpoint is {newest}' if newest else 'and no checkpoint before it'}. Try a lower "
             "training.learning_rate, a longer warm-up, or training.mixed_precision: no"
         )
 

@@ -42,12 +42,20 @@ class StepMeter:
         """The mean loss of each step since the last report, float64 on the CPU."""
         return self._loss_sums() / torch.stack(self._labels).cpu()
 
+    def grad_norms(self) -> Tensor:
+        """The gradient norm of each step since the last report, before clipping, float64 on the CPU."""
+        return torch.stack([norm.double() for norm in self._grad_norms]).cpu()
+
     def metrics(self, rate: float) -> dict[str, Any]:
         """loss: nats, mean over the labels since the last report; grad_norm: the last step's, before clipping."""
         labels = int(torch.stack(self._labels).sum())
         tokens = self._accelerator.reduce(torch.tensor(self._tokens, device=self._accelerator.device), "sum").item()
         peak = (
-            self._accelerator.gather(torch.tensor([_peak_memory_mib()], device=self._accelerator.device)).max().item()
+            self._accelerator.gather(
+                torch.tensor([_peak_memory_mib(self._accelerator.device)], device=self._accelerator.device)
+            )
+            .max()
+            .item()
         )
         seconds = time.perf_counter() - self._start
         metrics = {
@@ -65,8 +73,8 @@ class StepMeter:
         return self._accelerator.reduce(torch.stack(self._sums), "sum").double().cpu()
 
 
-def _peak_memory_mib() -> float:
+def _peak_memory_mib(device: torch.device) -> float:
     """The most memory this rank has held: on the GPU, or of the process where there is none."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB

@@ -15,7 +15,8 @@ class Student(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """batch: the model's inputs and labels (B,). Returns ce_sum, a float32 scalar in nats, and logits (B, V)."""
+        """batch: the model's inputs and labels (B,). Returns ce_sum, a float32 scalar in nats, and logits (B, V),
+        V the labels."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits = self.model(**inputs).logits
         return {"ce_sum": cross_entropy_sum(logits, batch["labels"]), "logits": logits}
