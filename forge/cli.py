@@ -169,7 +169,7 @@ def _runs(args: argparse.Namespace) -> int:
         last_error = (row["error"] or "").splitlines()
         step = f"{row['step']}/{row['total_steps']}"
         table.add_row(row["run"], row["stage"], step, row["created_at"][:16], last_error[0][:60] if last_error else "")
-    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
+    Console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=False).print(table)
     if args.incomplete:
         print(f"\ngo on with one of them: python forge.py --resume {shlex.quote(rows[-1]['run'])}")
     return EXIT_COMPLETE

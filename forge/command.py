@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -85,10 +86,11 @@ def train(args: argparse.Namespace) -> int:
                 logger.error(problem)
         return error.exit_code
     except KeyboardInterrupt:
-        logger.error("interrupted; `forge runs --incomplete` names the run and its resume command")
+        if rank == 0:
+            logger.error("interrupted; nothing was created")  # of a run that exists, the pipeline says more
         return EXIT_FAILED
     except OSError as error:
-        logger.error("stopped by the system: %s; see to it, then resume the run", error)
+        logger.error("stopped by the system: %s", error)
         return EXIT_FAILED
     except Exception:
         logger.exception("forge failed; this is a bug in forge or in what it calls, and the traceback says where")
@@ -114,6 +116,8 @@ def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | Non
 
 def _print_summary(result: "Result") -> None:
     """The numbers before and after, where the run lies, and what to do next."""
+    if sys.stdout is None:  # closed by whoever started us; the log and the model card have the numbers
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -130,7 +134,7 @@ def _print_summary(result: "Result") -> None:
         ("run", path, "metrics, log, config, provenance"),
         ("model", f"{path}/final", "loads with from_pretrained; its README.md is the model card"),
         ("next", "forge runs" if active else f"{python} -m forge.cli runs", "all runs"),
-        ("", f"{python} forge.py --config X.yaml --set model.path={path}", "go on from this model"),
+        ("", f"{python} forge.py --config X.yaml --set model.path={shlex.quote(str(path))}", "go on from this model"),
     )
     for word, what, why in lines:
         console.print(f"{word:<6} {what}   # {why}", highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """The one page of a run: from a checked config to a trained, exported and evaluated model."""
 
 import logging
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,16 +19,16 @@ from forge.config.explain import effective, to_yaml
 from forge.config.loader import LoadedConfig
 from forge.config.placing import config_name
 from forge.config.schema import Config
-from forge.errors import TrainingError
+from forge.errors import ForgeError, TrainingError
 from forge.model.card import compare, model_card
 from forge.model.export import export_model
 from forge.model.load import LoadedModel, check_fits, load_classifier
 from forge.model.source import find_model, load_tokenizer
 from forge.run.directory import RunDirectory, check_run_name, check_writable
-from forge.run.files import read_json, read_json_lines, write_atomically
+from forge.run.files import open_to_others, read_json, read_json_lines, write_atomically
 from forge.run.log import RunLog
 from forge.run.opening import open_run
-from forge.run.registry import unregister, update
+from forge.run.registry import refuse_if_running, unregister, update
 from forge.run.state import Stage, TrainingState
 from forge.task.classification import Classification, load_classification
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
@@ -115,6 +116,15 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator)
     """Whatever ends the attempt, an interrupt too, stands in the run's state."""
     try:
         yield
+    except KeyboardInterrupt:
+        kept = (
+            f"from {state.latest_checkpoint}" if state.latest_checkpoint else "from the start, no checkpoint was saved"
+        )
+        state.error = f"interrupted in {state.stage.replace('_', ' ')} at step {state.step}"
+        if accelerator.is_main_process:
+            state.save(run.state_file)
+        command = f"python forge.py --resume {shlex.quote(str(run.path))}"
+        raise ForgeError(f"{state.error}; go on {kept} with `{command}`") from None
     except BaseException as error:
         if accelerator.is_main_process:
             state.error = f"{type(error).__name__}: {error}".strip(": ")
@@ -126,7 +136,9 @@ def _check_place(request: Request) -> None:
     """A run that could not be written, or not under its name, is refused before the work and not after it."""
     output_root = Path(request.loaded.config.output_root)
     check_writable(output_root)
-    if request.resumed is None and request.run_name is not None:
+    if request.resumed is not None:
+        refuse_if_running(output_root, TrainingState.load(request.resumed.state_file).run_id)
+    elif request.run_name is not None:
         check_run_name(output_root, config_name(request.loaded.file), request.run_name)
 
 
@@ -174,6 +186,7 @@ def _export(trainer: FinetuningTrainer) -> None:
     def export() -> None:
         try:
             export_model(trainer.model, trainer.task.tokenizer, trainer.run.final)
+            open_to_others(trainer.run.final)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(

@@ -101,6 +101,16 @@ def test_the_longer_sentence_is_cut(tiny_model: Path, tmp_path: Path) -> None:
     assert load(tiny_model, {"path": str(tmp_path)}, max_length=8).train[0]["input_ids"] == [2, 4, 8, 3, 5, 5, 5, 3]
 
 
+def test_a_text_column_may_be_called_label_and_a_csv_cell_may_read_na(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("label,gold\ndog,yes\nNA,no\n")
+    (tmp_path / "validation.csv").write_text("label,gold\ncat,no\n")
+    task = load(tiny_model, {"path": str(tmp_path)}, columns={"text": "label", "label": "gold"})
+
+    assert task.labels == ["no", "yes"]
+    assert task.train["input_ids"][:] == [[2, 8, 3], [2, 1, 3]]
+    assert task.train["label"][:] == [1, 0]
+
+
 def test_tokens_of_one_kind_of_model_are_not_taken_for_those_of_another(tiny_model: Path, data_folder: Path) -> None:
     """DistilBERT's tokenizer is BERT's but for the inputs it names; both read one cache."""
     config = ClassificationTask(
@@ -161,8 +171,11 @@ def test_columns_that_are_not_text_and_labels_that_are_not_labels_are_refused(ti
     write_rows(tmp_path / "train.jsonl", [{**row, "label": 0.5} for row in pair_rows(3)])
     with pytest.raises(UsageError, match=r"holds 0\.5; a label is a name or an integer"):
         load(tiny_model, {"path": str(tmp_path)})
+    write_rows(tmp_path / "train.jsonl", [{**row, "label": [1]} for row in pair_rows(3)])
+    with pytest.raises(UsageError, match=r"the column label \(task.columns.label\) holds .*, not names or integers"):
+        load(tiny_model, {"path": str(tmp_path)})
     write_rows(tmp_path / "train.jsonl", [{**row, "label": 1} for row in pair_rows(3)])
-    with pytest.raises(UsageError, match="only the label 1; a classifier needs at least two"):
+    with pytest.raises(UsageError, match="the only label is 1; a classifier needs at least two"):
         load(tiny_model, {"path": str(tmp_path)})
 
 

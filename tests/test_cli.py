@@ -144,11 +144,12 @@ def test_show_names_the_origin_of_each_key() -> None:
     file = "configs/quickstart/sft.yaml"
     done = run(*CLI, "config", "show", file, "--origin", "--set", "training.seed=7", "--max_steps", "9")
     assert (done.returncode, done.stderr) == (0, "")
+    written = {line.strip(): number for number, line in enumerate((REPO / file).read_text().splitlines(), start=1)}
     origins = dict(line.split("  # ") for line in done.stdout.splitlines() if "  # " in line)
     assert {key.strip(): origin for key, origin in origins.items()}.items() >= {
         "seed: 7": "--set training.seed=7",
         "max_steps: 9": "--max_steps",
-        "demo: nli": "configs/quickstart/sft.yaml:10",
+        "demo: nli": f"{file}:{written['dataset: {demo: nli}']}",
         "weight_decay: 0.01": "configs/base.yaml:11",
         "max_rows: null": "default",
     }.items()

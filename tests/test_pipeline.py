@@ -1,6 +1,7 @@
 """The whole job through the true command: a run directory from baseline to model card, on one rank and on two."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,12 @@ import yaml
 from conftest import REPOSITORY, forge, forge_on_two_ranks, pair_rows, write_rows
 
 from forge.run.files import read_json, read_json_lines
+
+
+def umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def only_run(root: Path) -> Path:
@@ -51,6 +58,12 @@ def test_a_finished_run_directory_holds_what_the_house_says(finished: tuple[Path
     }
     assert not [path for path in run.rglob("*") if ".tmp" in path.name]
     assert list((run.parents[1] / ".incomplete").iterdir()) == []
+    modes = {
+        path.name: path.stat().st_mode & 0o777
+        for folder in ("final", "checkpoint-4")
+        for path in (run / folder).iterdir()
+    }
+    assert set(modes.values()) == {0o666 & ~umask()}  # colleagues can load the weights
     state = read_json(run / "training_state.json")
     assert (state["stage"], state["pipeline_complete"], state["step"], state["total_steps"]) == ("complete", True, 4, 4)
     assert state["epoch"] == pytest.approx(4 / 6)
@@ -270,6 +283,45 @@ def test_data_and_model_meet_by_label_name_through_the_whole_job(
     assert "Labels: CONTRADICTION, ENTAILMENT, NEUTRAL" in card
 
 
+def test_a_run_that_is_alive_is_not_resumed_and_an_interrupt_says_how_to_go_on(
+    config_file: Path, tmp_path: Path
+) -> None:
+    settings = ["--config", config_file, "--max_steps", 5000, "--set", "checkpoint.every_steps=20"]
+    command = [sys.executable, "forge.py", *map(str, settings), "--run_name", "alive"]
+    run = tmp_path / "outputs" / "tiny" / "alive"
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as alive:
+        assert alive.stderr is not None
+        assert any("saved checkpoint-20" in line for line in alive.stderr)
+        refused = forge("--resume", run)
+        alive.send_signal(signal.SIGINT)
+        last_words = alive.stderr.read()
+
+    assert refused.returncode == 2
+    assert f"is being trained by process {alive.pid}; wait for it, or end it first" in refused.stderr
+    assert alive.returncode == 1
+    assert "ERROR: interrupted in training at step" in last_words
+    assert f"with `python forge.py --resume {run}`" in last_words
+    assert "Traceback" not in last_words
+    assert read_json(run / "training_state.json")["attempts"] == 1
+
+
+def test_a_closed_console_does_not_spoil_a_finished_run(config_file: Path, tmp_path: Path) -> None:
+    shell = f"{sys.executable} forge.py --config {config_file} --debug --run_name"
+    closed = subprocess.run(["sh", "-c", f"{shell} closed >&- 2>&-"], cwd=REPOSITORY, timeout=240, check=False)
+    piped = subprocess.run(["sh", "-c", f"{shell} piped 2>&1 | head -1"], cwd=REPOSITORY, timeout=240, check=False)
+
+    assert closed.returncode == 0
+    assert piped.returncode == 0
+    for name in ("closed", "piped"):
+        run = tmp_path / "outputs" / "tiny" / name
+        assert read_json(run / "training_state.json")["pipeline_complete"]
+        log = (run / "output.log").read_text()
+        assert "stage: final evaluation" in log
+        assert "Traceback" not in log
+
+
 def test_debug_runs_every_stage_in_two_steps_and_sends_nothing(config_file: Path, tmp_path: Path) -> None:
     done = forge("--config", config_file, "--debug", "--set", "tracking.wandb={project: x}")
 
@@ -407,6 +459,11 @@ BAD_INPUT = {
     "no package": (["model.path=package:nowhere/model"], "the package nowhere is not installed"),
     "too long": (["task.max_length=128"], "task.max_length is 128, and the tokenizer's model takes at most 64"),
     "fp16 on a CPU": (["training.mixed_precision=fp16"], "fp16, which needs a GPU"),
+    "one column twice": (["task.columns.text_pair=premise"], "task.columns names the same column twice"),
+    "odd sizes": (
+        ["model.path=null", "model.config={model_type: bert, hidden_size: 33}"],
+        "is built from model.config",
+    ),
     "unwritable": (["output_root=/proc/forge"], "output root /proc/forge cannot be written"),
 }
 

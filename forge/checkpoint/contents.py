@@ -12,10 +12,12 @@ from safetensors import SafetensorError
 from forge.cluster.ranks import on_every_rank, on_rank_0
 from forge.errors import ForgeError, TrainingError
 from forge.run.directory import RunDirectory
-from forge.run.files import write_atomically
+from forge.run.files import open_to_others, write_atomically
 from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
+
+STATE_FILE = "checkpoint_state.json"  # not training_state.json: that marks a run directory
 
 
 def save_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accelerator, keep_last: int) -> None:
@@ -28,7 +30,8 @@ def save_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accele
 
     def commit() -> None:
         saved = replace(state, latest_checkpoint=target.name)
-        saved.save(staging / run.state_file.name)
+        saved.save(staging / STATE_FILE)
+        open_to_others(staging)
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was resumed from an older one
         os.replace(staging, target)
         write_atomically(run.latest_checkpoint_file, target.name + "\n")
@@ -43,7 +46,8 @@ def save_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accele
     except (OSError, RuntimeError, SafetensorError, ForgeError) as error:  # torch's writer raises RuntimeError
         if accelerator.is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
+        free_mib = shutil.disk_usage(run.path).free / 2**20
+        reason = " ".join(str(error).split())[:200] + f"; {free_mib:.0f} MiB are free there"
         newest = state.latest_checkpoint or "none yet"
         raise TrainingError(
             f"{target} could not be saved ({reason}); the newest checkpoint is {newest}. Free some space, then resume"
@@ -60,7 +64,7 @@ def load_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accele
             f"{folder} is named by training_state.json and does not exist; the run cannot go on from it"
         )
     accelerator.load_state(str(folder))
-    saved = TrainingState.load(folder / run.state_file.name)
+    saved = TrainingState.load(folder / STATE_FILE)
     state.step, state.epoch = saved.step, saved.epoch
     logger.info("resumed from %s at step %d", folder.name, state.step)
 

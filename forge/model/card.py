@@ -26,6 +26,7 @@ def model_card(
         **({"base_model": model["source"]} if hub_id else {}),
     }
     rows = "\n".join(f"| {name} | {a} | {b} |" for name, a, b in compare(before, after))
+    numbers = f"| | before | after |\n|---|---|---|\n{rows}" if rows else "It was not evaluated."
     sampled = any(name.endswith("/samples_of") for name in {**before, **after})
     note = "\nEvaluated on a sample of the rows (evaluation.max_samples), not on all of them.\n" if sampled else ""
     return f"""---
@@ -36,9 +37,7 @@ def model_card(
 
 A sequence classifier trained with forge: {model["source"]}, on {data["description"]}.
 
-| | before | after |
-|---|---|---|
-{rows}
+{numbers}
 {note}
 - Labels: {", ".join(model["labels"])}
 - Parameters: {model["parameters"]:,}; training rows: {data["rows"]["train"]:,}; optimizer steps: {steps:,}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -159,7 +160,7 @@ def _scratch_config(
         if unknown:
             raise UsageError(f"{key}.config.{unknown[0]} is not a setting of {model_type} models")
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **given})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UsageError(_not_buildable(key, error)) from error
     config.pad_token_id = tokenizer.pad_token_id
     _set_labels(config, labels)

@@ -1,6 +1,7 @@
 """Finds a model by what the config calls it: hub id, local folder, run directory, or folder in a package."""
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from huggingface_hub import is_offline_mode
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from forge.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def load_tokenizer(source: ModelSource, key: str) -> PreTrainedTokenizerBase:
 
 
 def _from_pretrained(factory: Any, source: ModelSource, key: str, what: str) -> Any:
+    if not source.is_local:
+        logger.info("%s: looking for %s in the local cache and on the hub", key, source.name)
     try:
         return factory.from_pretrained(source.location, revision=source.revision)
     except (OSError, ValueError, KeyError) as error:
@@ -72,6 +77,8 @@ def not_found(source: ModelSource, key: str, what: str, error: Exception) -> str
             f"{key}: {source.name} is neither a folder here nor in the local hub cache, and HF_HUB_OFFLINE forbids to "
             f"download it; name a local folder, or fetch it on a machine with a network: `hf download {source.name}`"
         )
+    if "connect" in reason.lower():
+        reason = "there is no connection to it; HF_HUB_OFFLINE=1 says so at once"
     return (
         f"{key}: {source.name} is not a folder here, and the hub gave no {what} for it ({reason}); check the spelling, "
         "the network and, for a gated model, your login"

@@ -36,6 +36,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False, default=_path_as_text) + "\n")
 
 
+def open_to_others(folder: Path) -> None:
+    """Gives every file below folder the mode that the umask allows: safetensors writes for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object. Raises UsageError, naming the file, where there is none."""
     try:

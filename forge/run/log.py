@@ -42,7 +42,7 @@ class RunLog:
     """The root logger's two handlers, and what stands between file descriptors 1 and 2 and the console."""
 
     def __init__(self, rank: int):
-        console_stream = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+        console_stream = os.fdopen(_original_stderr(), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         #: For the progress bar, so that bar and log lines do not write across each other. Give `redirect_stdout=False,
         #: redirect_stderr=False` to rich's Live and Progress: else prints go round the descriptors, past output.log.
         self.console = Console(file=console_stream, stderr=True)
@@ -145,6 +145,23 @@ class RunLog:
         atexit.register(self.close)
 
 
+def _original_stderr() -> int:
+    try:
+        return os.dup(2)
+    except OSError:  # closed by whoever started us: the file is all there is
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+class _PlainHandler(logging.StreamHandler[Any]):
+    """Falls silent when nobody reads the console any more, as behind `| head`; the file goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            logging.getLogger().removeHandler(self)
+        else:
+            super().handleError(record)
+
+
 class _PlainFormatter(logging.Formatter):
     """12:34:56 message, with the level only where it matters."""
 
@@ -155,6 +172,12 @@ class _PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return self._marked.format(record) if record.levelno >= logging.WARNING else super().format(record)
+
+
+def _for_the_console(record: logging.LogRecord) -> bool:
+    if record.name == "huggingface_hub.utils._http":
+        return record.levelno >= logging.ERROR  # a line for each of twenty retries, and then the error is said anyway
+    return record.levelno >= logging.WARNING or record.name.split(".")[0] not in LIBRARIES
 
 
 def _console_handler(console: Console, prefix: str) -> logging.Handler:
@@ -169,9 +192,9 @@ def _console_handler(console: Console, prefix: str) -> logging.Handler:
         )
         handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     else:
-        handler = logging.StreamHandler(console.file)
+        handler = _PlainHandler(console.file)
         handler.setFormatter(_PlainFormatter(prefix))
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.split(".")[0] not in LIBRARIES)
+    handler.addFilter(_for_the_console)
     return handler
 
 

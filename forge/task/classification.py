@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
@@ -129,6 +129,11 @@ def load_classification(config: ClassificationTask, tokenizer: PreTrainedTokeniz
 
 def _check_columns(config: ClassificationTask, split: str, rows: Dataset) -> None:
     where = f"{describe(config.dataset)}, {split}"
+    named = [name for name in (config.columns.text, config.columns.text_pair, config.columns.label) if name]
+    if len(set(named)) < len(named):
+        raise UsageError(
+            f"task.columns names the same column twice ({', '.join(named)}); text, text_pair and label differ"
+        )
     for key in ("text", "text_pair", "label"):
         column = getattr(config.columns, key)
         if column is not None and column not in rows.column_names:
@@ -136,7 +141,14 @@ def _check_columns(config: ClassificationTask, split: str, rows: Dataset) -> Non
             raise UsageError(
                 f"{where}: there is no column {column}; it has: {has}. Name the right one with task.columns.{key}"
             )
-        if column is None or key == "label":
+        if column is None:
+            continue
+        if key == "label":
+            if not isinstance(rows.features[column], ClassLabel | Value):
+                kind = rows.features[column]
+                raise UsageError(
+                    f"{where}: the column {column} (task.columns.label) holds {kind}, not names or integers"
+                )
             continue
         if getattr(rows.features[column], "dtype", "") not in ("string", "large_string"):
             raise UsageError(
@@ -167,12 +179,14 @@ def _label_names(config: ClassificationTask, train: Dataset) -> list[str]:
         odd = next(value for value in values if not isinstance(value, str | int))
         raise UsageError(f"the column {config.columns.label} holds {odd!r}; a label is a name or an integer")
     if len(values) < 2:
-        raise UsageError(f"the training split has only the label {values.pop()}; a classifier needs at least two")
+        raise UsageError(
+            f"{describe(config.dataset)}, train: the only label is {values.pop()}; a classifier needs at least two"
+        )
     return [str(value) for value in sorted(values)]
 
 
 def _index_labels(config: ClassificationTask, split: str, rows: Dataset, labels: list[str]) -> Dataset:
-    """Replaces the label column by `label`, an index into labels."""
+    """The columns text, text_pair and label, an index into labels; whatever their names in the data."""
     column = config.columns.label
     numbered = isinstance(rows.features[column], ClassLabel) or config.labels is not None
     positions: dict[Any, int] = {name: i for i, name in enumerate(labels)}
@@ -188,16 +202,21 @@ def _index_labels(config: ClassificationTask, split: str, rows: Dataset, labels:
                 f"{', '.join(labels)}; take the row out, or name all labels with task.labels"
             )
         indices.append(index)
-    texts = [name for name in (config.columns.text, config.columns.text_pair) if name]
-    return rows.select_columns(texts).add_column("label", indices)
+    columns = {config.columns.text: "text", config.columns.text_pair: "text_pair"}
+    texts = {name: plain for name, plain in columns.items() if name and name != plain}
+    kept = rows.select_columns([name for name in columns if name])
+    return (kept.rename_columns(texts) if texts else kept).add_column("label", indices)
 
 
 def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str) -> Dataset:
-    text, pair = config.columns.text, config.columns.text_pair
+    pair = config.columns.text_pair is not None
 
     def encode(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = tokenizer(
-            columns[text], columns[pair] if pair else None, truncation="longest_first", max_length=config.max_length
+            columns["text"],
+            columns["text_pair"] if pair else None,
+            truncation="longest_first",
+            max_length=config.max_length,
         )
         names = [name for name in encoded if name != "attention_mask"]  # all ones until rows are padded
         return {
@@ -209,7 +228,7 @@ def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTo
 
     # BERT and DistilBERT share the backend and differ in the inputs they name.
     how = f"{backend} {tokenizer.model_input_names} {tokenizer.truncation_side} {tokenizers.__version__}"
-    key = f"{rows._fingerprint} {how} {config.max_length} {text} {pair}"
+    key = f"{rows._fingerprint} {how} {config.max_length} {pair}"
     return rows.map(
         encode,
         batched=True,

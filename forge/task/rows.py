@@ -106,25 +106,38 @@ def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
             continue
         if file.stat().st_size == 0:
             raise UsageError(f"{file} is empty; forge needs at least one row in each split")
-        try:
-            splits[split] = datasets.load_dataset(READERS[file.suffix], data_files=str(file.absolute()), split="train")
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:200]
-            raise UsageError(
-                f"{file} cannot be read as {file.suffix[1:]} ({reason}); check that every row has the same columns"
-            ) from error
+        splits[split] = _read(file)
     return splits or {file: Dataset.from_list([]) for file in files}
 
 
+def _read(file: Path) -> Dataset:
+    options = {"keep_default_na": False} if file.suffix == ".csv" else {}  # a cell that reads NA is text
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs the error that is said below
+    try:
+        return datasets.load_dataset(READERS[file.suffix], data_files=str(file.absolute()), split="train", **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        hint = "check that it is whole, that text is UTF-8, and that every row has the same columns"
+        raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason}); {hint}") from error
+    except OSError as error:
+        cache = datasets.config.HF_DATASETS_CACHE
+        raise UsageError(
+            f"{file} cannot be read into the cache {cache} ({error}); set HF_HOME to another folder"
+        ) from error
+    finally:
+        logging.getLogger("datasets").setLevel(logging.NOTSET)
+
+
 def _load_hub(config: DatasetConfig) -> dict[str, Dataset]:
+    logger.info("data: looking for %s in the local cache and on the hub", describe(config))
     try:
         loaded = datasets.load_dataset(config.name, config.config, revision=config.revision)
     except (OSError, ValueError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"the data set {describe(config)} could not be loaded from the hub{offline}: {reason}; check its name, or "
-            "give a local folder with task.dataset.path"
+            f"the data set {describe(config)} could not be loaded from the hub{offline}: {reason}; check its name "
+            "and the network, or give a local folder with task.dataset.path"
         ) from error
     assert isinstance(loaded, DatasetDict)
     return dict(loaded)

@@ -164,12 +164,13 @@ class FinetuningTrainer:
         index = int(bad.nonzero()[0])
         step = self.state.step - len(losses) + index + 1
         newest = self.state.latest_checkpoint
+        precise = self.accelerator.mixed_precision == "no"
         raise TrainingError(
             f"loss {losses[index]:.4g} and gradient norm {grad_norms[index]:.4g} at step {step} of {self.total_steps} "
             f"(rate {learning_rate(step - 1, self.total_steps, self.config.training):.2e}, mixed precision "
             f"{self.accelerator.mixed_precision}); nothing was saved after it, "
             f"{f'the newest checkpoint is {newest}' if newest else 'and no checkpoint before it'}. Try a lower "
-            "training.learning_rate, a longer warm-up, or training.mixed_precision: no"
+            f"training.learning_rate{', a longer warm-up' if precise else ', a longer warm-up or mixed_precision: no'}"
         )
 
 

@@ -51,7 +51,7 @@ class WandbTracker(Callback):
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        logger.info("W&B %s: %s", config.mode, self._run.url or self._run.dir)
+        logger.info("W&B %s: %s", config.mode, self._run.url if config.mode == "online" else self._run.dir)
 
     def _log(self, step: int, metrics: Metrics) -> None:
         if self._run is not None:
