@@ -209,6 +209,9 @@ def test_evaluation_during_training_comes_when_it_is_due_and_not_twice_at_the_en
     trainer.train()
 
     assert trainer.callbacks.evaluations == [("training", 2), ("training", 4)]
+    alone = build_trainer("evaluation.every_steps=3", "evaluation.final=false")
+    alone.train()
+    assert alone.callbacks.evaluations == [("training", 3), ("training", 6)]
 
 
 def test_only_the_last_checkpoints_stay(build_trainer: Build) -> None:

@@ -86,6 +86,7 @@ class FinetuningTrainer:
         self.student.train()
         self.callbacks.training_started(self.state)
         self.meter.restart()
+        save_every = self.config.checkpoint.every_steps
         while self.state.step < self.total_steps:
             rate = learning_rate(self.state.step, self.total_steps, self.config.training)
             self.train_step(self.batches.next_step(), rate)
@@ -94,8 +95,9 @@ class FinetuningTrainer:
             self.callbacks.stepped(self.state)
             last = self.state.step == self.total_steps
             reports = last or due(self.state.step, self.config.logging.every_steps)
-            evaluates = due(self.state.step, self.config.evaluation.every_steps) and not last  # the final one follows
-            saves = last or due(self.state.step, self.config.checkpoint.every_steps)
+            saves = due(self.state.step, save_every) or (last and save_every is not None)
+            evaluates = due(self.state.step, self.config.evaluation.every_steps)
+            evaluates = evaluates and not (last and self.config.evaluation.final)  # which follows at once
             if reports or evaluates or saves:
                 self._check_finite()  # before a report, and before anything is saved
             if reports:
@@ -103,7 +105,7 @@ class FinetuningTrainer:
             if evaluates:
                 with self.meter.paused():
                     self.evaluate("training")
-            if saves and self.config.checkpoint.every_steps is not None:
+            if saves:
                 with self.meter.paused():
                     save_checkpoint(self.run, self.state, self.accelerator, self.config.checkpoint.keep_last)
         self.callbacks.training_ended(self.state)
