@@ -112,7 +112,9 @@ def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
 
 def _read(file: Path) -> Dataset:
     options = {"keep_default_na": False} if file.suffix == ".csv" else {}  # a cell that reads NA is text
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs the error that is said below
+    library = logging.getLogger("datasets")
+    level = library.level
+    library.setLevel(logging.CRITICAL)  # it logs the error that is said below
     try:
         return datasets.load_dataset(READERS[file.suffix], data_files=str(file.absolute()), split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
@@ -125,7 +127,7 @@ def _read(file: Path) -> Dataset:
             f"{file} cannot be read into the cache {cache} ({error}); set HF_HOME to another folder"
         ) from error
     finally:
-        logging.getLogger("datasets").setLevel(logging.NOTSET)
+        library.setLevel(level)
 
 
 def _load_hub(config: DatasetConfig) -> dict[str, Dataset]:
