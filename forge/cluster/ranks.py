@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Rank 0 downloads and tokenizes while the others wait, which can take longer than the ten minutes of NCCL. Only the
-# agreements wait so long: in training a rank that died is noticed by the usual timeout.
+# agreements wait so long: the collectives of training keep the usual timeout.
 WAIT_FOR_RANK_0 = timedelta(hours=2)
 
 
@@ -28,10 +28,7 @@ def build_accelerator(mixed_precision: str, seed: int) -> Accelerator:
     """Joins the ranks. Raises UsageError for ranks that did not start and a precision this device has not."""
     _check_started_ranks()
     precision = _resolve_precision(mixed_precision)
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
     set_seed(seed)  # the same on every rank, so that new weights are; the trainer tells the ranks' dropout apart
     logger.info(
         "%d rank%s on %s, mixed precision %s, %d CPU threads each",

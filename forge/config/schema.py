@@ -178,7 +178,7 @@ class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     """The peak rate, reached at the end of the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the rate decays to 0 after the warm-up."""
+    """How the rate goes on after the warm-up: down to 0 in a line or a half cosine, or not at all."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.06
     """The share of all steps in which the rate rises from 0."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -198,7 +198,7 @@ class TrainingConfig(Section):
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """auto: bf16 where the device computes in it, else no (float32); what was chosen stands in the log."""
     gradient_checkpointing: Bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
+    """Recompute activations in backward: less memory, more time."""
     length_grouping: Bool = True
     """Rows of similar length share a step: less padding, the same rows in every epoch."""
     num_workers: Annotated[int, Field(ge=0)] = 0
