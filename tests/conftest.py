@@ -28,11 +28,15 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a BERT of two layers without a classification head, and its word-level tokenizer."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """The tiny model, also for programs that are no test."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny_model")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -85,7 +89,10 @@ def write_rows(file: Path, rows: list[dict[str, object]]) -> Path:
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 training pairs and two validation splits of 13 and 7 rows."""
-    folder = tmp_path_factory.mktemp("data")
+    return write_data_folder(tmp_path_factory.mktemp("data"))
+
+
+def write_data_folder(folder: Path) -> Path:
     write_rows(folder / "train.jsonl", pair_rows(48))
     write_rows(folder / "validation_matched.jsonl", pair_rows(13, offset=100))
     write_rows(folder / "validation_other.jsonl", pair_rows(7, offset=200))

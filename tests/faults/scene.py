@@ -1,0 +1,209 @@
+"""The scene of every trial: a tiny model, its data and config, the unbroken run, and what must be equal at the end."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from conftest import write_data_folder, write_tiny_model
+
+from faults.forkserver import Child, Ended, ForkServer, wait
+
+RUN_NAME = "run"
+MAX_STEPS = 6
+TIMES = ("samples_per_second", "tokens_per_second", "peak_memory_mib", "seconds")
+LEFTOVERS = (".tmp-*", ".trash-*", "*.tmp")
+Setup = list[tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What kind of run is hurt."""
+
+    ranks: int = 1
+    asynchronous: bool = False
+    settings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}" + ", asynchronous" * self.asynchronous
+
+
+@dataclass(frozen=True)
+class Ending:
+    """All of a finished run that must not depend on how often it was stopped."""
+
+    final: dict[str, bytes]
+    checkpoints: tuple[str, ...]  # those that retention kept
+    newest: dict[str, bytes]  # the files of the last checkpoint that tell how to go on
+    curve: list[dict[str, Any]]
+    stage: str
+
+    def difference(self, other: "Ending") -> str | None:
+        """The first thing in which another run ended differently."""
+        for what in ("final", "newest"):
+            mine, its = getattr(self, what), getattr(other, what)
+            for name in sorted(mine.keys() | its.keys()):
+                if mine.get(name) != its.get(name):
+                    return f"{what} {name} differs" if name in mine.keys() & its.keys() else f"{what} {name} is missing"
+        if self.checkpoints != other.checkpoints:
+            return f"checkpoints are {', '.join(other.checkpoints)} and not {', '.join(self.checkpoints)}"
+        for mine, its in zip(self.curve, other.curve, strict=False):
+            if mine != its:
+                return f"metrics.jsonl has {its} for {mine}"
+        if len(self.curve) != len(other.curve):
+            return f"metrics.jsonl has {len(other.curve)} rows and not {len(self.curve)}"
+        return None if self.stage == other.stage else f"the run ended in stage {other.stage} and not in {self.stage}"
+
+
+class Scene:
+    """Makes the model and the data once, runs attempts in folders of their own, and knows the unbroken ends."""
+
+    def __init__(self, folder: Path, server: ForkServer):
+        self.folder, self.server = folder, server
+        self.model = write_tiny_model(_made(folder / "model"))
+        self.data = write_data_folder(_made(folder / "data"))
+        self._unbroken: dict[Shape, Path] = {}
+        self._locks: dict[Shape, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._count = 0
+
+    @cached_property
+    def config(self) -> Path:
+        file = self.folder / "tiny.yaml"
+        file.write_text(f"""
+task:
+  type: classification
+  dataset: {{path: {self.data}}}
+  columns: {{text: premise, text_pair: hypothesis, label: label}}
+  labels: [entailment, neutral, contradiction]
+  max_length: 32
+model: {{path: {self.model}, dropout: 0.1}}
+training: {{max_steps: {MAX_STEPS}, batch_size: 8, learning_rate: 3e-3, mixed_precision: no}}
+logging: {{every_steps: 1}}
+evaluation: {{baseline: false, final: false}}
+checkpoint: {{every_steps: 2, keep_last: 2}}
+""")
+        return file
+
+    def new_root(self) -> Path:
+        """An output root of its own for a trial; its siblings `.out` and the like hold what the trial says."""
+        with self._lock:
+            self._count += 1
+            return _made(self.folder / "trials" / f"{self._count:05}")
+
+    def arguments(self, shape: Shape, root: Path, name: str = RUN_NAME) -> list[str]:
+        settings = list(shape.settings)
+        if shape.asynchronous:
+            settings.append("checkpoint.asynchronous=true")
+        pairs = [part for setting in settings for part in ("--set", setting)]
+        return ["--config", str(self.config), "--output_root", str(root), "--run_name", name, *pairs]
+
+    def begin(self, shape: Shape, root: Path, setup: list[Setup] | None = None, name: str = RUN_NAME) -> list[Child]:
+        """Starts the first attempt of a run below root."""
+        return self.server.start_ranks(shape.ranks, self.arguments(shape, root, name), _output(root), setup)
+
+    def go_on(self, shape: Shape, root: Path, setup: list[Setup] | None = None, *more: str) -> list[Child]:
+        """Starts a further attempt with `--resume`; of a run that was killed before it came to be, the first one."""
+        run = run_of(root)
+        if not (run / "training_state.json").exists():
+            shutil.rmtree(run, ignore_errors=True)  # forge tells the user that the folder is no run directory
+            return self.begin(shape, root, setup)
+        arguments = ["--resume", str(run), "--output_root", str(root), *more]
+        return self.server.start_ranks(shape.ranks, arguments, _output(root), setup)
+
+    def unbroken(self, shape: Shape) -> Ending:
+        """The end of the run that nothing happened to, made when it is first asked for."""
+        return self._ending(self.unbroken_root(shape))
+
+    def unbroken_root(self, shape: Shape) -> Path:
+        with self._lock:
+            lock = self._locks.setdefault(shape, threading.Lock())
+        with lock:
+            if shape not in self._unbroken:
+                root = self.new_root()
+                ended = wait(self.begin(shape, root))
+                assert ended.code == 0, ended.text
+                self._unbroken[shape] = root
+            return self._unbroken[shape]
+
+    def _ending(self, root: Path) -> Ending:
+        return ending(run_of(root))
+
+    def verdict(self, shape: Shape, root: Path) -> str | None:
+        """What is wrong with a run that should have ended like the unbroken one."""
+        run = run_of(root)
+        if left := leftovers(run):
+            return f"left behind: {', '.join(left)}"
+        return self.unbroken(shape).difference(ending(run))
+
+    def finish(
+        self, shape: Shape, root: Path, check: Callable[[Ended], str | None] | None = None
+    ) -> tuple[str | None, Ended]:
+        """Resumes with the unmodified program until the end; what is wrong with that end, and how it came."""
+        ended = wait(self.go_on(shape, root))
+        problem = check(ended) if check is not None else None
+        if problem is None and ended.hung:
+            problem = "a rank of the resume hung"
+        if problem is None and ended.code != 0:
+            problem = f"the resume ended with {ended.codes}: {last_words(ended.text)}"
+        return problem or self.verdict(shape, root), ended
+
+
+def run_of(root: Path, name: str = RUN_NAME) -> Path:
+    return root / "tiny" / name
+
+
+def ending(run: Path) -> Ending:
+    """Reads the end of a run. Raises OSError where there is none."""
+    state = json.loads((run / "training_state.json").read_text())
+    names = checkpoint_names(run)
+    final = {name: (run / "final" / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    newest: dict[str, bytes] = {}
+    for path in sorted((run / names[-1]).rglob("*")) if names else []:
+        name = str(path.relative_to(run / names[-1]))
+        if path.suffix in (".safetensors", ".pt", ".bin", ".pkl"):
+            newest[name] = path.read_bytes()
+    return Ending(final, tuple(names), newest, curve(run), state["stage"])
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what depends on the clock."""
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    found = [path.name for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda name: int(name.removeprefix("checkpoint-")))
+
+
+def leftovers(run: Path) -> list[str]:
+    return sorted(path.name for pattern in LEFTOVERS for path in run.glob(pattern))
+
+
+def last_words(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-2:])[-400:]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _output(root: Path) -> Path:
+    return root.with_suffix(".out")
+
+
+def drop(root: Path) -> None:
+    """Removes a trial that went well."""
+    shutil.rmtree(root, ignore_errors=True)
+    for file in root.parent.glob(f"{root.name}.*"):
+        if file.is_file():
+            os.unlink(file)
