@@ -130,9 +130,7 @@ class ForkServer:
         for rank in range(ranks):
             environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             file = output.with_name(f"{output.name}.{rank}") if rank else output
-            children.append(
-                self.start(arguments, file, environment=environment, setup=setup[rank] if setup else None)
-            )
+            children.append(self.start(arguments, file, environment=environment, setup=setup[rank] if setup else None))
             children[-1].rank = rank
         return children
 
@@ -215,7 +213,6 @@ def _import_everything() -> None:
     import transformers.models.auto.modeling_auto
     import transformers.models.bert.modeling_bert
     import transformers.models.bert.tokenization_bert  # noqa: F401
-
     from transformers import conversion_mapping
 
     import forge.pipeline

@@ -13,6 +13,8 @@ from typing import Any
 from conftest import write_data_folder, write_tiny_model
 
 from faults.forkserver import Child, Ended, ForkServer, wait
+from forge.checkpoint.manifest import BadCheckpoint, verify
+from forge.run.files import read_json_lines
 
 RUN_NAME = "run"
 MAX_STEPS = 6
@@ -139,6 +141,8 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
         run = run_of(root)
         if left := leftovers(run):
             return f"left behind: {', '.join(left)}"
+        if problem := unsound(run):
+            return problem
         return self.unbroken(shape).difference(ending(run))
 
     def finish(
@@ -173,8 +177,7 @@ def ending(run: Path) -> Ending:
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what depends on the clock."""
-    file = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = read_json_lines(run / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
 
 
@@ -185,6 +188,18 @@ def checkpoint_names(run: Path) -> list[str]:
 
 def leftovers(run: Path) -> list[str]:
     return sorted(path.name for pattern in LEFTOVERS for path in run.glob(pattern))
+
+
+def unsound(run: Path) -> str | None:
+    """The first folder that is named as a checkpoint and is not whole; it must not exist at any instant."""
+    state_file = run / "training_state.json"
+    run_id = json.loads(state_file.read_text())["run_id"] if state_file.exists() else ""
+    for name in checkpoint_names(run):
+        try:
+            verify(run / name, run_id)
+        except BadCheckpoint as error:
+            return f"{name} is named as a checkpoint and is not whole: {error}"
+    return None
 
 
 def last_words(text: str) -> str:

@@ -1,0 +1,88 @@
+"""Prints the table of `make faults`: each kind of fault, its trials, and how many runs survived them."""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from faults.forkserver import ForkServer
+from faults.rows import ROWS, Size
+from faults.scene import Scene
+from faults.trials import Row, run_row, table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="faults", description="Hurts forge in every way known, and counts.")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name; several by a comma")
+    parser.add_argument("--quick", action="store_true", help="about a tenth of the trials")
+    parser.add_argument("--full", action="store_true", help="every crash point on every rank: hours")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="trials side by side")
+    parser.add_argument("--list", action="store_true", help="only the names of the rows")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there too")
+    parser.add_argument("--json", metavar="FILE", help="write the counts, and what failed, there too")
+    parser.add_argument("--keep", action="store_true", help="keep the folder of the trials that failed")
+    parser.add_argument("--folder", metavar="DIR", help="where the trials run (memory, if /dev/shm is there)")
+    args = parser.parse_args()
+    wanted = [name for name in ROWS if any(text.strip() in name for text in args.only.split(","))]
+    if args.list or not wanted:
+        print("\n".join(wanted or ROWS))
+        return 0 if wanted else 2
+    logging.disable()  # what forge's selection says of a damaged checkpoint when a trial calls it here
+    size = Size.QUICK if args.quick else Size.FULL if args.full else Size.USUAL
+
+    folder = Path(
+        tempfile.mkdtemp(prefix="faults-", dir=args.folder or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    )
+    start = time.monotonic()
+    rows: list[Row] = []
+    server = ForkServer()
+    try:
+        scene = Scene(folder, server)
+        for name in wanted:
+            begun = time.monotonic()
+            try:
+                row = Row(name, **ROWS[name](scene, size))
+            except Exception as error:  # noqa: BLE001 - a row that cannot be set up has failed, and the others go on
+                row = Row(name, [])
+                row.failures.append(("setup", f"{type(error).__name__}: {error}"))
+                tell(f"  FAILED {name}: {error}")
+            run_row(row, args.workers, tell)
+            row.seconds = time.monotonic() - begun
+            rows.append(row)
+            tell(table([row]).splitlines()[-1])
+    finally:
+        server.close()
+        if not args.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    minutes = (time.monotonic() - start) / 60
+    good = all(row.good for row in rows)
+    text = f"{table(rows)}\n\n{sum(len(row.trials) for row in rows)} trials in {minutes:.1f} minutes: "
+    text += "every run survived" if good else "NOT every run survived"
+    print(f"\n{text}")
+    if args.keep:
+        print(f"trials that failed: {folder}")
+    if args.markdown:
+        Path(args.markdown).write_text(text + "\n")
+    if args.json:
+        values = [
+            {
+                **{"fault": row.fault, "trials": len(row.trials), "survived_percent": round(row.percent, 3)},
+                **{"must_fail": row.must_fail, "seconds": round(row.seconds, 1), "failures": row.failures},
+            }
+            for row in rows
+        ]
+        Path(args.json).write_text(json.dumps({"rows": values, "good": good}, indent=2) + "\n")
+    return 0 if good else 1
+
+
+def tell(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
