@@ -37,11 +37,11 @@ class Point:
         return f"{self.when} {self.event}, kills {' and '.join(map(str, self.victims))}"
 
 
-def events(scene: Scene, shape: Shape) -> list[list[Event]]:
+def events(scene: Scene, shape: Shape, extra: Setup | None = None) -> list[list[Event]]:
     """Every event of a whole unbroken run, for each rank."""
     root = scene.new_root()
     files = [root.with_suffix(f".events{rank}") for rank in range(shape.ranks)]
-    setup = [injector(root, rank, record=str(file)) for rank, file in enumerate(files)]
+    setup = [(extra or []) + injector(root, rank, record=str(file)) for rank, file in enumerate(files)]
     ended = wait(scene.begin(shape, root, setup))
     assert ended.code == 0, ended.text
     assert (problem := scene.verdict(shape, root)) is None, problem  # watching changes nothing
@@ -143,6 +143,14 @@ def crash_trials(
     ]
 
 
+def naive_trials(scene: Scene, shape: Shape, at_most: int) -> list[Trial]:
+    """The same with a naive saver in the place of forge's, which has to be found out: most of these must fail."""
+    naive: Setup = [("faults.naive_saver:install", {})]
+    recorded = [[event for event in found if _of_a_checkpoint(event)] for found in events(scene, shape, naive)]
+    points = distinct_points(recorded)
+    return [crash_trial(scene, shape, point, extra=naive) for point in points[:: max(1, len(points) // at_most)]]
+
+
 def random_trial(scene: Scene, shape: Shape, seed: int) -> Trial:
     """Kills at random instants, up to three times, and resumes."""
 
@@ -179,6 +187,10 @@ def _few_writes(found: list[Event]) -> Iterator[Event]:
     for _, group in itertools.groupby(found, key=lambda event: (event.kind, event.name)):
         same = list(group)
         yield from same if len(same) <= 3 or same[0].kind != "write" else (same[0], same[len(same) // 2], same[-1])
+
+
+def _of_a_checkpoint(event: Event) -> bool:
+    return "checkpoint" in event.name or ".tmp-" in event.name
 
 
 def _without_step(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Starts forge without its six seconds of imports: one process imports everything once, and each attempt is a fork of it.
+"""Starts forge without its six seconds of imports: one process imports everything, and each attempt is a fork of it.
 
 The forked child is the true program from `forge.train.main` on: its arguments, environment, descriptors, exit code and
 interpreter shutdown are its own. What a trial does to it (an injector, another clock) is named in the request, as
@@ -6,6 +6,7 @@ interpreter shutdown are its own. What a trial does to it (an injector, another 
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -57,10 +58,8 @@ class Child:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """The server has not reaped it while no exit was told, so the pid is still its own."""
         if self.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-            except ProcessLookupError:
-                pass
 
     @property
     def text(self) -> str:

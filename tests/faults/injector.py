@@ -1,8 +1,8 @@
 """Hurts forge at its k-th contact with the disk or with the other ranks: kills a rank, or lets the call fail.
 
-`install` wraps the calls themselves, in the process under test, and only for paths below one folder; so forge needs no hooks,
-and whatever it does in future is hurt as well. A file opened by Python is a FileIO of our own: its events are the writes
-that reach the operating system, not those into a buffer.
+`install` wraps the calls themselves, in the process under test, and only for paths below one folder; so forge needs no
+hooks, and whatever it does in future is hurt as well. A file opened by Python is a FileIO of our own: its events are
+the writes that reach the operating system, not those into a buffer.
 """
 
 import builtins
@@ -46,9 +46,9 @@ def install(
 ) -> None:
     """Counts this process's events below a folder, and does at event number `at` what is asked for.
 
-    when: before, after, or torn (in the middle of what is written, else before). action: kill, freeze (SIGSTOP) or an errno's
-    name. victims: the ranks that are killed, whose pids stand in the folder `pids`. lasting: from that event on every call
-    that needs space fails. only: a pattern of the events that count.
+    when: before, after, or torn (in the middle of what is written, else before). action: kill, freeze (SIGSTOP) or an
+    errno's name. victims: the ranks that are killed, whose pids stand in the folder `pids`. lasting: from that event on
+    every call that needs space fails. only: a pattern of the events that count.
     """
     global _active
     _active = Injector(Path(below), rank, record, pids, at, when, action, victims, lasting, only)

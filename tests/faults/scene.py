@@ -1,11 +1,12 @@
 """The scene of every trial: a tiny model, its data and config, the unbroken run, and what must be equal at the end."""
 
+import itertools
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ class Scene:
         self._unbroken: dict[Shape, Path] = {}
         self._locks: dict[Shape, threading.Lock] = {}
         self._lock = threading.Lock()
-        self._count = 0
+        self._count = itertools.count(1)
+        self.lock = threading.Lock()
+        self.ledger: dict[int, list[int]] | None = None  # of the unbroken run: the rows of its steps
 
     @cached_property
     def config(self) -> Path:
@@ -94,9 +97,7 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
 
     def new_root(self) -> Path:
         """An output root of its own for a trial; its siblings `.out` and the like hold what the trial says."""
-        with self._lock:
-            self._count += 1
-            return _made(self.folder / "trials" / f"{self._count:05}")
+        return _made(self.folder / "trials" / f"{next(self._count):05}")
 
     def arguments(self, shape: Shape, root: Path, name: str = RUN_NAME) -> list[str]:
         settings = list(shape.settings)
@@ -115,12 +116,15 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
         if not (run / "training_state.json").exists():
             shutil.rmtree(run, ignore_errors=True)  # forge tells the user that the folder is no run directory
             return self.begin(shape, root, setup)
-        arguments = ["--resume", str(run), "--output_root", str(root), *more]
-        return self.server.start_ranks(shape.ranks, arguments, _output(root), setup)
+        return self.server.start_ranks(shape.ranks, self.resume(root, *more), _output(root), setup)
+
+    def resume(self, root: Path, *more: str) -> list[str]:
+        """The arguments of a further attempt."""
+        return ["--resume", str(run_of(root)), "--output_root", str(root), *more]
 
     def unbroken(self, shape: Shape) -> Ending:
         """The end of the run that nothing happened to, made when it is first asked for."""
-        return self._ending(self.unbroken_root(shape))
+        return ending(run_of(self.unbroken_root(shape)))
 
     def unbroken_root(self, shape: Shape) -> Path:
         with self._lock:
@@ -133,8 +137,14 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
                 self._unbroken[shape] = root
             return self._unbroken[shape]
 
-    def _ending(self, root: Path) -> Ending:
-        return ending(run_of(root))
+    def difference_but_checkpoints(self, shape: Shape, root: Path) -> str | None:
+        """The same for a run in which a save was told to have failed: it may keep other steps than the unbroken one."""
+        expected, found = self.unbroken(shape), ending(run_of(root))
+        names = [name for name in found.checkpoints if name not in expected.checkpoints]
+        if names and not found.checkpoints:
+            return "no checkpoint is left"
+        newest = found.newest if found.checkpoints[-1:] == expected.checkpoints[-1:] else expected.newest
+        return expected.difference(replace(found, checkpoints=expected.checkpoints, newest=newest))
 
     def verdict(self, shape: Shape, root: Path) -> str | None:
         """What is wrong with a run that should have ended like the unbroken one."""

@@ -1,0 +1,97 @@
+"""What a trial changes in the process under test beside the disk: the clock, a record of the samples, a kill in a step."""
+
+import datetime as datetime_module
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+
+IDS = "row_ids"  # in a batch: the rows it is made of
+
+
+def shift_clock(*, days: float) -> None:
+    """Every clock of the wall is wrong by so many days; the monotonic ones go on."""
+    seconds = days * 86400
+    real_time, real_time_ns = time.time, time.time_ns
+    time.time = lambda: real_time() + seconds
+    time.time_ns = lambda: real_time_ns() + int(seconds * 1e9)
+    real = datetime_module.datetime
+
+    class Shifted(real):  # type: ignore[misc, valid-type]
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return real.now(tz) + datetime_module.timedelta(seconds=seconds)
+
+        @classmethod
+        def utcnow(cls) -> Any:
+            return real.now(datetime_module.UTC).replace(tzinfo=None) + datetime_module.timedelta(seconds=seconds)
+
+    datetime_module.datetime = Shifted  # type: ignore[misc]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("forge.") and getattr(module, "datetime", None) is real:
+            module.datetime = Shifted  # type: ignore[attr-defined]
+
+
+def in_a_step(*, forward: int, action: str = "kill") -> None:
+    """Kills, or freezes, at the forward pass of that number, counted from 0: in the midst of a step's accumulation."""
+    from forge.trainer.student import Student
+
+    original, count = Student.forward, [0]
+
+    def counted(self: Any, *values: Any, **options: Any) -> Any:
+        if self.training:
+            if count[0] == forward:
+                os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+            count[0] += 1
+        return original(self, *values, **options)
+
+    Student.forward = counted
+
+
+def record_samples(*, file: str) -> None:
+    """Writes the ids of the rows of every optimizer step that is taken, one JSON line with the step from 0.
+
+    The ids travel through the loader beside the rows, so that they are those of the batch and not of a plan.
+    """
+    from forge.task import batches
+
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    get, begin, start_at, next_step = (
+        batches._Rows.__getitems__,
+        batches.StepBatches.__init__,
+        batches.StepBatches.start_at,
+        batches.StepBatches.next_step,
+    )
+
+    def with_ids(self: Any, indices: Any) -> Any:
+        rows = get(self, indices)
+        for row, index in zip(rows, indices, strict=True):
+            row[IDS] = index
+        return rows
+
+    def init(self: Any, rows: Any, collate: Any, **options: Any) -> None:
+        def collate_with_ids(items: list[dict[str, Any]]) -> Any:
+            ids = [item.pop(IDS) for item in items]
+            return {**collate(items), IDS: torch.tensor(ids)}
+
+        begin(self, rows, collate_with_ids, **options)
+
+    def started(self: Any, step: int) -> None:
+        self._recorded_step = step
+        start_at(self, step)
+
+    def step(self: Any) -> Any:
+        micro_batches = next_step(self)
+        ids = [row for batch in micro_batches for row in batch.pop(IDS).tolist() if row != batches.FILLER]
+        os.write(descriptor, (json.dumps([self._recorded_step, ids]) + "\n").encode())
+        self._recorded_step += 1
+        return micro_batches
+
+    batches._Rows.__getitems__ = with_ids
+    batches.StepBatches.__init__ = init
+    batches.StepBatches.start_at = started
+    batches.StepBatches.next_step = step

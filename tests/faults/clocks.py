@@ -1,0 +1,80 @@
+"""Sets the clock wrong between attempts, and the time stamps of the checkpoints: the choice stays the same."""
+
+import os
+import random
+
+from faults.corruption import Donors, flip_byte
+from faults.crash import injector
+from faults.forkserver import wait
+from faults.scene import Scene, Setup, Shape, checkpoint_names, drop, run_of
+from faults.trials import Trial
+
+YEAR_DAYS = 365.25
+
+
+def clock_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
+    """Every attempt has a clock of another year, and is killed once at a write; all stamps are shuffled between them."""
+
+    def trial(seed: int) -> Trial:
+        def run() -> str | None:
+            generator = random.Random(seed)
+            root = scene.new_root()
+            years = [generator.uniform(-20, 20) for _ in range(3)]
+            for number, year in enumerate(years):
+                setup: list[Setup] = [[_clock(year)] for _ in range(shape.ranks)]
+                if number < 2:
+                    aimed = injector(
+                        root, 0, only=r"^(write|rename) .*(metrics|checkpoint)", at=generator.randrange(4, 30)
+                    )
+                    setup[0] = setup[0] + aimed
+                ended = wait(scene.go_on(shape, root, setup))
+                if ended.hung or (number == 2 and ended.code != 0):
+                    return f"attempt {number + 1} in year {year:+.0f} ended with {ended.codes} [{root}]"
+                _shuffle_stamps(root, generator)
+            problem = scene.verdict(shape, root)
+            if problem is None:
+                drop(root)
+            return problem and f"{problem} [{root}]"
+
+        return Trial(f"seed {seed}", run)
+
+    return [trial(seed) for seed in range(count)]
+
+
+def stamp_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
+    """The newest checkpoint by its step is chosen, whatever its stamps; also when it is bad."""
+    donors = Donors(scene, shape)
+
+    def trial(seed: int) -> Trial:
+        def run() -> str | None:
+            generator = random.Random(seed)
+            root = donors.copy()
+            expected = "checkpoint-4"
+            if seed % 2:
+                flip_byte(run_of(root), generator, donors)
+                expected = "checkpoint-2"
+            _shuffle_stamps(root, generator)
+            clock: list[Setup] = [[_clock(generator.uniform(-20, 20))] for _ in range(shape.ranks)]
+            ended = wait(scene.go_on(shape, root, clock))
+            if ended.code != 0 or f"goes on from {expected}" not in ended.text:
+                return f"it did not go on from {expected} [{root}]"
+            problem = scene.verdict(shape, root)
+            if problem is None:
+                drop(root)
+            return problem and f"{problem} [{root}]"
+
+        return Trial(f"seed {seed}", run)
+
+    return [trial(seed) for seed in range(count)]
+
+
+def _clock(years: float) -> tuple[str, dict[str, float]]:
+    return "faults.changes:shift_clock", {"days": years * YEAR_DAYS}
+
+
+def _shuffle_stamps(root: object, generator: random.Random) -> None:
+    run = run_of(root)  # type: ignore[arg-type]
+    for name in checkpoint_names(run):
+        for path in (run / name, *(run / name).iterdir()):
+            stamp = generator.uniform(0, 2e9)
+            os.utime(path, (stamp, stamp))

@@ -1,0 +1,49 @@
+"""A saver such as many programs have, to be put in the place of forge's: the crash points must find it out.
+
+It deletes the oldest checkpoint before it writes the new one, names the new one before it is written, and writes the
+files under their final names, one after the other; on resume it takes the newest by name.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def install() -> None:
+    """Replaces what commits and what chooses checkpoints in this process."""
+    import forge.pipeline
+    from forge.checkpoint import commit, selection
+    from forge.checkpoint.contents import write_snapshot
+    from forge.checkpoint.manifest import Manifest
+
+    def write(writing: Any, snapshot: Any) -> None:
+        run = writing.staging.parent
+        target = run / f"checkpoint-{writing.state.step}"
+        kept = selection.checkpoints(_Run(run))
+        for old in kept[1:] if snapshot.rank == 0 else []:
+            shutil.rmtree(old)
+        if snapshot.rank == 0:
+            (run / "latest_checkpoint").write_text(f"{target.name}\n")
+        target.mkdir(exist_ok=True)
+        writing.staging.rmdir() if snapshot.rank == 0 else None
+        for file in target.glob(f"rng-{snapshot.rank:05d}.pt") if snapshot.rank else target.iterdir():
+            file.unlink()
+        writing.staging = target
+        writing.outcome = write_snapshot(snapshot, target), None
+
+    def name(self: Any, writing: Any, files: Any) -> None:
+        self._manifest(writing.state, files).write(writing.staging)
+
+    def choose(run: Any, state: Any) -> Any:
+        found = selection.checkpoints(run)
+        return (found[0], Manifest.read(found[0])) if found else None
+
+    commit._write = write
+    commit.Checkpoints._name = name
+    commit.Checkpoints._outdated = lambda self, state: []
+    forge.pipeline.select = choose
+
+
+class _Run:
+    def __init__(self, path: Path):
+        self.path = path
