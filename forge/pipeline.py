@@ -108,7 +108,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
             logger.warning(notice)
         logger.info("run %s (%s)", run.path, "new" if request.resumed is None else f"attempt {state.attempts}")
 
-        with _recorded(run, state, accelerator):
+        with _recorded(run, state, accelerator, lock):
             callbacks = Callbacks(_callbacks(config, run, state, log) if accelerator.is_main_process else [])
             trainer = FinetuningTrainer(
                 config, accelerator, task, loaded_model.model, run, state, callbacks, lock, stop
@@ -130,6 +130,7 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning) -> Result:
     on_every_rank(accelerator, lambda: trainer.restore(beginning.checkpoint))
     if beginning.checkpoint is not None:
         logger.info("goes on from %s", beginning.checkpoint.name)
+        on_rank_0(accelerator, lambda: trainer.checkpoints.prune(state))
     stages: list[tuple[Stage, Callable[[], object]]] = [
         (Stage.BASELINE_EVALUATION, lambda: trainer.evaluate("baseline") if config.evaluation.baseline else None),
         (Stage.TRAINING, trainer.train),
@@ -147,8 +148,13 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning) -> Result:
 
 
 @contextmanager
-def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator) -> Iterator[None]:
+def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator, lock: RunLock) -> Iterator[None]:
     """Whatever ends the attempt stands in the run's state; but an outdated attempt leaves that to the later one."""
+
+    def record() -> None:
+        if accelerator.is_main_process:
+            state.save(run.state_file, lock.check)
+
     try:
         yield
     except Superseded:
@@ -156,16 +162,14 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator)
     except Stopped as stop:
         state.error = f"{stop} in {state.stage.replace('_', ' ')} at step {state.step}"
         state.preemptions += 1
-        if accelerator.is_main_process:
-            state.save(run.state_file)
+        record()
         kept = f"from {state.latest_checkpoint}" if state.latest_checkpoint else "from the start"
         command = f"python forge.py --resume {shlex.quote(str(run.path))}"
         raise Stopped(f"{state.error}; go on {kept} with `{command}`") from None
     except BaseException as error:
         lost = lost_rank(error)
         state.error = "another rank has died" if lost else f"{type(error).__name__}: {error}".strip(": ")
-        if accelerator.is_main_process:
-            state.save(run.state_file)
+        record()
         if lost:
             newest = state.latest_checkpoint or "none, so it starts anew"
             raise ForgeError(
@@ -250,8 +254,7 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
     logger.info("stage: %s", stage.replace("_", " "))
 
     def record() -> None:
-        trainer.lock.check()
-        state.save(run.state_file)
+        state.save(run.state_file, trainer.lock.check)
         update(Path(trainer.config.output_root), state.run_id, stage)
 
     on_rank_0(trainer.accelerator, record)
@@ -259,10 +262,11 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
 
 def _export(trainer: FinetuningTrainer) -> None:
     def export() -> None:
-        trainer.lock.check()
         try:
             publish_folder(
-                trainer.run.final, lambda folder: export_model(trainer.model, trainer.task.tokenizer, folder)
+                trainer.run.final,
+                lambda folder: export_model(trainer.model, trainer.task.tokenizer, folder),
+                trainer.lock.check,
             )
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -276,12 +280,11 @@ def _export(trainer: FinetuningTrainer) -> None:
 
 def _complete(result: Result, trainer: FinetuningTrainer) -> None:
     state, config = trainer.state, trainer.config
-    trainer.lock.check()
     metadata = read_json(result.run.metadata_file)
     card = model_card(metadata, state.step, to_yaml(config), result.before, result.after)
-    write_atomically(result.run.final / "README.md", card)
+    write_atomically(result.run.final / "README.md", card, trainer.lock.check)
     state.stage, state.pipeline_complete = Stage.COMPLETE, True
-    state.save(result.run.state_file)
+    state.save(result.run.state_file, trainer.lock.check)
     unregister(Path(config.output_root), state.run_id)
 
 

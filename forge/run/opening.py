@@ -36,7 +36,6 @@ def open_run(
     run = create_run_directory(output_root, config_name(loaded.file), run_name)
     try:
         state = TrainingState(run_id=new_run_id())
-        state.save(run.state_file)  # first: it marks the folder as a run
         _write_config(loaded, run)
         write_atomically(run.path / "requirements.txt", "\n".join(package_freeze()) + "\n")
         metadata: dict[str, Any] = {
@@ -89,5 +88,5 @@ def _record_attempt(
     entry["dirty_diff"] = dirty_diff.name if write_dirty_diff(dirty_diff) else None
     entry |= {"ranks": facts["world"]["ranks"], "changes": changes}
     write_json(run.metadata_file, metadata | facts | {"attempts": [*metadata.pop("attempts"), entry]})
-    state.save(run.state_file)
+    state.save(run.state_file)  # last: it marks the folder as a run, which then has all that a resume needs
     register(Path(loaded.config.output_root), run, state.run_id, state.stage)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from forge.errors import UsageError
-from forge.run.files import write_json
+from forge.run.files import Guard, write_json
 
 
 class Stage(StrEnum):
@@ -60,9 +60,10 @@ class TrainingState:
         """Has the run come to this stage, or beyond it?"""
         return self.stage.order >= stage.order
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, guard: Guard | None = None) -> None:
+        """guard: raises where this process may no longer write."""
         self.updated_at = now()
-        write_json(path, asdict(self))
+        write_json(path, asdict(self), *(() if guard is None else (guard,)))
 
     @classmethod
     def load(cls, path: Path) -> Self:
