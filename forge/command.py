@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
 EPILOG = "Exit codes: 0 complete; 1 failed; 2 usage or config error; 75 stopped on a signal, to be resumed."
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that change a config."""
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that change keys of a config, a new run's or a resumed one's."""
     parser.add_argument(
         "--set",
         action="append",
@@ -41,10 +41,32 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max_steps", metavar="N", help="optimizer steps to train for, instead of epochs")
     parser.add_argument("--epochs", metavar="E", help="passes over the training split")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that change a config."""
+    add_override_arguments(parser)
     parser.add_argument(
         "--debug", action="store_true", help="a few rows, two steps, every stage; nothing is sent to W&B"
     )
     parser.add_argument("--output_root", metavar="DIR", help="the folder that holds all runs (outputs)")
+
+
+def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a resume alone."""
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on although this key differs from the checkpoint's config and changes the meaning of the run; "
+        "repeatable",
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="go on with a run whose other process is frozen, or on a host that is dead",
+    )
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +88,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run_name", metavar="NAME", help="the run directory's name (the time of the start)")
     add_config_arguments(parser)
+    add_resume_arguments(parser)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -121,13 +144,15 @@ def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | Non
     from forge.run.directory import find_run
 
     if args.config is not None:
+        named = {"--allow-change": args.allow_change, "--take-over": args.take_over}
+        if given := [flag for flag, value in named.items() if value]:
+            raise UsageError(f"{', '.join(given)} can be given with --resume only: a new run goes on with nothing")
         overrides = {"max_steps": args.max_steps, "epochs": args.epochs, "output_root": args.output_root}
         return load_config(Path(args.config), args.set, debug=args.debug, **overrides), None
-    given = [f"--{name}" for name in ("set", "max_steps", "epochs", "debug", "run_name") if getattr(args, name)]
-    if given:
-        raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a run goes on with its own config")
+    if given := [f"--{name}" for name in ("debug", "run_name") if getattr(args, name)]:
+        raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a run goes on as what it is")
     run = find_run(Path(args.output_root or "outputs"), args.resume)
-    return load_config(run.config_file), run
+    return load_config(run.config_file, args.set, max_steps=args.max_steps, epochs=args.epochs), run
 
 
 def _print_summary(result: "Result") -> None:

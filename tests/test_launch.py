@@ -102,7 +102,7 @@ def test_ranks_train_on_the_cpu_where_torch_has_no_gpu(
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     computer(monkeypatch, gpus=4, torch="2.13.0")
-    with pytest.raises(UsageError, match="8 processes need as many GPUs, and 4 can be seen here; ask for 4"):
+    with pytest.raises(UsageError, match="8 processes need as many GPUs, and 4 can be seen here; give --processes 4"):
         training_command([], 8)
     assert "accelerate.commands.launch" in training_command([], 4)[0]
 

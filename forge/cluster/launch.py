@@ -38,7 +38,9 @@ def training_command(arguments: Sequence[str], processes: int) -> tuple[list[str
     if _trains_on_cpu(environment):
         environment["ACCELERATE_USE_CPU"] = "true"
     elif (gpus := visible_gpus(environment)) < processes:
-        raise UsageError(f"{processes} processes need as many GPUs, and {gpus} can be seen here; ask for {gpus}")
+        raise UsageError(
+            f"{processes} processes need as many GPUs, and {gpus} can be seen here; give --processes {gpus}"
+        )
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     environment.setdefault("PET_SIGNALS_TO_HANDLE", HANDLED_BY_LAUNCHER)
