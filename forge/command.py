@@ -76,16 +76,6 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--resume", metavar="RUN", help="go on with a run: its directory, or its name if there is one such"
     )
-    parser.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="with --resume: go on although this key has another meaning now; repeatable",
-    )
-    parser.add_argument(
-        "--take-over", action="store_true", help="with --resume: from a process that is frozen or on a dead host"
-    )
     parser.add_argument("--run_name", metavar="NAME", help="the run directory's name (the time of the start)")
     add_config_arguments(parser)
     add_resume_arguments(parser)

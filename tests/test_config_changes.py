@@ -155,6 +155,11 @@ def test_an_allowance_of_nothing_is_an_error(allowed: str, expected: str) -> Non
     assert len(problems(found("training.seed=1"), allowed)) == 2  # and the refused change itself
 
 
+def test_the_allowance_of_other_rows_is_left_to_whoever_loads_them() -> None:
+    assert check_changes([], ["task.dataset"]) == []
+    assert len(problems(found("task.dataset.max_rows=5"), "task.dataset")) == 1  # it allows no key
+
+
 def test_a_harmless_change_may_be_allowed_and_a_key_named_twice() -> None:
     assert len(check_changes(found("training.max_steps=40"), ["training.max_steps"])) == 1
     assert len(check_changes(found("training.seed=4"), ["training.seed", "training.seed"])) == 1

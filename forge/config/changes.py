@@ -71,6 +71,7 @@ RULES: dict[str, tuple[Kind, str]] = {
 }
 
 STEP_KEYS = ("training.batch_size", "training.per_device_batch_size", "training.gradient_accumulation_steps")
+ROWS = "task.dataset"  # as --allow-change, no key: allows other rows, and is judged where they are loaded
 NO_EFFECT = "(no effect)"
 UNKNOWN = "(not known to this forge)"
 UNKNOWN_THEN = "(not known to the forge that saved it)"
@@ -101,7 +102,8 @@ def check_changes(found: Sequence[Change], allowed: Sequence[str]) -> list[str]:
     allowed: the keys of --allow-change. Raises ConfigError with one problem for each change of meaning that is not
     among them, and for each of them that is no changed key.
     """
-    problems = [_unused(key, found) for key in dict.fromkeys(allowed) if key not in {change.key for change in found}]
+    used = {ROWS, *(change.key for change in found)}
+    problems = [_unused(key, found) for key in dict.fromkeys(allowed) if key not in used]
     lines = []
     for change in found:
         if change.kind is Kind.HARMLESS:

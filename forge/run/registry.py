@@ -48,14 +48,6 @@ def update(output_root: Path, run_id: str, stage: Stage) -> None:
         _write(file, IncompleteRun(**{**asdict(known), "stage": stage}))
 
 
-def refuse_if_running(output_root: Path, run_id: str) -> None:
-    """Raises UsageError while an attempt of the run is alive on this host. What runs on other hosts is not seen."""
-    file = _entry_file(output_root, run_id)
-    known = _read(file) if file.exists() else None
-    if known is not None and known.pid != os.getpid() and is_alive(known):
-        raise UsageError(f"the run {known.path} is being trained by process {known.pid}; wait for it, or end it first")
-
-
 def is_alive(run: IncompleteRun) -> bool | None:
     """Is the process that registered last still there, at work or frozen? None: it ran on another host."""
     if run.host != socket.gethostname():
