@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from forge.config.changes import RULES, Change, Kind, changes, check_changes
+from forge.config.changes import RULES, Change, Kind, allowances, changes, check_changes
 from forge.config.explain import effective, to_yaml
 from forge.config.hints import all_keys
 from forge.config.loader import LoadedConfig, load_config
@@ -158,6 +158,23 @@ def test_an_allowance_of_nothing_is_an_error(allowed: str, expected: str) -> Non
 def test_the_allowance_of_other_rows_is_left_to_whoever_loads_them() -> None:
     assert check_changes([], ["task.dataset"]) == []
     assert len(problems(found("task.dataset.max_rows=5"), "task.dataset")) == 1  # it allows no key
+
+
+def test_an_allowance_holds_for_its_value_in_later_attempts() -> None:
+    """The attempt that it was given to may have been killed before it saved a checkpoint with the new value."""
+    first = found("training.seed=1", "training.max_steps=40")
+    before = allowances(first)
+    assert before == {"training.seed": "1"}
+    length, seed = check_changes(first, [], before)
+    assert length.startswith("training.max_steps: 20 -> 40 (how long ")
+    assert seed.startswith("training.seed: 42 -> 1 (allowed in an earlier attempt, ")
+    (other,) = problems(found("training.seed=2"), before=before)
+    assert other.startswith("training.seed: 42 -> 2 changes the meaning of the run: ")
+    # The same command once more, after a checkpoint has the new value.
+    assert check_changes([], ["training.seed"], before) == []
+    assert problems([], "training.weight_decay", before=before) == [
+        "--allow-change training.weight_decay: the key does not change; take it out"
+    ]
 
 
 def test_a_harmless_change_may_be_allowed_and_a_key_named_twice() -> None:
@@ -360,9 +377,9 @@ def found(*settings: str, rows_old: int = 64, rows_new: int = 64) -> list[Change
     return judge(load(), load(*settings), rows_old, rows_new)
 
 
-def problems(more: list[Change], *allowed: str) -> list[str]:
+def problems(more: list[Change], *allowed: str, before: dict[str, str] | None = None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        check_changes(more, allowed)
+        check_changes(more, allowed, before or {})
     return caught.value.problems
 
 

@@ -1,9 +1,10 @@
 """What may differ between the config that a run was trained with and the one that it goes on with."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -96,13 +97,16 @@ def changes(old: dict[str, Any], new: Config, *, rows_per_step_old: int, rows_pe
     return sorted(found, key=lambda change: places.get(change.key, len(places)))
 
 
-def check_changes(found: Sequence[Change], allowed: Sequence[str]) -> list[str]:
+def check_changes(
+    found: Sequence[Change], allowed: Sequence[str], before: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """One line for each change, to be shown before training.
 
-    allowed: the keys of --allow-change. Raises ConfigError with one problem for each change of meaning that is not
-    among them, and for each of them that is no changed key.
+    allowed: the keys of --allow-change. before: the allowances of earlier attempts, which hold for the same value, as
+    long as no checkpoint has it. Raises ConfigError with one problem for each change of meaning that is not allowed,
+    and for each allowed key that neither changes nor was allowed before (a script may repeat its command).
     """
-    used = {ROWS, *(change.key for change in found)}
+    used = {ROWS, *before, *(change.key for change in found)}
     problems = [_unused(key, found) for key in dict.fromkeys(allowed) if key not in used]
     lines = []
     for change in found:
@@ -110,6 +114,8 @@ def check_changes(found: Sequence[Change], allowed: Sequence[str]) -> list[str]:
             lines.append(f"{change} ({change.reason})")
         elif change.key in allowed:
             lines.append(f"{change} (allowed by --allow-change, though it changes the meaning: {change.reason})")
+        elif before.get(change.key) == change.new:
+            lines.append(f"{change} (allowed in an earlier attempt, though it changes the meaning: {change.reason})")
         else:
             problems.append(
                 f"{change} changes the meaning of the run: {change.reason}; set it back, or add "
@@ -118,6 +124,11 @@ def check_changes(found: Sequence[Change], allowed: Sequence[str]) -> list[str]:
     if problems:
         raise ConfigError(problems)
     return lines
+
+
+def allowances(found: Sequence[Change]) -> dict[str, str]:
+    """What an attempt records of the changes of meaning that it was allowed: `before` of the attempts to come."""
+    return {change.key: change.new for change in found if change.kind is Kind.MEANING}
 
 
 class _Absent:
