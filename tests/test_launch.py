@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_many_processes_are_started_by_the_launcher(monkeypatch: pytest.MonkeyPa
     command, environment = training_command(["--resume", "r"], 3)
     port = command[command.index("--main_process_port") + 1]
     assert command == [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
+        *(sys.executable, str(REPOSITORY / "forge" / "cluster" / "launcher.py"), "--multi_gpu", "--num_machines", "1"),
         *("--num_processes", "3", "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"),
         *(str(REPOSITORY / "forge" / "train.py"), "--resume", "r"),
     ]
@@ -104,7 +105,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     computer(monkeypatch, gpus=4, torch="2.13.0")
     with pytest.raises(UsageError, match="8 processes need as many GPUs, and 4 can be seen here; give --processes 4"):
         training_command([], 8)
-    assert "accelerate.commands.launch" in training_command([], 4)[0]
+    assert "--multi_gpu" in training_command([], 4)[0]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,28 @@ def test_the_launcher_passes_a_signal_to_every_rank(
         with open(tmp_path / "output", "wb") as output:
             assert run_training([*reports.arguments, "1"], 2, output) == 75
         assert reports.lines() == [["SIGUSR1"], ["SIGUSR1"]]
+    assert "Traceback" not in (tmp_path / "output").read_text()
+
+
+@pytest.mark.multiprocess
+def test_a_second_interrupt_ends_every_rank_at_once(entry: Callable[[str], Path], tmp_path: Path) -> None:
+    entry(STOPPED.replace("sys.argv[1]", "sys.argv[1] + os.environ['RANK']"))
+    with Reports(tmp_path, 2) as reports, open(tmp_path / "output", "wb") as output:
+        interrupt = partial(os.kill, os.getpid(), signal.SIGINT)
+        reports.when_ready(interrupt, interrupt)  # the second one when every rank has got the first
+        assert run_training([*reports.arguments, "9"], 2, output) == 1
+        assert reports.lines() == [["SIGINT"], ["SIGINT"]]  # and all have ended
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_is_killed_is_named(entry: Callable[[str], Path], tmp_path: Path) -> None:
+    entry("import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)")
+    with open(tmp_path / "output", "wb") as output:
+        assert run_training([], 2, output) == 1
+    said = (tmp_path / "output").read_text()
+    assert "rank 1 (process " in said
+    assert "was ended by SIGKILL\n" in said
+    assert "Traceback" not in said
 
 
 class Reports:
@@ -229,14 +252,18 @@ class Reports:
         if self._thread is not None:
             self._thread.join(60)
 
-    def when_ready(self, then: Callable[[], None]) -> None:
-        """Calls then as soon as every child runs, from another thread."""
+    def when_ready(self, then: Callable[[], None], *later: Callable[[], None]) -> None:
+        """Calls then as soon as every child runs, and each later one after another line of each; in a thread."""
 
         def follow() -> None:
             files = [open(pipe) for pipe in self.pipes]  # noqa: SIM115 - all of them are open at once
             self.ready = [file.readline().split()[1:] for file in files]
             then()
-            self._lines = [file.read().split() for file in files]
+            for call in later:
+                self._lines.append([file.readline().strip() for file in files])
+                call()
+            rest = [file.read().split() for file in files]
+            self._lines = [[*said, *more] for *said, more in zip(*self._lines, rest, strict=True)]
             for file in files:
                 file.close()
 

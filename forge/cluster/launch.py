@@ -9,13 +9,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Self
 
+import psutil
+
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, UsageError
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
+LAUNCHER = Path(__file__).resolve().with_name("launcher.py")
 OUTCOME = "FORGE_OUTCOME"  # the file that takes forge's exit code: accelerate's launcher returns 1 for every failure
 PARENT = "FORGE_PARENT"  # the process whose end is to end the ranks; the launcher between may be killed first
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -45,7 +49,7 @@ def training_command(arguments: Sequence[str], processes: int) -> tuple[list[str
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     environment.setdefault("PET_SIGNALS_TO_HANDLE", HANDLED_BY_LAUNCHER)
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launcher = [sys.executable, str(LAUNCHER), "--multi_gpu", "--num_machines", "1"]
     launcher += ["--num_processes", str(processes), "--main_process_port", str(_free_port())]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # only quiets it: the config says what counts
     return [*launcher, str(ENTRY), *arguments], environment
@@ -54,7 +58,8 @@ def training_command(arguments: Sequence[str], processes: int) -> tuple[list[str
 class SignalRelay:
     """While it is entered, TERM, INT, USR1 and USR2 are kept, and given to the child that runs.
 
-    Only the main thread can enter it.
+    A second INT ends the child and all its processes at once: a launcher would make a TERM for its ranks of it, which
+    means "save first". Only the main thread can enter a relay.
     """
 
     def __init__(self) -> None:
@@ -84,7 +89,11 @@ class SignalRelay:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
-        if self._child is not None:
+        if self._child is None:
+            return
+        if self.received.count(signal.SIGINT) > 1 and number == signal.SIGINT:
+            _kill(self._child.pid)
+        else:
             self._child.send_signal(number)
 
 
@@ -149,6 +158,19 @@ def _trains_on_cpu(environment: dict[str, str]) -> bool:
     if environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true"):
         return True
     return "+cpu" in importlib.metadata.version("torch") or visible_gpus(environment) == 0
+
+
+def _kill(pid: int) -> None:
+    """The process and all below it, the ranks in sessions of their own too."""
+    try:
+        process = psutil.Process(pid)
+        below = process.children(recursive=True)
+        process.kill()  # first: a launcher would tell of its lost ranks
+    except psutil.NoSuchProcess:
+        return
+    for child in below:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _free_port() -> int:
