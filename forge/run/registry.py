@@ -48,6 +48,17 @@ def update(output_root: Path, run_id: str, stage: Stage) -> None:
         _write(file, IncompleteRun(**{**asdict(known), "stage": stage}))
 
 
+def is_alive(run: IncompleteRun) -> bool | None:
+    """Is the process that registered last still there, at work or frozen? None: it ran on another host."""
+    if run.host != socket.gethostname():
+        return None
+    try:
+        command = Path(f"/proc/{run.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"forge" in command  # else the number was given to another program since
+
+
 def unregister(output_root: Path, run_id: str) -> None:
     """The run is complete."""
     _entry_file(output_root, run_id).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from forge.checkpoint.contents import Training, restore
 from forge.cluster.ranks import StopVote, on_rank_0, rank_seed
 from forge.cluster.signals import StopRequest, in_loader_worker
 from forge.config.explain import effective
+from forge.config.placing import located
 from forge.config.schema import Config, TrainingConfig
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
@@ -91,7 +92,7 @@ class FinetuningTrainer:
         facts = RunFacts(
             ranks=accelerator.num_processes,
             rows_per_step=self.rows_per_step,
-            config=effective(config),
+            config=effective(located(config)),
             data_fingerprint=task.fingerprint,
             **code_facts(),
         )
