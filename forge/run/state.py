@@ -47,6 +47,7 @@ class TrainingState:
     epoch: float = 0.0
     samples: int = 0  # rows trained on, over all ranks and epochs
     tokens: int = 0  # likewise
+    step_sizes: list = field(default_factory=list)  # [first step, rows of each step from there on]
     evaluated_step: int = 0  # of the last evaluation during training that was finished
     latest_checkpoint: str | None = None  # its folder's name, as in checkpoint-500
     best_metric: dict | None = None  # {"name", "value", "step"}
