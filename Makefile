@@ -1,12 +1,15 @@
 # make demo   sets everything up and runs the main job on this machine's CPU
 # make test   sets everything up and runs the tests
+# make faults hurts running trainings in every way known (a quarter of an hour on two cores) and prints who survived
 # make lint   style and types
 
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint setup clean
+FAULTS ?=
+
+.PHONY: demo test faults lint setup clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -14,6 +17,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# FAULTS="--quick", FAULTS="--only 'random kills'", FAULTS=--help
+faults: $(INSTALLED)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(VENV)/bin/python -m faults $(FAULTS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

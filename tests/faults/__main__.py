@@ -18,7 +18,8 @@ from faults.trials import Row, run_row, table
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="faults", description="Hurts forge in every way known, and counts.")
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name; several by a comma")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="rows with this in their name; repeatable")
+    parser.add_argument("--skip", action="append", default=[], metavar="TEXT", help="not those; repeatable")
     parser.add_argument("--quick", action="store_true", help="about a tenth of the trials")
     parser.add_argument("--full", action="store_true", help="every crash point on every rank: hours")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="trials side by side")
@@ -28,7 +29,8 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the folder of the trials that failed")
     parser.add_argument("--folder", metavar="DIR", help="where the trials run (memory, if /dev/shm is there)")
     args = parser.parse_args()
-    wanted = [name for name in ROWS if any(text.strip() in name for text in args.only.split(","))]
+    wanted = [name for name in ROWS if any(text in name for text in args.only or [""])]
+    wanted = [name for name in wanted if not any(text in name for text in args.skip)]
     if args.list or not wanted:
         print("\n".join(wanted or ROWS))
         return 0 if wanted else 2

@@ -1,4 +1,4 @@
-"""What a trial changes in the process under test beside the disk: the clock, a record of the samples, a kill in a step."""
+"""What a trial changes in the process under test beside the disk: its clock, a record of its rows, a kill in a step."""
 
 import datetime as datetime_module
 import json

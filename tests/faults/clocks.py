@@ -13,7 +13,7 @@ YEAR_DAYS = 365.25
 
 
 def clock_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
-    """Every attempt has a clock of another year, and is killed once at a write; all stamps are shuffled between them."""
+    """Every attempt has a clock of another year, and is killed at a write; all stamps are shuffled between them."""
 
     def trial(seed: int) -> Trial:
         def run() -> str | None:

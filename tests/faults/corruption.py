@@ -305,7 +305,7 @@ def _meaning(folder: Path) -> dict[str, Any]:
     meaning: dict[str, Any] = {}
     for file in folder.iterdir() if folder.is_dir() else ():
         meaning[file.name] = file.read_bytes() if file.is_file() else None
-    with suppress(ValueError, KeyError):
+    with suppress(ValueError, KeyError, TypeError):
         meaning["manifest.json"] = json.loads(meaning["manifest.json"])
     return meaning
 

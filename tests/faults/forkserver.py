@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 120.0  # no attempt of a trial takes a tenth of it
+TIMEOUT_S = 60.0  # no attempt of a trial takes a tenth of it
 AGENT_GRACE_S = 20.0  # from the first dead rank until the others are ended by force, and the trial has failed
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which the kernel gives ports to connections, so that only another of these takes one.

@@ -25,9 +25,12 @@ def install() -> None:
         if snapshot.rank == 0:
             (run / "latest_checkpoint").write_text(f"{target.name}\n")
         target.mkdir(exist_ok=True)
-        writing.staging.rmdir() if snapshot.rank == 0 else None
-        for file in target.glob(f"rng-{snapshot.rank:05d}.pt") if snapshot.rank else target.iterdir():
-            file.unlink()
+        if snapshot.rank == 0:
+            writing.staging.rmdir()
+        own = f"rng-{snapshot.rank:05d}.pt"
+        for file in list(target.iterdir()):
+            if file.name == own or (snapshot.rank == 0 and not file.name.startswith("rng-")):
+                file.unlink()
         writing.staging = target
         writing.outcome = write_snapshot(snapshot, target), None
 
