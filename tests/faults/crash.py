@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -84,6 +85,15 @@ def distinct_points(recorded: list[list[Event]]) -> list[Point]:
                 turn = seen[key] = seen.get(key, -1) + 1
                 groups: list[tuple[int, ...]] = [(rank,), (0, 1), (1 - rank,)]
                 points.append(Point(event, when, groups[turn % 3]))
+    return points
+
+
+def chosen_points(recorded: list[list[Event]], chosen: list[tuple[int, str, int, str, tuple[int, ...]]]) -> list[Point]:
+    """Points by the pattern of their event: (rank, pattern, its how-manieth from 0, when, victims)."""
+    points = []
+    for rank, pattern, number, when, victims in chosen:
+        matching = [event for event in recorded[rank] if re.search(pattern, f"{event.kind} {event.name}")]
+        points.append(Point(matching[number], when, victims))
     return points
 
 
