@@ -13,6 +13,7 @@ from faults.crash import Event, chosen_points, crash_trial, events, random_trial
 from faults.errors import error_trial
 from faults.forkserver import ForkServer
 from faults.launchers import signal_trials
+from faults.power import order_trials
 from faults.samples import Plan, sample_trials
 from faults.scene import Scene, Shape, ending, run_of
 from faults.trials import Row, Trial, run_row, table
@@ -92,6 +93,21 @@ def test_the_injector_sees_whatever_a_save_does(recorded: list[list[Event]]) -> 
     assert ("replace", "tiny/run/latest_checkpoint") in seen
     assert any(kind == "rename" and ".trash-" in name for kind, name in seen)
     assert any(kind == "rmdir" and ".trash-" in name for kind, name in seen)
+
+
+def test_nothing_is_named_before_it_is_on_the_disk(recorded: list[list[Event]]) -> None:
+    survive(order_trials(recorded))
+
+
+@pytest.mark.parametrize(
+    "name", ["/optimizer.pt", "/.tmp-*-*", "tiny/run", "/.manifest.json.*.tmp", "/.tmp-final/model.safetensors"]
+)
+def test_a_sync_that_is_left_out_is_found(name: str, recorded: list[list[Event]]) -> None:
+    without = [event for event in recorded[0] if not (event.kind == "fsync" and event.name.endswith(name))]
+    row = run_row(Row("order", order_trials([without])), 1)
+
+    assert len(without) < len(recorded[0])
+    assert row.failures
 
 
 def test_a_run_killed_within_a_save_ends_like_the_unbroken_one(scene: Scene, recorded: list[list[Event]]) -> None:

@@ -10,6 +10,7 @@ from faults.corruption import corruption_trials, none_left_trials, pointer_trial
 from faults.crash import crash_trials, naive_trials, random_trial
 from faults.errors import error_trials
 from faults.launchers import launcher_trials, parent_trials, signal_trials
+from faults.power import power_trials
 from faults.samples import plans, random_plans, sample_trials
 from faults.scene import Scene, Shape
 
@@ -78,11 +79,11 @@ def _clocks(scene: Scene, size: Size) -> dict[str, Any]:
 
 ROWS: dict[str, Callable[[Scene, Size], dict[str, Any]]] = {
     "crash points, 1 rank": _crash(ONE, 400),
-    "crash points, 2 ranks": _crash(TWO, 250),
-    "crash points, 1 rank, asynchronous": _crash(ONE_ASYNC, 120),
-    "crash points, 2 ranks, asynchronous": _crash(TWO_ASYNC, 60),
+    "crash points, 2 ranks": _crash(TWO, 200),
+    "crash points, 1 rank, asynchronous": _crash(ONE_ASYNC, 80),
+    "crash points, 2 ranks, asynchronous": _crash(TWO_ASYNC, 40),
     "random kills, 1 rank": _random(ONE, 80),
-    "random kills, 2 ranks": _random(TWO, 40),
+    "random kills, 2 ranks": _random(TWO, 30),
     "random kills, 1 rank, asynchronous": _random(ONE_ASYNC, 20),
     "corruptions, 1 rank": _corrupt(ONE, 600),
     "corruptions, 2 ranks": _corrupt(TWO, 400),
@@ -90,8 +91,11 @@ ROWS: dict[str, Callable[[Scene, Size], dict[str, Any]]] = {
     "no checkpoint left": lambda scene, size: {"trials": none_left_trials(scene, ONE, size.of(12))},
     "naive saver, 1 rank": _naive(ONE, 40),
     "naive saver, 2 ranks": _naive(TWO, 20),
-    "errors of the disk, 1 rank": _errors(ONE, 150),
-    "errors of the disk, 2 ranks": _errors(TWO, 50),
+    "named only when it is on the disk": lambda scene, size: {
+        "trials": power_trials(scene, ONE) + power_trials(scene, TWO) + power_trials(scene, ONE_ASYNC)
+    },
+    "errors of the disk, 1 rank": _errors(ONE, 110),
+    "errors of the disk, 2 ranks": _errors(TWO, 40),
     "errors of the disk, 1 rank, asynchronous": _errors(ONE_ASYNC, 40),
     "two resumes at once, 1 rank": _at_once(ONE, 20),
     "two resumes at once, 2 ranks": _at_once(TWO, 6),
