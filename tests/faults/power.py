@@ -1,6 +1,6 @@
 """What a power cut would take: a name that lasts must name what lasts, so that all is synced before it is renamed.
 
-A killed process leaves its writes to the kernel, a machine without power does not: so the order of the calls is checked.
+A killed process leaves its writes to the kernel, a machine without power does not: the order of the calls is checked.
 """
 
 from faults.crash import Event, events
@@ -12,10 +12,14 @@ NOT_SYNCED = ("metrics.jsonl", ".lock", "output.log")  # appended to or advisory
 
 def power_trials(scene: Scene, shape: Shape) -> list[Trial]:
     """One for each rename of a whole run, and one for each rank's files."""
-    recorded = events(scene, shape)
-    trials = [
-        Trial(f"files of rank {rank}", lambda found=found: _unsynced(found)) for rank, found in enumerate(recorded)
-    ]
+    return order_trials(events(scene, shape))
+
+
+def order_trials(recorded: list[list[Event]]) -> list[Trial]:
+    """The same of events that are known, for each rank."""
+    trials = []
+    for rank, found in enumerate(recorded):
+        trials.append(Trial(f"files of rank {rank}", lambda found=found: _unsynced(found)))
     for i, event in enumerate(recorded[0]):
         if event.kind in ("rename", "replace") and ".trash-" not in event.name:
             trials.append(Trial(str(event), lambda i=i: _named_too_early(recorded[0], i)))
