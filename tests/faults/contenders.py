@@ -107,7 +107,7 @@ def frozen_trials(scene: Scene, shape: Shape) -> list[Trial]:
             woken = wait(first)
             if problem is None and (changed := _changes(before, contents(run_of(root)))):
                 problem = f"awake, it changed {changed}"
-            if problem is None and (woken.code == 0 or woken.hung):
+            if problem is None and (woken.code == 0 or woken.forced):
                 problem = f"awake, it ended with {woken.codes}"
             if problem is None and "has taken over" not in woken.text:
                 problem = f"awake, it said {last_words(woken.text)}"

@@ -41,7 +41,7 @@ def error_trial(scene: Scene, shape: Shape, point: Point, code: str, lasting: bo
         aimed = {"at": point.event.number, "when": point.when, "action": code, "lasting": lasting}
         setup[point.event.rank] = injector(root, point.event.rank, **aimed)
         ended = wait(scene.begin(shape, root, setup))
-        problem = _judge(scene, shape, root, ended.codes, ended.text, ended.hung)
+        problem = _judge(scene, shape, root, ended.codes, ended.text, ended.forced)
         if problem is None:
             drop(root)
         return problem and f"{problem} [{root}]"

@@ -28,7 +28,9 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60.0  # no attempt of a trial takes a tenth of it
-AGENT_GRACE_S = 20.0  # from the first dead rank until the others are ended by force, and the trial has failed
+# From the first dead rank until the others are ended by force. The launcher gives 30 s; a rank that waits in native
+# code for one that died before it came hears no signal, and takes them all.
+AGENT_GRACE_S = 8.0
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which the kernel gives ports to connections, so that only another of these takes one.
 _ports = itertools.cycle(random.SystemRandom().sample(range(18000, 30000), 12000))
@@ -142,10 +144,11 @@ class ForkServer:
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt ended: every rank's exit code, and whether a rank had to be ended by force."""
+    """How an attempt ended: every rank's exit code, and what had to be done for it."""
 
     codes: list[int]
-    hung: bool
+    hung: bool  # no rank had failed, and none ended
+    forced: bool  # a rank had to be killed after another one's end, as the launcher does
     text: str  # what the ranks said
 
     @property
@@ -160,7 +163,7 @@ class Ended:
 
 def wait(children: list[Child], timeout_s: float = TIMEOUT_S) -> Ended:
     """Waits as the launcher's agent does: when one rank has failed, the others get a TERM, and then no long grace."""
-    deadline, hung, told = time.monotonic() + timeout_s, False, False
+    deadline, hung, forced, told = time.monotonic() + timeout_s, False, False, False
     while any(child.poll(0.01) is None for child in children):
         failed = any(child.code for child in children)
         if failed and not told:
@@ -168,11 +171,11 @@ def wait(children: list[Child], timeout_s: float = TIMEOUT_S) -> Ended:
             for child in children:
                 child.kill(signal.SIGTERM)
         if time.monotonic() > deadline:
-            hung = True
+            hung, forced = hung or not failed, True
             for child in children:
                 child.kill()
     codes = [child.code for child in children]
-    return Ended([code for code in codes if code is not None], hung, "".join(child.text for child in children))
+    return Ended([code for code in codes if code is not None], hung, forced, "".join(child.text for child in children))
 
 
 def free_port() -> int:

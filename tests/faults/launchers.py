@@ -62,7 +62,7 @@ def signal_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
             children[0].poll(generator.uniform(0, 0.35))
             children[generator.randrange(shape.ranks)].kill(number)
             ended = wait(children)
-            if set(ended.codes) not in ({0}, {75}) or ended.hung:
+            if set(ended.codes) not in ({0}, {75}) or ended.forced:
                 # before the handlers are there, a signal ends a process as ever
                 early = not run_of(root).exists() and any(code == -number for code in ended.codes)
                 if not early:
