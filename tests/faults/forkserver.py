@@ -164,7 +164,7 @@ class Ended:
 def wait(children: list[Child], timeout_s: float = TIMEOUT_S) -> Ended:
     """Waits as the launcher's agent does: when one rank has failed, the others get a TERM, and then no long grace."""
     deadline, hung, forced, told = time.monotonic() + timeout_s, False, False, False
-    while any(child.poll(0.01) is None for child in children):
+    while None in [child.poll(0.01) for child in children]:  # a list: each is asked
         failed = any(child.code for child in children)
         if failed and not told:
             told, deadline = True, min(deadline, time.monotonic() + AGENT_GRACE_S)
