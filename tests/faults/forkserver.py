@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60.0  # no attempt of a trial takes a tenth of it
 # From the first dead rank until the others are ended by force. The launcher gives 30 s; a rank that waits in native
 # code for one that died before it came hears no signal, and takes them all.
-AGENT_GRACE_S = 8.0
+AGENT_GRACE_S = 5.0
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which the kernel gives ports to connections, so that only another of these takes one.
 _ports = itertools.cycle(random.SystemRandom().sample(range(18000, 30000), 12000))
