@@ -19,7 +19,7 @@ def install() -> None:
     def write(writing: Any, snapshot: Any) -> None:
         run = writing.staging.parent
         target = run / f"checkpoint-{writing.state.step}"
-        kept = selection.checkpoints(_Run(run))
+        kept = [folder for folder in selection.checkpoints(_Run(run)) if folder != target]
         for old in kept[1:] if snapshot.rank == 0 else []:
             shutil.rmtree(old)
         if snapshot.rank == 0:
