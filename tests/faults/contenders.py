@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import REPOSITORY
 from faults.corruption import Donors
 from faults.crash import injector
 from faults.forkserver import Child, free_port, wait
-from faults.scene import Scene, Setup, Shape, drop, last_words, run_of
+from faults.scene import MAX_STEPS, Scene, Setup, Shape, drop, last_words, run_of
 from faults.trials import Trial
 
 # Where an attempt is frozen: the pattern of the events that count, and the number of the one before which it stops.
@@ -194,13 +195,17 @@ def _texts(attempts: list[list[Child]]) -> list[str]:
 
 def _one_goes_on(codes: list[list[int]], texts: list[str]) -> str | None:
     """Exactly one trains; the others are refused, or come so late that the run is complete."""
-    trained = [text for text in texts if "goes on from checkpoint-" in text]
+    trained = [text for text in texts if "stage: training" in text]
     if len(trained) != 1:
-        return f"{len(trained)} attempts went on, they ended with {codes}: " + " // ".join(map(last_words, texts))
+        return f"{len(trained)} attempts trained, they ended with {codes}: " + " // ".join(map(last_words, texts))
     for ended, text in zip(codes, texts, strict=True):
-        if "goes on from checkpoint-" in text or "is complete" in text:
-            if set(ended) != {0}:
-                return f"the one that went on ended with {ended}: {last_words(text)}"
-        elif set(ended) != {2} or "is being trained by" not in text:
-            return f"the other one ended with {ended}: {last_words(text)}"
+        # Who comes so late that all is done takes no step.
+        if set(ended) != {0} and (text in trained or set(ended) != {2} or "is being trained by" not in text):
+            return f"an attempt ended with {ended}: {last_words(text)}"
+        if (
+            set(ended) == {0}
+            and text not in trained
+            and not re.search(f"is complete|from checkpoint-{MAX_STEPS}", text)
+        ):
+            return f"an attempt that did not train ended with {ended}: {last_words(text)}"
     return None
