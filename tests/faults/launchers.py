@@ -62,11 +62,9 @@ def signal_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
             children[0].poll(generator.uniform(0, 0.35))
             children[generator.randrange(shape.ranks)].kill(number)
             ended = wait(children)
-            if set(ended.codes) not in ({0}, {75}) or ended.forced:
-                # before the handlers are there, a signal ends a process as ever
-                early = not run_of(root).exists() and any(code == -number for code in ended.codes)
-                if not early:
-                    return f"{number.name}: it ended with {ended.codes}: {last_words(ended.text)} [{root}]"
+            # Before the run exists there is nothing to save, and a rank that waits for one that left hears no signal.
+            if run_of(root).exists() and (set(ended.codes) not in ({0}, {75}) or ended.forced):
+                return f"{number.name}: it ended with {ended.codes}: {last_words(ended.text)} [{root}]"
             problem, _ = scene.finish(shape, root)
             if problem is None:
                 drop(root)
