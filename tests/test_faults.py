@@ -37,7 +37,6 @@ AIMED_AT_TWO = [
     (1, r"^write .*\.tmp-.*rng-00001\.pt", 1, "torn", (1,)),
     (0, r"^write .*\.tmp-.*optimizer\.pt", 50, "torn", (0,)),
     (0, r"^rename .*/checkpoint-4$", 0, "before", (0, 1)),
-    (0, r"^rename .*/checkpoint-4$", 0, "after", (1,)),
 ]
 # Where the naive saver must lose the run: it holds no whole checkpoint then, or a named half one.
 NAIVE = [
@@ -141,12 +140,12 @@ def test_every_damage_to_the_newest_checkpoint_is_seen(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    survive(corruption_trials(scene, ONE, 3 * len(DAMAGES), resume_every=19))
+    survive(corruption_trials(scene, ONE, 2 * len(DAMAGES), resume_every=19))
     survive(corruption_trials(scene, TWO, len(DAMAGES), resume_every=10_000, seed=1))
 
 
 def test_pointers_are_hints_and_no_run_starts_afresh_where_checkpoints_were(scene: Scene) -> None:
-    survive(pointer_trials(scene, ONE)[::7])
+    survive(pointer_trials(scene, ONE)[::9])
     survive(none_left_trials(scene, ONE, 1))
 
 
@@ -159,7 +158,7 @@ def test_a_disk_that_fails_within_a_save_is_reported_and_costs_no_checkpoint(
 
 
 def test_of_two_resumes_at_once_one_goes_on(scene: Scene) -> None:
-    survive(at_once_trials(scene, ONE, 3))
+    survive(at_once_trials(scene, ONE, 2))
     survive(at_once_trials(scene, TWO, 1))
 
 

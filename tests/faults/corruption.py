@@ -31,7 +31,8 @@ class Donors:
 
     def copy(self) -> Path:
         root = self.scene.new_root()
-        shutil.copytree(self.root, root, dirs_exist_ok=True)
+        # The run alone: its config names the first output root, whose registry the copies go on to write.
+        shutil.copytree(run_of(self.root), run_of(root))
         return root
 
 
