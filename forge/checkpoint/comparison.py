@@ -22,8 +22,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SPEED = re.compile(r"(^|[/_])(seconds|second|s|mib)$")
 # Which attempt of which run wrote a checkpoint, and when:
 ATTEMPT = frozenset(("run_id", "attempt", "attempts", "preemptions", "error", "created_at", "updated_at"))
-# Of manifest.json. The hashes of the files are not among them: state.json differs in its times.
-POSITION = ("step", "epoch", "samples", "tokens", "ranks", "rows_per_step", "config_hash", "data_fingerprint")
+# Of manifest.json. Not config_hash: in a run that was resumed the local paths of the config are absolute.
+POSITION = ("step", "epoch", "samples", "tokens", "ranks", "rows_per_step", "data_fingerprint")
 
 
 @dataclass(frozen=True)

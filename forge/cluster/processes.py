@@ -1,0 +1,102 @@
+"""A command with all the processes that it starts in turn: found wherever they are, and killed as by a machine that fails."""
+
+import os
+import secrets
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Self
+
+import psutil
+
+# In the environment of every process of one start: accelerate's launcher gives each rank a session of its own, and
+# an orphan has another parent, but both keep their environment.
+MARK = "FORGE_STARTED_BY"
+PARENT = "FORGE_PARENT"  # ranks end when this process does
+POLL_S = 0.05
+
+
+class Processes:
+    """One start of a command, in a session of its own: a Ctrl-C at the terminal does not reach it."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]):
+        self._mark = secrets.token_hex(8)
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
+        self._known: list[psutil.Process] = []
+        self._leader = subprocess.Popen(
+            command,
+            env={**environment, MARK: self._mark, PARENT: str(os.getpid())},
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill_all()
+        self._output.close()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the command itself; None while it runs."""
+        return self._leader.poll()
+
+    def output(self) -> str:
+        """All that the processes have printed so far."""
+        size = os.fstat(self._output.fileno()).st_size
+        return os.pread(self._output.fileno(), size, 0).decode(errors="replace")
+
+    def learn(self) -> None:
+        """Looks for the processes now, so that a kill needs no search. Takes milliseconds."""
+        self._known = self._alive()
+
+    def kill_rank(self, rank: int) -> bool:
+        """SIGKILL to one rank alone. False where no such rank is known: see learn()."""
+        for process in self._known:
+            with suppress(psutil.Error):
+                if process.ppid() == self._leader.pid and process.environ().get("RANK") == str(rank):
+                    process.kill()
+                    return True
+        return False
+
+    def kill_launcher(self) -> None:
+        """SIGKILL to the command itself alone; what it started is told nothing."""
+        self._leader.kill()
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process, and to those that they start meanwhile; returns when all are gone."""
+        with suppress(ProcessLookupError):
+            if self._leader.poll() is None:
+                os.killpg(self._leader.pid, signal.SIGKILL)
+        for process in self._known:
+            with suppress(psutil.Error):
+                process.kill()
+        while alive := self._alive():
+            for process in alive:
+                with suppress(psutil.Error):
+                    process.kill()
+            time.sleep(POLL_S)
+        self._leader.wait()
+
+    def ended_within(self, timeout_s: float) -> bool:
+        """Waits until no process is left; False if some are after timeout_s."""
+        deadline = time.monotonic() + timeout_s
+        while self._leader.poll() is None or self._alive():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return True
+
+    def _alive(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):  # of other users, or ended since; a zombie has no environment
+                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
