@@ -1,4 +1,4 @@
-"""A command with all the processes that it starts in turn: found wherever they are, and killed as by a machine that fails."""
+"""A command with all the processes that it starts in turn: found wherever they are, and killed at once."""
 
 import os
 import secrets

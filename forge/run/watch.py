@@ -1,6 +1,5 @@
 """Sees from outside how far a run is: its stage, its saves and what lies in its directory, many times a second."""
 
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from forge.run.files import read_json_lines
 from forge.run.state import Stage, TrainingState
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-STAGING = re.compile(r"\.tmp-(?:checkpoint-)?(\d+)(?:-.*)?")
+STAGING = re.compile(r"\.tmp-(\d+)-.*")
 OF_SAVES = re.compile(r"checkpoint-\d+|\.tmp-.*|\.trash-.*|\.bad-.*|final")
 
 
@@ -20,40 +19,19 @@ OF_SAVES = re.compile(r"checkpoint-\d+|\.tmp-.*|\.trash-.*|\.bad-.*|final")
 class Sight:
     """What the directory showed at one instant."""
 
-    state: TrainingState | None  # None: the run is not there yet
-    staging: dict[str, int]  # folders of checkpoints that are being written, or were left so: name to step
-    checkpoints: tuple[int, ...]  # steps, in their order
-    saves: tuple[str, ...]  # the names of all that a save, an export or a resume makes
-
-
-@dataclass
-class Tempo:
-    """How long a run's stages and saves took, in seconds, as far as its directory showed it."""
-
-    opened: float = math.nan  # the run directory's first sight
-    stages: dict[Stage, float] = field(default_factory=dict)  # when each was first seen
-    staging: dict[str, float] = field(default_factory=dict)  # when each folder of a save was first seen
-    saves: list[float] = field(default_factory=list)  # how long each took
-    total: float = math.nan  # to be set at the run's end
-
-    def see(self, sight: Sight, seconds: float) -> None:
-        if sight.state is None:
-            return
-        if math.isnan(self.opened):
-            self.opened = seconds
-        self.stages.setdefault(sight.state.stage, seconds)
-        for name in sight.staging:
-            self.staging.setdefault(name, seconds)
-        for name in [name for name in self.staging if name not in sight.staging]:
-            self.saves.append(seconds - self.staging.pop(name))
-
-    def of_stage(self, stage: Stage) -> float:
-        later = [start for other, start in self.stages.items() if other.order > stage.order]
-        return max(0.0, min(later, default=self.total) - self.stages.get(stage, math.inf))
+    state: TrainingState | None = None  # None: the run is not there yet
+    staging: dict[str, int] = field(default_factory=dict)  # folders of saves, under way or left so: name to step
+    checkpoints: tuple[int, ...] = ()  # their steps, in order
+    saves: tuple[str, ...] = ()  # the names of all that a save, an export or a resume makes
 
     @property
-    def of_save(self) -> float:
-        return sorted(self.saves)[len(self.saves) // 2] if self.saves else 0.0
+    def attempt(self) -> int:
+        """The number of the last attempt that took the run; 0 before the first."""
+        return self.state.attempts if self.state is not None else 0
+
+    @property
+    def complete(self) -> bool:
+        return self.state is not None and self.state.pipeline_complete
 
 
 class Watch:
@@ -68,14 +46,13 @@ class Watch:
         try:
             names = sorted(os.listdir(self._run.path))
         except FileNotFoundError:
-            names = []
+            return Sight()
         if STATE_FILE in names:
             self._read_state(self._run.state_file)
-        checkpoints = [int(found[1]) for name in names if (found := CHECKPOINT.fullmatch(name))]
         return Sight(
             self._state,
             {name: int(found[1]) for name in names if (found := STAGING.fullmatch(name))},
-            tuple(sorted(checkpoints)),
+            tuple(sorted(int(found[1]) for name in names if (found := CHECKPOINT.fullmatch(name)))),
             tuple(name for name in names if OF_SAVES.fullmatch(name)),
         )
 
@@ -89,5 +66,50 @@ class Watch:
             if (status.st_ino, status.st_mtime_ns) != self._seen:
                 self._state = TrainingState.load(file)
                 self._seen = status.st_ino, status.st_mtime_ns
-        except (FileNotFoundError, UsageError):  # gone, or half written: the next look finds out
+        except (FileNotFoundError, UsageError):  # it is gone, or broken: what was seen last holds
             return
+
+
+class Tempo:
+    """How long the stages and the saves of one attempt took, in seconds, as far as its directory showed it."""
+
+    def __init__(self) -> None:
+        self._stages: dict[Stage, float] = {}  # when each was first seen
+        self._first_save: float | None = None
+        self._staging: dict[str, float] = {}  # when each folder of a save that is under way was first seen
+        self._saves: list[float] = []  # how long each took
+        self._end = 0.0
+
+    def see(self, sight: Sight, seconds: float) -> None:
+        """To be called as often as possible; seconds: since the attempt's start."""
+        self._end = seconds
+        if sight.state is None:
+            return
+        self._stages.setdefault(sight.state.stage, seconds)
+        for name in sight.staging:
+            self._staging.setdefault(name, seconds)
+        for name in [name for name in self._staging if name not in sight.staging]:
+            self._saves.append(seconds - self._staging.pop(name))
+        if self._first_save is None and (sight.staging or sight.checkpoints):
+            self._first_save = seconds
+
+    def total_s(self) -> float:
+        return self._end
+
+    def of_stage_s(self, stage: Stage) -> float:
+        """0 for one that passed unseen."""
+        later = [start for other, start in self._stages.items() if other.order > stage.order]
+        return min(later, default=self._end) - self._stages[stage] if stage in self._stages else 0.0
+
+    def to_training_s(self) -> float:
+        """From the first sight of the run directory."""
+        return self._stages.get(Stage.TRAINING, 0.0) - min(self._stages.values(), default=0.0)
+
+    def to_first_save_s(self) -> float:
+        """From the beginning of training."""
+        start = self._stages.get(Stage.TRAINING)
+        return max(0.0, self._first_save - start) if start is not None and self._first_save is not None else 0.0
+
+    def of_save_s(self) -> float:
+        """The median; 0 where none was seen."""
+        return sorted(self._saves)[len(self._saves) // 2] if self._saves else 0.0
