@@ -54,15 +54,28 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--resume", metavar="RUN", help="go on with a run: its directory, or its name if there is one such"
     )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="with --resume: go on although this key has another meaning now; repeatable",
+    )
+    parser.add_argument(
+        "--take-over", action="store_true", help="with --resume: from a process that is frozen or on a dead host"
+    )
     parser.add_argument("--run_name", metavar="NAME", help="the run directory's name (the time of the start)")
     add_config_arguments(parser)
 
 
 def train(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say, and returns the exit code. The heavy imports wait until the config holds."""
+    from forge.cluster.signals import StopRequest
     from forge.run.log import start_logging
     from forge.run.state import TrainingState
 
+    stop = StopRequest()
+    stop.listen()
     rank = int(os.environ.get("RANK", "0"))
     log = start_logging(rank)
     logger = logging.getLogger("forge")
@@ -74,9 +87,11 @@ def train(args: argparse.Namespace) -> int:
         os.environ.setdefault(
             "TOKENIZERS_PARALLELISM", "false" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "true"
         )
+        stop.breaks(_import_pipeline)
         from forge.pipeline import Request, run_pipeline
 
-        result = run_pipeline(Request(loaded, sys.orig_argv, args.run_name, resumed), log)
+        request = Request(loaded, sys.orig_argv, args.run_name, resumed, args.allow_change, args.take_over)
+        result = run_pipeline(request, log, stop)
         if rank == 0:
             _print_summary(result)
         return EXIT_COMPLETE
@@ -85,10 +100,6 @@ def train(args: argparse.Namespace) -> int:
             for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
                 logger.error(problem)
         return error.exit_code
-    except KeyboardInterrupt:
-        if rank == 0:
-            logger.error("interrupted; nothing was created")  # of a run that exists, the pipeline says more
-        return EXIT_FAILED
     except OSError as error:
         logger.error("stopped by the system: %s", error)
         return EXIT_FAILED
@@ -97,6 +108,11 @@ def train(args: argparse.Namespace) -> int:
         return EXIT_FAILED
     finally:
         log.close()
+
+
+def _import_pipeline() -> None:
+    """Some seconds of imports, in which a signal is heard at once."""
+    import forge.pipeline  # noqa: F401
 
 
 def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | None]":

@@ -3,7 +3,7 @@
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_STOPPED = 75  # stopped on a signal with a committed checkpoint: resume me
+EXIT_STOPPED = 75  # stopped on a signal with all that it needs to go on: resume me
 
 
 class ForgeError(Exception):
@@ -28,6 +28,16 @@ class ConfigError(UsageError):
 
 class BaseConfigError(ConfigError):
     """Nothing is wrong with the config but that it names neither task nor model: others inherit it."""
+
+
+class Stopped(ForgeError):
+    """A signal asked the run to stop, and all ranks do so at the same place; the run can go on."""
+
+    exit_code = EXIT_STOPPED
+
+
+class Superseded(ForgeError):
+    """A later attempt has taken the run over: this one must write nothing more into it."""
 
 
 class TrainingError(ForgeError):

@@ -4,7 +4,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,25 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from forge.cluster.ranks import build_accelerator, on_every_rank, on_rank_0, rank_0_first
+from forge.checkpoint.manifest import Manifest
+from forge.checkpoint.selection import remove_leftovers, select
+from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
+from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.explain import effective, to_yaml
 from forge.config.loader import LoadedConfig
 from forge.config.placing import config_name
 from forge.config.schema import Config
-from forge.errors import ForgeError, TrainingError
+from forge.errors import ForgeError, Stopped, Superseded, TrainingError, UsageError
 from forge.model.card import compare, model_card
 from forge.model.export import export_model
 from forge.model.load import LoadedModel, check_fits, load_classifier
 from forge.model.source import find_model, load_tokenizer
 from forge.run.directory import RunDirectory, check_run_name, check_writable
-from forge.run.files import open_to_others, read_json, read_json_lines, write_atomically
+from forge.run.files import publish_folder, read_json, read_json_lines, write_atomically
+from forge.run.lock import RunLock
 from forge.run.log import RunLog
 from forge.run.opening import open_run
-from forge.run.registry import refuse_if_running, unregister, update
+from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
 from forge.task.classification import Classification, load_classification
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
@@ -46,6 +50,8 @@ class Request:
     command: list[str]
     run_name: str | None = None
     resumed: RunDirectory | None = None  # None: a new run
+    allowed_changes: list[str] = field(default_factory=list)  # keys that may change the meaning of a resumed run
+    take_over: bool = False  # of a process that is frozen, or on a dead host
 
 
 @dataclass(frozen=True)
@@ -60,86 +66,154 @@ class Result:
         return compare(self.before, self.after)
 
 
-def run_pipeline(request: Request, log: RunLog) -> Result:
+@dataclass(frozen=True)
+class Beginning:
+    """Where an attempt begins: decided by rank 0, known to all."""
+
+    attempt: int = 1
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    changes: list[str] = field(default_factory=list)  # of the config since that checkpoint, one line each
+
+
+def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
     """Runs every stage that the run has not finished. Raises ForgeError, with the run's state saved."""
     config = request.loaded.config
-    accelerator = build_accelerator(config.training.mixed_precision, config.training.seed)
+    training = config.training
+    accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
     log.adopt_library_loggers()
     if not log.console.is_terminal or not accelerator.is_main_process:
         _hide_progress_bars()
-    on_rank_0(accelerator, lambda: _check_place(request))
+    vote = StopVote(accelerator, stop)
+    lock: RunLock | None = RunLock(request.resumed) if request.resumed is not None else None
+    try:
+        beginning = on_rank_0(accelerator, lambda: _begin(request, lock, accelerator.num_processes))
 
-    # What bad input can break comes first: until here and through the next two lines nothing is created.
-    task = rank_0_first(accelerator, lambda: _load_task(config))
-    loaded_model = on_every_rank(accelerator, lambda: _load_model(config, task))
-    task = replace(task, label_ids=loaded_model.label_ids)
+        # What bad input can break comes first: until the next call of on_rank_0 nothing of a new run is created.
+        task = rank_0_first(accelerator, lambda: stop.breaks(lambda: _load_task(config)))
+        loaded_model = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_model(config, task)))
+        task = replace(task, label_ids=loaded_model.label_ids)
+        on_rank_0(accelerator, lambda: _check_data(beginning, task, request))
+        if vote.now():
+            raise stopped_early(vote.reason())
 
-    facts = {"data": task.facts(), "model": loaded_model.facts(), "world": world_facts(accelerator, config.training)}
-    run, state = on_rank_0(
-        accelerator,
-        lambda: open_run(request.loaded, request.run_name, request.resumed, request.command, facts),
-    )
-    log.open(run.log_file)
-    _hide_progress_bars()  # in a file they are noise; the log says the same in lines
-    for notice in request.loaded.notices if accelerator.is_main_process else []:
-        logger.warning(notice)
-    logger.info("run %s (%s)", run.path, "new" if request.resumed is None else f"attempt {state.attempts}")
+        facts = {"data": task.facts(), "model": loaded_model.facts(), "world": world_facts(accelerator, training)}
+        run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts))
+        if lock is None:
+            lock = RunLock(run)
+            on_rank_0(accelerator, lock.take)
+        log.open(run.log_file)
+        _hide_progress_bars()  # in a file they are noise; the log says the same in lines
+        for notice in [*request.loaded.notices, *beginning.changes] if accelerator.is_main_process else []:
+            logger.warning(notice)
+        logger.info("run %s (%s)", run.path, "new" if request.resumed is None else f"attempt {state.attempts}")
 
-    with _recorded(run, state, accelerator):
-        callbacks = Callbacks(_callbacks(config, run, state, log) if accelerator.is_main_process else [])
-        try:
-            trainer = FinetuningTrainer(config, accelerator, task, loaded_model.model, run, state, callbacks)
-            trainer.restore()
-            stages: list[tuple[Stage, Callable[[], object]]] = [
-                (
-                    Stage.BASELINE_EVALUATION,
-                    lambda: trainer.evaluate("baseline") if config.evaluation.baseline else None,
-                ),
-                (Stage.TRAINING, trainer.train),
-                (Stage.EXPORT, lambda: _export(trainer)),
-                (Stage.FINAL_EVALUATION, lambda: trainer.evaluate("final") if config.evaluation.final else None),
-            ]
-            for stage, work in stages:
-                if state.stage.order <= stage.order:
-                    _enter(stage, trainer)
-                    work()
-            result = Result(run, _recorded_evaluation(run, "baseline"), _recorded_evaluation(run, "final"))
-            on_rank_0(accelerator, lambda: _complete(result, state, config))
-        finally:
-            callbacks.finished(state)
+        with _recorded(run, state, accelerator):
+            callbacks = Callbacks(_callbacks(config, run, state, log) if accelerator.is_main_process else [])
+            trainer = FinetuningTrainer(
+                config, accelerator, task, loaded_model.model, run, state, callbacks, lock, stop
+            )
+            try:
+                result = _run_stages(trainer, beginning)
+            finally:
+                trainer.checkpoints.abandon()
+                callbacks.finished(state)
+    finally:
+        if lock is not None:
+            lock.release()
     accelerator.end_training()
+    return result
+
+
+def _run_stages(trainer: FinetuningTrainer, beginning: Beginning) -> Result:
+    config, run, state, accelerator = trainer.config, trainer.run, trainer.state, trainer.accelerator
+    on_every_rank(accelerator, lambda: trainer.restore(beginning.checkpoint))
+    if beginning.checkpoint is not None:
+        logger.info("goes on from %s", beginning.checkpoint.name)
+    stages: list[tuple[Stage, Callable[[], object]]] = [
+        (Stage.BASELINE_EVALUATION, lambda: trainer.evaluate("baseline") if config.evaluation.baseline else None),
+        (Stage.TRAINING, trainer.train),
+        (Stage.EXPORT, lambda: _export(trainer)),
+        (Stage.FINAL_EVALUATION, lambda: trainer.evaluate("final") if config.evaluation.final else None),
+    ]
+    for stage, work in stages:
+        if state.stage.order <= stage.order:
+            trainer.stop_if_asked()
+            _enter(stage, trainer)
+            work()
+    result = Result(run, _recorded_evaluation(run, "baseline"), _recorded_evaluation(run, "final"))
+    on_rank_0(accelerator, lambda: _complete(result, trainer))
     return result
 
 
 @contextmanager
 def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator) -> Iterator[None]:
-    """Whatever ends the attempt, an interrupt too, stands in the run's state."""
+    """Whatever ends the attempt stands in the run's state; but an outdated attempt leaves that to the later one."""
     try:
         yield
-    except KeyboardInterrupt:
-        kept = (
-            f"from {state.latest_checkpoint}" if state.latest_checkpoint else "from the start, no checkpoint was saved"
-        )
-        state.error = f"interrupted in {state.stage.replace('_', ' ')} at step {state.step}"
+    except Superseded:
+        raise
+    except Stopped as stop:
+        state.error = f"{stop} in {state.stage.replace('_', ' ')} at step {state.step}"
+        state.preemptions += 1
         if accelerator.is_main_process:
             state.save(run.state_file)
+        kept = f"from {state.latest_checkpoint}" if state.latest_checkpoint else "from the start"
         command = f"python forge.py --resume {shlex.quote(str(run.path))}"
-        raise ForgeError(f"{state.error}; go on {kept} with `{command}`") from None
+        raise Stopped(f"{state.error}; go on {kept} with `{command}`") from None
     except BaseException as error:
+        lost = lost_rank(error)
+        state.error = "another rank has died" if lost else f"{type(error).__name__}: {error}".strip(": ")
         if accelerator.is_main_process:
-            state.error = f"{type(error).__name__}: {error}".strip(": ")
             state.save(run.state_file)
+        if lost:
+            newest = state.latest_checkpoint or "none, so it starts anew"
+            raise ForgeError(
+                f"another rank has died in {state.stage.replace('_', ' ')} at step {state.step}; its own messages, or "
+                f"the system's log, say why. Resume the run (its newest checkpoint: {newest})"
+            ) from error
         raise
 
 
-def _check_place(request: Request) -> None:
-    """A run that could not be written, or not under its name, is refused before the work and not after it."""
+def _begin(request: Request, lock: RunLock | None, ranks: int) -> Beginning:
+    """A run that could not be written, or not under its name, is refused before the work and not after it.
+
+    A resumed one is locked, and its newest checkpoint that can be trusted is chosen.
+    """
     output_root = Path(request.loaded.config.output_root)
     check_writable(output_root)
-    if request.resumed is not None:
-        refuse_if_running(output_root, TrainingState.load(request.resumed.state_file).run_id)
-    elif request.run_name is not None:
-        check_run_name(output_root, config_name(request.loaded.file), request.run_name)
+    if request.resumed is None or lock is None:
+        if request.run_name is not None:
+            check_run_name(output_root, config_name(request.loaded.file), request.run_name)
+        return Beginning()
+    attempt = lock.take(take_over=request.take_over)
+    remove_leftovers(request.resumed)
+    state = TrainingState.load(request.resumed.state_file)
+    selected = select(request.resumed, state)
+    checkpoint, manifest = selected if selected is not None else (None, None)
+    return Beginning(attempt, checkpoint, manifest, [])
+
+
+def _check_data(beginning: Beginning, task: Classification, request: Request) -> None:
+    """Other rows under the same name would be another training."""
+    known = beginning.manifest.data_fingerprint if beginning.manifest is not None else task.fingerprint
+    if task.fingerprint != known and "task.dataset" not in request.allowed_changes:
+        raise UsageError(
+            f"the rows of {task.description} are not those of the checkpoint (fingerprint {task.fingerprint[:12]} "
+            f"instead of {known[:12]}); bring them back, or go on with the new ones by --allow-change task.dataset"
+        )
+
+
+def _open(request: Request, beginning: Beginning, facts: dict[str, Any]) -> tuple[RunDirectory, TrainingState]:
+    return open_run(
+        request.loaded,
+        request.run_name,
+        request.resumed,
+        request.command,
+        facts,
+        attempt=beginning.attempt,
+        changes=beginning.changes,
+    )
 
 
 def _hide_progress_bars() -> None:
@@ -176,6 +250,7 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
     logger.info("stage: %s", stage.replace("_", " "))
 
     def record() -> None:
+        trainer.lock.check()
         state.save(run.state_file)
         update(Path(trainer.config.output_root), state.run_id, stage)
 
@@ -184,9 +259,11 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
 
 def _export(trainer: FinetuningTrainer) -> None:
     def export() -> None:
+        trainer.lock.check()
         try:
-            export_model(trainer.model, trainer.task.tokenizer, trainer.run.final)
-            open_to_others(trainer.run.final)
+            publish_folder(
+                trainer.run.final, lambda folder: export_model(trainer.model, trainer.task.tokenizer, folder)
+            )
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(
@@ -197,7 +274,9 @@ def _export(trainer: FinetuningTrainer) -> None:
     logger.info("final model in %s", trainer.run.final)
 
 
-def _complete(result: Result, state: TrainingState, config: Config) -> None:
+def _complete(result: Result, trainer: FinetuningTrainer) -> None:
+    state, config = trainer.state, trainer.config
+    trainer.lock.check()
     metadata = read_json(result.run.metadata_file)
     card = model_card(metadata, state.step, to_yaml(config), result.before, result.after)
     write_atomically(result.run.final / "README.md", card)

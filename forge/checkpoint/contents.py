@@ -1,75 +1,213 @@
-"""Saves and loads what a run needs to go on: model, optimizer, scaler, every rank's random numbers, and the step."""
+"""What a checkpoint holds: taken from a training in progress, written by each rank, and put back.
 
-import logging
-import os
-import shutil
-from dataclasses import replace
+The learning rate is a pure function of the step, and the order of the rows one of seed, epoch and step: neither has
+a state to be saved. Checkpoints are taken between two optimizer steps, so that no gradient is half accumulated.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from forge.cluster.ranks import on_every_rank, on_rank_0
-from forge.errors import ForgeError, TrainingError
-from forge.run.directory import RunDirectory
-from forge.run.files import open_to_others, write_atomically
+from forge.checkpoint.manifest import StoredFile, store
+from forge.cluster.ranks import rank_seed
 from forge.run.state import TrainingState
 
-logger = logging.getLogger(__name__)
+MODEL_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+OPTIMIZER_FILE = "optimizer.pt"
+STATE_FILE = "state.json"  # not training_state.json, which marks a run directory
+MODEL_PREFIX = "model."  # of the bare model's weights among those of the student, which wraps it with its loss
 
-STATE_FILE = "checkpoint_state.json"  # not training_state.json: that marks a run directory
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    torch.bool: "BOOL",
+}
 
 
-def save_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accelerator, keep_last: int) -> None:
-    """Writes checkpoint-N beside the others, named only when it is whole; then drops those beyond keep_last.
+@dataclass(frozen=True)
+class Training:
+    """The parts of a training in progress that a checkpoint is taken from and put back into."""
 
-    Raises TrainingError where it could not be written; the checkpoints before it stay.
+    accelerator: Accelerator
+    student: nn.Module  # prepared; its attribute model is the bare one
+    optimizer: Optimizer
+    seed: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's share of a checkpoint; what is None is another rank's to write."""
+
+    rank: int
+    rng: dict[str, Any]
+    state: dict[str, Any] | None  # TrainingState and progress, as JSON
+    model: dict[str, Tensor] | None
+    model_config: str | None
+    optimizer: dict[str, Any] | None
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes on the disk."""
+        return sum(tensor.nbytes for tensor in _tensors([self.model, self.optimizer, self.rng]))
+
+
+def take_snapshot(training: Training, state: TrainingState, progress: dict[str, Any], *, copy: bool) -> Snapshot:
+    """Waits for the device. With copy, all of it stays as it is now while training goes on.
+
+    progress: what the next report has collected, as JSON.
     """
-    target = run.checkpoint(state.step)
-    staging = run.path / f".tmp-{target.name}"
-
-    def commit() -> None:
-        saved = replace(state, latest_checkpoint=target.name)
-        saved.save(staging / STATE_FILE)
-        open_to_others(staging)
-        shutil.rmtree(target, ignore_errors=True)  # of an attempt that was resumed from an older one
-        os.replace(staging, target)
-        write_atomically(run.latest_checkpoint_file, target.name + "\n")
-        saved.save(run.state_file)
-        for old in _checkpoints(run)[:-keep_last]:
-            shutil.rmtree(old)
-
-    try:
-        on_rank_0(accelerator, lambda: shutil.rmtree(staging, ignore_errors=True))
-        on_every_rank(accelerator, lambda: accelerator.save_state(str(staging)))
-        on_rank_0(accelerator, commit)
-    except (OSError, RuntimeError, SafetensorError, ForgeError) as error:  # torch's writer raises RuntimeError
-        if accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
-        free_mib = shutil.disk_usage(run.path).free / 2**20
-        reason = " ".join(str(error).split())[:200] + f"; {free_mib:.0f} MiB are free there"
-        newest = state.latest_checkpoint or "none yet"
-        raise TrainingError(
-            f"{target} could not be saved ({reason}); the newest checkpoint is {newest}. Free some space, then resume"
-        ) from error
-    state.latest_checkpoint = target.name
-    logger.info("saved %s", target.name)
+    accelerator = training.accelerator
+    rng = _rng_state()
+    if not accelerator.is_main_process:
+        return Snapshot(accelerator.process_index, rng, None, None, None, None)
+    student = accelerator.unwrap_model(training.student)
+    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+    weights: dict[str, Tensor] = {name.removeprefix(MODEL_PREFIX): t for name, t in student.state_dict().items()}
+    optimizer = {"optimizer": training.optimizer.state_dict(), "scaler": scaler}
+    return Snapshot(
+        accelerator.process_index,
+        rng,
+        {"state": asdict(state), "progress": progress},
+        _on_cpu(_without_aliases(weights), copy=copy),
+        student.model.config.to_json_string(),
+        _on_cpu(optimizer, copy=copy),
+    )
 
 
-def load_checkpoint(run: RunDirectory, state: TrainingState, accelerator: Accelerator) -> None:
-    """Puts everything back as it was at the state's latest checkpoint. Raises TrainingError if it is gone."""
-    folder = run.path / str(state.latest_checkpoint)
-    if not folder.is_dir():
-        raise TrainingError(
-            f"{folder} is named by training_state.json and does not exist; the run cannot go on from it"
-        )
-    accelerator.load_state(str(folder))
-    saved = TrainingState.load(folder / STATE_FILE)
-    state.step, state.epoch = saved.step, saved.epoch
-    logger.info("resumed from %s at step %d", folder.name, state.step)
+def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, StoredFile]:
+    """Writes this rank's files and tells what they are. Raises OSError; what was written then is worth nothing."""
+    writers: dict[str, Callable[[IO[bytes]], None]] = {_rng_file(snapshot.rank): _saves(snapshot.rng)}
+    if snapshot.model is not None:
+        model, config, state = snapshot.model, snapshot.model_config, snapshot.state
+        writers |= {
+            MODEL_FILE: lambda file: write_safetensors(model, file),
+            MODEL_CONFIG_FILE: lambda file: _write_text(file, config or ""),
+            OPTIMIZER_FILE: _saves(snapshot.optimizer),
+            STATE_FILE: lambda file: _write_text(file, json.dumps(state, indent=2) + "\n"),
+        }
+    return {name: store(folder / name, write) for name, write in writers.items()}
 
 
-def _checkpoints(run: RunDirectory) -> list[Path]:
-    """All checkpoints, the oldest first."""
-    found = [path for path in run.path.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+def restore(training: Training, folder: Path) -> tuple[TrainingState, dict[str, Any]]:
+    """Puts a verified checkpoint back on this rank; returns the run's state at it, and the report's progress.
+
+    A rank that the checkpoint does not know (there are more now) starts random numbers of its own.
+    """
+    accelerator = training.accelerator
+    student = accelerator.unwrap_model(training.student)
+    saved = load_file(folder / MODEL_FILE)
+    own = student.state_dict()
+    weights = {f"{MODEL_PREFIX}{name}" if f"{MODEL_PREFIX}{name}" in own else name: t for name, t in saved.items()}
+    weights |= {alias: weights[name] for alias, name in _aliases(own).items() if name in weights}
+    student.load_state_dict(weights, strict=True)
+    states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    training.optimizer.load_state_dict(states["optimizer"])
+    if accelerator.scaler is not None and states["scaler"] is not None:
+        accelerator.scaler.load_state_dict(states["scaler"])
+    values = json.loads((folder / STATE_FILE).read_bytes())
+    state = TrainingState.from_values(values["state"], folder / STATE_FILE)
+    rng_file = folder / _rng_file(accelerator.process_index)
+    if rng_file.exists():
+        _set_rng_state(torch.load(rng_file, map_location="cpu", weights_only=True))
+    else:
+        torch.manual_seed(rank_seed(training.seed, accelerator.process_index * 2**32 + state.step))
+    return state, values["progress"]
+
+
+def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
+    """Streams CPU tensors in the safetensors format, with no second copy of them in memory.
+
+    The format: https://huggingface.co/docs/safetensors/index#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it from_pretrained refuses the file
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        if tensor.numel():
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.pt"
+
+
+def _rng_state() -> dict[str, Any]:
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_rng_state(rng: dict[str, Any]) -> None:
+    random.setstate(rng["python"])
+    keys, *rest = rng["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights once, under the first of their names: the format holds no tensor twice."""
+    aliases = _aliases(tensors)
+    return {name: tensor for name, tensor in tensors.items() if name not in aliases}
+
+
+def _aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The later names of tied weights, and the first name of each."""
+    first: dict[tuple[Any, ...], str] = {}
+    aliases = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(place, name) != name:
+            aliases[name] = first[place]
+    return aliases
+
+
+def _on_cpu(tree: Any, *, copy: bool) -> Any:
+    if isinstance(tree, Tensor):
+        held = tree.detach().to("cpu")  # waits for the GPU
+        return held.clone() if copy and held.device == tree.device else held
+    if isinstance(tree, dict):
+        return {key: _on_cpu(value, copy=copy) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_on_cpu(value, copy=copy) for value in tree)
+    return tree
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _saves(value: Any) -> Callable[[IO[bytes]], None]:
+    return lambda file: torch.save(value, file)
+
+
+def _write_text(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())

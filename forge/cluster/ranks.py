@@ -9,12 +9,12 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from forge.errors import ForgeError, UsageError
+from forge.cluster.signals import StopRequest, parent_command
+from forge.errors import ForgeError, Stopped, Superseded, UsageError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,9 +24,12 @@ T = TypeVar("T")
 WAIT_FOR_RANK_0 = timedelta(hours=2)
 
 
-def build_accelerator(mixed_precision: str, seed: int) -> Accelerator:
+def build_accelerator(mixed_precision: str, seed: int, *, deterministic: bool = False) -> Accelerator:
     """Joins the ranks. Raises UsageError for ranks that did not start and a precision this device has not."""
     _check_started_ranks()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
     precision = _resolve_precision(mixed_precision)
     accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
     set_seed(seed)  # the same on every rank, so that new weights are; the trainer tells the ranks' dropout apart
@@ -72,8 +75,62 @@ def on_rank_0(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Runs work on rank 0 only and gives its result, or its error, to every rank."""
     outcome = _attempt(work) if accelerator.is_main_process else (None, None)
     _raise_agreed(outcome[1])
-    results = _exchange(outcome[0])
+    results = gather_values(outcome[0])
     return results[0]
+
+
+def gather_values(value: Any) -> list[Any]:
+    """The value of every rank, in the order of the ranks; waits for all of them."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value, group=_agreement_group())
+    return values
+
+
+class StopVote:
+    """Lets all ranks learn, at the same place of the program, that one of them was asked to stop."""
+
+    def __init__(self, accelerator: Accelerator, request: StopRequest):
+        self.request = request
+        self._ranks = accelerator.num_processes
+        self._votes: torch.Tensor | None = None
+        self._under_way: Any = None
+
+    def cast(self, ready: bool = True) -> tuple[bool, bool]:
+        """At every boundary, by every rank: (does any rank want to stop?, were all ready?).
+
+        With several ranks it answers with the votes of the boundary before, and sends those of this one along: the
+        sum is done while the step computes, and neither the device nor another rank is waited for.
+        """
+        if self._ranks == 1:
+            return self.request.reason is not None, ready
+        stop, all_ready = False, False
+        if self._under_way is not None:
+            assert self._votes is not None
+            self._under_way.wait()
+            stop, all_ready = bool(self._votes[0] > 0), int(self._votes[1]) == self._ranks
+            self._under_way = None
+        if not stop:  # on all ranks alike: none is left with a vote that nobody counts
+            self._votes = torch.tensor([int(self.request.reason is not None), int(ready)])
+            self._under_way = torch.distributed.all_reduce(self._votes, group=_agreement_group(), async_op=True)
+        return stop, all_ready
+
+    def now(self) -> bool:
+        """The same without the delay, waiting for all ranks: for the seams between the stages."""
+        return any(gather_values(self.request.reason is not None))
+
+    def reason(self) -> str:
+        """What the ranks were asked by, for the log. On every rank at once."""
+        return next((reason for reason in gather_values(self.request.reason) if reason), "a signal")
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Is this what a rank hears when another one has died in the midst of a collective?"""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "gloo/"))
+    )
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -86,23 +143,15 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 def _raise_agreed(error: Exception | None) -> None:
     """Raises on every rank the first error that any rank has; its own, with its traceback, where it has one."""
     mine = (type(error).__name__, str(error), getattr(error, "exit_code", None)) if error else None
-    first = next((item for item in _exchange(mine) if item is not None), None)
+    first = next((item for item in gather_values(mine) if item is not None), None)
     if error is not None:
         raise error
     if first is not None:
         name, text, exit_code = first
-        if exit_code == UsageError.exit_code:
-            raise UsageError(text)
+        for kind in (UsageError, Stopped, Superseded):
+            if name == kind.__name__ or (kind is UsageError and exit_code == UsageError.exit_code):
+                raise kind(text)
         raise ForgeError(f"another rank failed with {name}: {text}")
-
-
-def _exchange(value: Any) -> list[Any]:
-    """The value of every rank, in the order of the ranks."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value, group=_agreement_group())
-    return values
 
 
 @cache
@@ -129,17 +178,10 @@ def _check_started_ranks() -> None:
     """`accelerate launch --cpu --num_processes 2` starts one process and says nothing of it: say it here."""
     if "WORLD_SIZE" in os.environ:
         return
-    command = _parent_command()
+    command = parent_command()
     asked = re.search(r"--num_processes[ =](\d+)", command) if "accelerate" in command else None
     if asked and int(asked[1]) > 1:
         raise UsageError(
             f"the launcher was asked for {asked[1]} processes and started one; on CPU use "
             f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked[1]} …` (without --cpu)"
         )
-
-
-def _parent_command() -> str:
-    try:
-        return " ".join(psutil.Process(os.getppid()).cmdline())
-    except psutil.Error:
-        return ""

@@ -42,8 +42,10 @@ def inert_keys(config: Config) -> dict[str, Inert]:
     if not evaluation.baseline and not evaluation.final and evaluation.every_steps is None:
         reason = "evaluation.baseline and evaluation.final are false"
         add("evaluation.max_samples evaluation.per_device_batch_size", reason, "evaluation.final")
-    if config.checkpoint.every_steps is None:
-        add("checkpoint.keep_last", "checkpoint.every_steps is null", "checkpoint.every_steps")
+    if evaluation.every_steps is None:
+        add("checkpoint.keep_best checkpoint.best_metric", "evaluation.every_steps is null", "evaluation.every_steps")
+    elif not config.checkpoint.keep_best:
+        add("checkpoint.best_metric", "checkpoint.keep_best is false", "checkpoint.keep_best")
     return inert
 
 

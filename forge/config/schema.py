@@ -199,6 +199,8 @@ class TrainingConfig(Section):
     """auto: bf16 where the device computes in it, else no (float32); what was chosen stands in the log."""
     gradient_checkpointing: Bool = False
     """Recompute activations in backward: less memory, more time."""
+    deterministic: Bool = False
+    """Only GPU operations that give the same bits each time: slower, and an error where there is none."""
     length_grouping: Bool = True
     """Rows of similar length share a step: less padding, the same rows in every epoch."""
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -226,7 +228,13 @@ class CheckpointConfig(Section):
     every_steps: Positive | None = 500
     """Save every so many optimizer steps; null: never during training."""
     keep_last: Positive = 2
-    """How many checkpoints stay."""
+    """How many checkpoints stay; older ones are deleted once a newer one is committed."""
+    keep_best: Bool = True
+    """With evaluation.every_steps: save where the evaluation is the best so far, and let that checkpoint stay too."""
+    best_metric: Text | None = None
+    """What is best, such as matched/accuracy or matched/loss; null: the first validation split's main metric."""
+    asynchronous: Bool = False
+    """Training goes on while a copy of its state is written; takes that much more memory on the host."""
 
 
 class LoggingConfig(Section):

@@ -56,6 +56,14 @@ class RunDirectory:
     def latest_checkpoint_file(self) -> Path:
         return self.path / "latest_checkpoint"
 
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 

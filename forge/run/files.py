@@ -1,11 +1,13 @@
 """Writes the small files of a run so that a crash leaves the old or the new text, never half of one, and reads them."""
 
+import errno
 import json
 import logging
 import math
 import os
 import secrets
-from contextlib import suppress
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,48 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     except BaseException:  # a KeyboardInterrupt too leaves no half file behind
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Two spaces of indent, keys in the order given, a Path as its text; NaN and infinity are a ValueError."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False, default=_path_as_text) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+        # some network file systems cannot sync a folder; the files themselves are safe
+    finally:
+        os.close(descriptor)
+
+
+def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder beside target and gives it the name of target, in place of what was there, only when
+    all of it is on the disk."""
+    staging = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        write(staging)
+        open_to_others(staging)
+        for path in staging.rglob("*"):
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        sync_folder(staging)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(staging, target)
+        sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def open_to_others(folder: Path) -> None:
@@ -88,15 +126,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         elif number < len(lines):
             logger.warning("%s:%d is not a JSON object and is left out", path, number)
     return objects
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # some network file systems refuse to sync a folder; the file itself is safe
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _path_as_text(value: Any) -> str:

@@ -11,25 +11,33 @@ from forge.run.directory import RunDirectory, create_run_directory
 from forge.run.files import read_json, write_atomically, write_json
 from forge.run.provenance import package_freeze, provenance, write_dirty_diff
 from forge.run.registry import register
-from forge.run.state import Stage, TrainingState, new_run_id
+from forge.run.state import TrainingState, new_run_id
 
 
 def open_run(
-    loaded: LoadedConfig, run_name: str | None, resumed: RunDirectory | None, command: list[str], facts: dict[str, Any]
+    loaded: LoadedConfig,
+    run_name: str | None,
+    resumed: RunDirectory | None,
+    command: list[str],
+    facts: dict[str, Any],
+    *,
+    attempt: int = 1,
+    changes: list[str] | None = None,
 ) -> tuple[RunDirectory, TrainingState]:
     """A new run named run_name, or the next attempt of `resumed`. On rank 0 only.
 
     facts: what the run trains on, and how; run_metadata.json holds them beside one entry of provenance per attempt.
+    attempt: its number, from the run's lock. changes: of the config since the last attempt, one line each.
     Raises UsageError for a name that is taken and for a run whose files are broken.
     """
     output_root = Path(loaded.config.output_root)
     if resumed is not None:
-        return _next_attempt(loaded, resumed, command, facts)
+        return _next_attempt(loaded, resumed, command, facts, attempt, changes or [])
     run = create_run_directory(output_root, config_name(loaded.file), run_name)
     try:
         state = TrainingState(run_id=new_run_id())
         state.save(run.state_file)  # first: it marks the folder as a run
-        write_atomically(run.config_file, f"# The merged config of {run.name}\n\n{to_yaml(located(loaded.config))}")
+        _write_config(loaded, run)
         write_atomically(run.path / "requirements.txt", "\n".join(package_freeze()) + "\n")
         metadata: dict[str, Any] = {
             "run_id": state.run_id,
@@ -38,7 +46,7 @@ def open_run(
             "config_file": str(loaded.file.absolute()),
             "attempts": [],
         }
-        _record_attempt(loaded, run, state, metadata, command, facts)
+        _record_attempt(loaded, run, state, metadata, command, facts, attempt, [])
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)  # nothing of a run that did not come to be
         raise
@@ -46,14 +54,23 @@ def open_run(
 
 
 def _next_attempt(
-    loaded: LoadedConfig, run: RunDirectory, command: list[str], facts: dict[str, Any]
+    loaded: LoadedConfig,
+    run: RunDirectory,
+    command: list[str],
+    facts: dict[str, Any],
+    attempt: int,
+    changes: list[str],
 ) -> tuple[RunDirectory, TrainingState]:
     state = TrainingState.load(run.state_file)
     state.error = None
-    if state.latest_checkpoint is None and state.reached(Stage.EXPORT):
-        state.stage = Stage.TRAINING  # nothing holds the trained weights: they are trained again
-    _record_attempt(loaded, run, state, read_json(run.metadata_file), command, facts)
+    if changes:
+        _write_config(loaded, run)
+    _record_attempt(loaded, run, state, read_json(run.metadata_file), command, facts, attempt, changes)
     return run, state
+
+
+def _write_config(loaded: LoadedConfig, run: RunDirectory) -> None:
+    write_atomically(run.config_file, f"# The merged config of {run.name}\n\n{to_yaml(located(loaded.config))}")
 
 
 def _record_attempt(
@@ -63,11 +80,14 @@ def _record_attempt(
     metadata: dict[str, Any],
     command: list[str],
     facts: dict[str, Any],
+    attempt: int,
+    changes: list[str],
 ) -> None:
-    state.attempts += 1
-    dirty_diff = run.path / f"dirty_{state.attempts}.diff"
-    attempt = provenance(None, command) | {"dirty_diff": dirty_diff.name if write_dirty_diff(dirty_diff) else None}
-    attempts = [*metadata.pop("attempts"), attempt | {"ranks": facts["world"]["ranks"]}]
-    write_json(run.metadata_file, metadata | facts | {"attempts": attempts})
+    state.attempts = attempt
+    dirty_diff = run.path / f"dirty_{attempt}.diff"
+    entry: dict[str, Any] = {"attempt": attempt, **provenance(None, command)}
+    entry["dirty_diff"] = dirty_diff.name if write_dirty_diff(dirty_diff) else None
+    entry |= {"ranks": facts["world"]["ranks"], "changes": changes}
+    write_json(run.metadata_file, metadata | facts | {"attempts": [*metadata.pop("attempts"), entry]})
     state.save(run.state_file)
     register(Path(loaded.config.output_root), run, state.run_id, state.stage)

@@ -59,6 +59,11 @@ def provenance(repository: Path | None, command: list[str]) -> dict[str, Any]:
     return facts
 
 
+def code_facts() -> dict[str, Any]:
+    """What a checkpoint says of the code that wrote it: git_commit and versions."""
+    return {"git_commit": git_facts(None)["commit"], "versions": {"forge": forge.__version__} | _versions(PACKAGES)}
+
+
 def git_facts(repository: Path | None) -> dict[str, Any]:
     """root, commit, branch and dirty of a checkout; what could not be told is null, and `reason` says why."""
     facts: dict[str, Any] = {"root": None, "commit": None, "branch": None, "dirty": None, "reason": None}

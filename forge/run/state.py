@@ -45,10 +45,13 @@ class TrainingState:
     step: int = 0
     total_steps: int = 0  # 0 until the data is known
     epoch: float = 0.0
+    samples: int = 0  # rows trained on, over all ranks and epochs
+    tokens: int = 0  # likewise
+    evaluated_step: int = 0  # of the last evaluation during training that was finished
     latest_checkpoint: str | None = None  # its folder's name, as in checkpoint-500
     best_metric: dict | None = None  # {"name", "value", "step"}
     attempts: int = 0
-    preemptions: int = 0
+    preemptions: int = 0  # attempts that ended on a signal
     error: str | None = None  # the sentence the last attempt ended with, if it failed
     created_at: str = field(default_factory=now)
     updated_at: str = field(default_factory=now)
@@ -64,7 +67,11 @@ class TrainingState:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Reads the file back; a UsageError names it where it is missing, broken or from a newer forge."""
-        values = _read_object(path)
+        return cls.from_values(_read_object(path), path)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], path: Path) -> Self:
+        """Checks what asdict gave, read from path; raises UsageError like load."""
         known = {item.name for item in fields(cls)}
         newer = [key for key in values if key not in known]
         if newer:

@@ -71,21 +71,35 @@ class StepBatches:
         group_by_length: bool,
         num_workers: int,
         pin_memory: bool,
+        worker_init: Callable[[int], None] | None = None,
     ):
+        """worker_init: called with its number in each of num_workers processes."""
         self.micro_batches = micro_batches
         self.steps_per_epoch = -(-len(rows) // rows_per_step)
         self._rows, self._collate = rows, collate
         self._rows_per_step, self._rank, self._ranks = rows_per_step, rank, ranks
         self._seed, self._group_by_length = seed, group_by_length
-        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._num_workers, self._pin_memory, self._worker_init = num_workers, pin_memory, worker_init
         self._lengths = np.asarray(rows["length"][:])
         self._loaded: Iterator[Batch] = iter(())
 
     def start_at(self, step: int) -> None:
         """Goes to optimizer step `step`, counted from 0 over all epochs."""
         batches = _Endless(self._from(step))
-        workers, pin = self._num_workers, self._pin_memory
-        self._loaded = iter(row_loader(self._rows, batches, self._collate, num_workers=workers, pin_memory=pin))
+        loader = row_loader(
+            self._rows,
+            batches,
+            self._collate,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            worker_init=self._worker_init,
+        )
+        self._loaded = iter(loader)
+
+    def samples_at(self, step: int) -> int:
+        """Rows trained on, over all ranks and epochs, once `step` steps are taken."""
+        epoch, steps = divmod(step, self.steps_per_epoch)
+        return epoch * len(self._rows) + min(steps * self._rows_per_step, len(self._rows))
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next optimizer step, on the CPU."""
@@ -109,6 +123,7 @@ def row_loader(
     *,
     num_workers: int,
     pin_memory: bool,
+    worker_init: Callable[[int], None] | None = None,
 ) -> DataLoader[Batch]:
     """A loader of the given batches of row ids; fillers come as row 0 with `label` None."""
     return DataLoader(
@@ -120,6 +135,7 @@ def row_loader(
         # Else every new iterator draws a number from torch's global generator: the dropout after an evaluation, or
         # after a resume, would not be that of the unbroken run.
         generator=torch.Generator(),
+        worker_init_fn=worker_init,
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import tokenizers
 import torch
@@ -33,6 +33,8 @@ class Classification:
     truncated: dict[str, int]  # rows cut to max_length, by split
     description: str
     label_ids: list[int] = field(default_factory=list)  # the model's output for each of labels
+
+    main_metric: ClassVar[str] = "accuracy"  # what is best, where the config does not say
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Pads rows to the longest: input_ids, attention_mask (B, T), …, labels (B,) int64 in the model's order."""

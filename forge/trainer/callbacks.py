@@ -31,6 +31,9 @@ class Callback:
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
         """Metrics of an evaluation; stage is baseline, training or final."""
 
+    def saved(self, state: TrainingState, facts: Metrics) -> None:
+        """A checkpoint of that state is committed: its name, size, seconds, and those that training waited."""
+
     def training_ended(self, state: TrainingState) -> None: ...
 
     def finished(self, state: TrainingState) -> None:
@@ -58,6 +61,10 @@ class Callbacks(Callback):
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
         for callback in self._callbacks:
             callback.evaluated(state, stage, metrics)
+
+    def saved(self, state: TrainingState, facts: Metrics) -> None:
+        for callback in self._callbacks:
+            callback.saved(state, facts)
 
     def training_ended(self, state: TrainingState) -> None:
         for callback in self._callbacks:
@@ -87,10 +94,12 @@ class MetricsFile(Callback):
         append_json_line(self._file, {"step": state.step, "stage": stage, **metrics})
 
     def _keep(self, wanted: Callable[[Metrics], bool]) -> None:
-        rows = read_json_lines(self._file)
-        kept = [row for row in rows if wanted(row)]
-        if len(kept) < len(rows):
-            write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in kept))
+        """Rewrites the file without the other rows, and without the torn line of an attempt that was killed."""
+        if not self._file.exists():
+            return
+        text = "".join(json.dumps(row) + "\n" for row in read_json_lines(self._file) if wanted(row))
+        if text.encode() != self._file.read_bytes():
+            write_atomically(self._file, text)
 
 
 class ConsoleReport(Callback):

@@ -1,6 +1,7 @@
 """Evaluates the student over all ranks: every row counts once, on exactly one of them."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,24 @@ def evaluate(
     batch_size: int,
     max_samples: int | None,
     seed: int,
+    between_batches: Callable[[], None],
 ) -> dict[str, float]:
     """The task's metrics and the mean loss of each validation split, as `split/metric`; the same on every rank.
 
     With max_samples the rows are drawn by the seed, and `split/samples_of` says how many there are.
+    between_batches: called as often on every rank; may raise to break off.
     """
     student.eval()
     metrics: dict[str, float] = {}
-    for split, rows in task.validation.items():
-        chosen = np.arange(len(rows))
-        if max_samples is not None and max_samples < len(rows):
-            chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_samples])
-        values = _evaluate_split(student, task, accelerator, rows, chosen, batch_size)
-        metrics |= {f"{split}/{name}": value for name, value in values.items()}
-    student.train()
+    try:
+        for split, rows in task.validation.items():
+            chosen = np.arange(len(rows))
+            if max_samples is not None and max_samples < len(rows):
+                chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_samples])
+            values = _evaluate_split(student, task, accelerator, rows, chosen, batch_size, between_batches)
+            metrics |= {f"{split}/{name}": value for name, value in values.items()}
+    finally:
+        student.train()
     return metrics
 
 
@@ -48,6 +53,7 @@ def _evaluate_split(
     rows: Dataset,
     chosen: np.ndarray,
     batch_size: int,
+    between_batches: Callable[[], None],
 ) -> dict[str, Any]:
     start = time.perf_counter()
     lengths = np.asarray(rows["length"][:])
@@ -62,6 +68,7 @@ def _evaluate_split(
         counted.update(outputs["logits"], batch["labels"])
         loss_sum += outputs["ce_sum"]
         samples += count_labels(batch["labels"])
+        between_batches()
     counted.counts = accelerator.reduce(counted.counts.to(accelerator.device), "sum")
     loss_sum, samples = accelerator.reduce(loss_sum, "sum"), accelerator.reduce(samples, "sum")
     total = int(samples.item())  # waits for the GPU

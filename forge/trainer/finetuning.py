@@ -1,19 +1,27 @@
-"""The loop: steps, rate, reports, evaluations and checkpoints of supervised fine-tuning over Accelerate."""
+"""The loop: steps, rate, reports, evaluations, checkpoints and stops of supervised fine-tuning over Accelerate."""
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
-from forge.checkpoint.contents import load_checkpoint, save_checkpoint
-from forge.cluster.ranks import on_rank_0, rank_seed
+from forge.checkpoint.commit import Checkpoints, RunFacts, Saved
+from forge.checkpoint.contents import Training, restore
+from forge.cluster.ranks import StopVote, on_rank_0, rank_seed
+from forge.cluster.signals import StopRequest, in_loader_worker
+from forge.config.explain import effective
 from forge.config.schema import Config, TrainingConfig
-from forge.errors import TrainingError
+from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
 from forge.run.directory import RunDirectory
-from forge.run.state import TrainingState
+from forge.run.lock import RunLock
+from forge.run.provenance import code_facts
+from forge.run.state import Stage, TrainingState
 from forge.task.batches import Batch, StepBatches
 from forge.task.classification import Classification
 from forge.trainer.callbacks import Callback
@@ -21,6 +29,8 @@ from forge.trainer.evaluation import evaluate
 from forge.trainer.meter import StepMeter
 from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape, total_steps
 from forge.trainer.student import Student
+
+LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer")
 
 
 class FinetuningTrainer:
@@ -40,9 +50,12 @@ class FinetuningTrainer:
         run: RunDirectory,
         state: TrainingState,
         callbacks: Callback,
+        lock: RunLock,
+        stop: StopRequest,
     ):
+        """lock: taken by rank 0; stop: what this process is asked by signals."""
         self.config, self.accelerator, self.task = config, accelerator, task
-        self.run, self.state, self.callbacks = run, state, callbacks
+        self.run, self.state, self.callbacks, self.lock = run, state, callbacks, lock
         training = config.training
 
         self.rows_per_step, self.micro_batches = step_shape(training, accelerator.num_processes)
@@ -69,46 +82,73 @@ class FinetuningTrainer:
             group_by_length=training.length_grouping,
             num_workers=training.num_workers,
             pin_memory=accelerator.device.type == "cuda",
+            worker_init=in_loader_worker,
         )
         self.total_steps = state.total_steps = total_steps(training, self.batches.steps_per_epoch)
         self.meter = StepMeter(accelerator)
+        self.vote = StopVote(accelerator, stop)
+        self.parts = Training(accelerator, self.student, self.optimizer, training.seed)
+        facts = RunFacts(
+            ranks=accelerator.num_processes,
+            rows_per_step=self.rows_per_step,
+            config=effective(config),
+            data_fingerprint=task.fingerprint,
+            **code_facts(),
+        )
+        self.checkpoints = Checkpoints(run, lock, self.parts, config.checkpoint, facts, self._told_of_save)
 
-    def restore(self) -> None:
-        """Goes back to the state's latest checkpoint; a run without one starts at its beginning."""
-        if self.state.latest_checkpoint is not None:
-            load_checkpoint(self.run, self.state, self.accelerator)
-        else:  # whatever steps an attempt took, nothing holds their weights
-            self.state.step, self.state.epoch = 0, 0.0
+    def restore(self, checkpoint: Path | None) -> None:
+        """Goes back to a verified checkpoint; a run without one starts at its beginning."""
+        state = self.state
+        progress = None
+        if checkpoint is None:  # whatever steps an attempt took, nothing holds their weights
+            state.step, state.epoch, state.samples, state.tokens, state.evaluated_step = 0, 0.0, 0, 0, 0
+            state.best_metric = None
+        else:
+            saved, progress = restore(self.parts, checkpoint)
+            state.step, state.tokens = saved.step, saved.tokens
+            state.evaluated_step, state.best_metric = saved.evaluated_step, saved.best_metric
+            state.latest_checkpoint = checkpoint.name
+        self._note_position()
+        self.meter.restart(progress)
+        if state.step < self.total_steps and state.reached(Stage.EXPORT):
+            state.stage = Stage.TRAINING  # the checkpoints of later steps are lost, and what was made of them outdated
 
     def train(self) -> None:
-        """Runs from the state's step to the last one. Raises TrainingError at a loss that is not finite."""
-        self.batches.start_at(self.state.step)
+        """Runs from the state's step to the last one.
+
+        Raises TrainingError at a loss that is not finite, and Stopped, with a checkpoint committed, at a signal.
+        """
+        state, config = self.state, self.config
+        self.batches.start_at(state.step)
         self.student.train()
-        self.callbacks.training_started(self.state)
-        self.meter.restart()
-        save_every = self.config.checkpoint.every_steps
-        while self.state.step < self.total_steps:
-            rate = learning_rate(self.state.step, self.total_steps, self.config.training)
+        self.callbacks.training_started(state)
+        with self.meter.paused():
+            self._make_up_for_evaluation()
+        while state.step < self.total_steps:
+            rate = learning_rate(state.step, self.total_steps, config.training)
             self.train_step(self.batches.next_step(), rate)
-            self.state.step += 1
-            self.state.epoch = self.state.step / self.batches.steps_per_epoch
-            self.callbacks.stepped(self.state)
-            last = self.state.step == self.total_steps
-            reports = last or due(self.state.step, self.config.logging.every_steps)
-            saves = due(self.state.step, save_every) or (last and save_every is not None)
-            evaluates = due(self.state.step, self.config.evaluation.every_steps)
-            evaluates = evaluates and not (last and self.config.evaluation.final)  # which follows at once
-            if reports or evaluates or saves:
-                self._check_finite()  # before a report, and before anything is saved
-            if reports:
+            state.step += 1
+            self._note_position()
+            self.callbacks.stepped(state)
+            last = state.step == self.total_steps
+            saves = due(state.step, config.checkpoint.every_steps)
+            saves = saves or (last and config.checkpoint.every_steps is not None)
+            if last or due(state.step, config.logging.every_steps):
                 self._report(rate)
-            if evaluates:
+            if self._evaluation_due():
                 with self.meter.paused():
-                    self.evaluate("training")
-            if saves:
-                with self.meter.paused():
-                    save_checkpoint(self.run, self.state, self.accelerator, self.config.checkpoint.keep_last)
-        self.callbacks.training_ended(self.state)
+                    saves = self._evaluate_in_training() or saves
+            stop, written = self.vote.cast(self.checkpoints.written)
+            with self.meter.paused():
+                if stop:
+                    self._save_and_stop()
+                if written:
+                    self.checkpoints.finish(state)
+                if saves:
+                    self._save()
+        self.checkpoints.finish(state)
+        self.callbacks.training_ended(state)
 
     def train_step(self, micro_batches: list[Batch], rate: float) -> None:
         """One optimizer update at the given rate. Nothing here waits for the device, but for fp16's scaler."""
@@ -133,27 +173,106 @@ class FinetuningTrainer:
         self.meter.add(ce_sum, label_count, grad_norm, tokens)
 
     def evaluate(self, stage: str) -> dict[str, float]:
-        """Evaluates every validation split and reports it; stage is baseline, training or final."""
-        metrics = evaluate(
-            self.student,
-            self.task,
-            self.accelerator,
-            batch_size=self.config.evaluation.per_device_batch_size,
-            max_samples=self.config.evaluation.max_samples,
-            seed=self.config.training.seed,
-        )
-        on_rank_0(self.accelerator, lambda: self.callbacks.evaluated(self.state, stage, metrics))
+        """Evaluates every validation split and reports it; stage is baseline, training or final. Raises Stopped."""
+        try:
+            metrics = evaluate(
+                self.student,
+                self.task,
+                self.accelerator,
+                batch_size=self.config.evaluation.per_device_batch_size,
+                max_samples=self.config.evaluation.max_samples,
+                seed=self.config.training.seed,
+                between_batches=self._break_off_if_stopped,
+            )
+        except Stopped:
+            self._save_and_stop()
+        self._on_rank_0_of_this_attempt(lambda: self.callbacks.evaluated(self.state, stage, metrics))
         return metrics
+
+    def stop_if_asked(self) -> None:
+        """Between two stages: raises Stopped on all ranks if any was asked, with the trained weights committed."""
+        if self.vote.now():
+            self._save_and_stop()
 
     @property
     def model(self) -> PreTrainedModel:
         """The bare model, for export."""
         return self.accelerator.unwrap_model(self.student).model
 
+    def _note_position(self) -> None:
+        state = self.state
+        state.epoch = state.step / self.batches.steps_per_epoch
+        state.samples = self.batches.samples_at(state.step)
+
     def _report(self, rate: float) -> None:
+        self._settle()
         metrics = self.meter.metrics(rate)
-        # A full disk there must not leave the other ranks waiting for rank 0.
-        on_rank_0(self.accelerator, lambda: self.callbacks.reported(self.state, metrics))
+        self._on_rank_0_of_this_attempt(lambda: self.callbacks.reported(self.state, metrics))
+
+    def _evaluation_due(self) -> bool:
+        last = self.state.step == self.total_steps
+        return due(self.state.step, self.config.evaluation.every_steps) and not (
+            last and self.config.evaluation.final  # which follows at once
+        )
+
+    def _evaluate_in_training(self) -> bool:
+        """Is it the best so far?, and to be kept."""
+        self._settle()  # nothing that is not finite is evaluated
+        metrics = self.evaluate("training")
+        self.state.evaluated_step = self.state.step
+        return self._note_best(metrics) and self.config.checkpoint.keep_best
+
+    def _make_up_for_evaluation(self) -> None:
+        """The attempt before may have been stopped within the evaluation that was due at the checkpoint's step."""
+        missing = self.state.step > 0 and self._evaluation_due() and self.state.evaluated_step < self.state.step
+        if missing and self._evaluate_in_training():
+            self._save()
+
+    def _note_best(self, metrics: dict[str, float]) -> bool:
+        name = self.config.checkpoint.best_metric or f"{next(iter(self.task.validation))}/{self.task.main_metric}"
+        if name not in metrics:
+            raise UsageError(f"checkpoint.best_metric is {name}, and the evaluation has: {', '.join(metrics)}")
+        value, best = metrics[name], self.state.best_metric
+        lower = name.split("/")[-1] in LOWER_IS_BETTER
+        if best is not None and (value >= best["value"] if lower else value <= best["value"]):
+            return False
+        self.state.best_metric = {"name": name, "value": value, "step": self.state.step}
+        return True
+
+    def _break_off_if_stopped(self) -> None:
+        stop, _ = self.vote.cast()
+        if stop:
+            raise Stopped("stopped")
+
+    def _save(self, *, must: bool = False) -> None:
+        if self.state.latest_checkpoint == self.run.checkpoint(self.state.step).name:
+            return  # of this very step, by the attempt before
+        self._settle()
+        self.checkpoints.save(self.state, self.meter.progress(), must=must)
+
+    def _save_and_stop(self) -> NoReturn:
+        """Every rank comes here at the same step. Raises Stopped; TrainingError if no checkpoint could be written."""
+        reason = self.vote.reason()
+        self.checkpoints.finish(self.state)
+        if self.state.step > 0:
+            self._save(must=True)
+        raise Stopped(f"stopped by {reason}")
+
+    def _settle(self) -> None:
+        self.state.tokens += self.meter.settle()
+        self._check_finite()  # before a report, and before anything is saved
+
+    def _told_of_save(self, state: TrainingState, saved: Saved) -> None:
+        self.callbacks.saved(state, asdict(saved))
+
+    def _on_rank_0_of_this_attempt(self, work: Callable[[], None]) -> None:
+        """A full disk there must not leave the other ranks waiting; an outdated attempt must write nothing."""
+
+        def guarded() -> None:
+            self.lock.check()
+            work()
+
+        on_rank_0(self.accelerator, guarded)
 
     def _check_finite(self) -> None:
         """Raises TrainingError at the first step since the last report whose loss or gradient is not finite."""

@@ -12,24 +12,33 @@ from torch import Tensor
 
 
 class StepMeter:
-    """What has happened since the last report. Adding waits for nothing; reading waits for the device."""
+    """What has happened since the last report. Adding waits for nothing; settling waits for the device."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self.restart()
 
-    def restart(self) -> None:
-        self._sums: list[Tensor] = []  # float32 scalars, this rank's
-        self._labels: list[Tensor] = []  # int64 scalars, of all ranks
-        self._grad_norms: list[Tensor] = []
-        self._tokens = 0
-        self._start = time.perf_counter()
+    def restart(self, progress: dict[str, Any] | None = None) -> None:
+        """Begins anew, or where `progress` was taken."""
+        # Settled: one entry for each step since the last report, over all ranks.
+        self._loss_sums: list[float] = []
+        self._label_counts: list[int] = []
+        self._norms: list[float] = []
+        self._token_count = 0
+        seconds = 0.0
+        if progress is not None:
+            self._loss_sums, self._label_counts = list(progress["loss_sums"]), list(progress["labels"])
+            self._norms, self._token_count = list(progress["grad_norms"]), progress["tokens"]
+            seconds = progress["seconds"]
+        self._forget_steps()
+        self._start = time.perf_counter() - seconds
 
     def add(self, ce_sum: Tensor, labels: Tensor, grad_norm: Tensor, tokens: int) -> None:
-        self._sums.append(ce_sum)
-        self._labels.append(labels)
-        self._grad_norms.append(grad_norm)
-        self._tokens += tokens
+        """ce_sum: this rank's; labels: of all ranks; grad_norm: before clipping; tokens: this rank's."""
+        self._step_sums.append(ce_sum)
+        self._step_labels.append(labels)
+        self._step_norms.append(grad_norm)
+        self._step_tokens += tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -38,39 +47,60 @@ class StepMeter:
         yield
         self._start += time.perf_counter() - entered
 
+    def settle(self) -> int:
+        """Adds up over the ranks what came since the last call, and returns the tokens of it. On every rank at once."""
+        if not self._step_sums:
+            return 0
+        tokens = torch.tensor(self._step_tokens, device=self._accelerator.device)
+        new_tokens = int(self._accelerator.reduce(tokens, "sum").item())
+        self._loss_sums += self._accelerator.reduce(torch.stack(self._step_sums), "sum").double().tolist()
+        self._label_counts += torch.stack(self._step_labels).tolist()
+        self._norms += torch.stack([norm.double() for norm in self._step_norms]).tolist()
+        self._token_count += new_tokens
+        self._forget_steps()
+        return new_tokens
+
+    def progress(self) -> dict[str, Any]:
+        """What the next report has so far, for a checkpoint. After settle."""
+        return {
+            "loss_sums": self._loss_sums,
+            "labels": self._label_counts,
+            "grad_norms": self._norms,
+            "tokens": self._token_count,
+            "seconds": time.perf_counter() - self._start,
+        }
+
     def losses(self) -> Tensor:
-        """The mean loss of each step since the last report, float64 on the CPU."""
-        return self._loss_sums() / torch.stack(self._labels).cpu()
+        """The mean loss of each step since the last report, float64 on the CPU. After settle."""
+        sums = torch.tensor(self._loss_sums, dtype=torch.float64)
+        return sums / torch.tensor(self._label_counts, dtype=torch.float64)
 
     def grad_norms(self) -> Tensor:
-        """The gradient norm of each step since the last report, before clipping, float64 on the CPU."""
-        return torch.stack([norm.double() for norm in self._grad_norms]).cpu()
+        """The gradient norm of each step since the last report, before clipping, float64. After settle."""
+        return torch.tensor(self._norms, dtype=torch.float64)
 
     def metrics(self, rate: float) -> dict[str, Any]:
         """loss: nats, mean over the labels since the last report; grad_norm: the last step's, before clipping."""
-        labels = int(torch.stack(self._labels).sum())
-        tokens = self._accelerator.reduce(torch.tensor(self._tokens, device=self._accelerator.device), "sum").item()
-        peak = (
-            self._accelerator.gather(
-                torch.tensor([_peak_memory_mib(self._accelerator.device)], device=self._accelerator.device)
-            )
-            .max()
-            .item()
-        )
+        device = self._accelerator.device
+        peak = self._accelerator.gather(torch.tensor([_peak_memory_mib(device)], device=device)).max().item()
         seconds = time.perf_counter() - self._start
+        labels = sum(self._label_counts)
         metrics = {
-            "loss": float(self._loss_sums().sum() / labels),
+            "loss": sum(self._loss_sums) / labels,
             "learning_rate": rate,
-            "grad_norm": float(self._grad_norms[-1]),
+            "grad_norm": self._norms[-1],
             "samples_per_second": round(labels / seconds, 2),
-            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_second": round(self._token_count / seconds, 1),
             "peak_memory_mib": round(peak, 1),
         }
         self.restart()
         return metrics
 
-    def _loss_sums(self) -> Tensor:
-        return self._accelerator.reduce(torch.stack(self._sums), "sum").double().cpu()
+    def _forget_steps(self) -> None:
+        self._step_sums: list[Tensor] = []  # float32 scalars, this rank's
+        self._step_labels: list[Tensor] = []  # int64 scalars, of all ranks
+        self._step_norms: list[Tensor] = []
+        self._step_tokens = 0
 
 
 def _peak_memory_mib(device: torch.device) -> float:

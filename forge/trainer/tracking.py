@@ -28,6 +28,9 @@ class WandbTracker(Callback):
         if self._run is not None and stage != "training":
             self._guarded(lambda: self._run.summary.update({f"{stage}/{n}": value for n, value in metrics.items()}))
 
+    def saved(self, state: TrainingState, facts: Metrics) -> None:
+        self._log(state.step, {f"checkpoint/{name}": facts[name] for name in ("mib", "seconds", "stall_seconds")})
+
     def finished(self, state: TrainingState) -> None:
         if self._run is not None:
             self._guarded(lambda: self._run.finish(exit_code=0 if state.pipeline_complete else 1))

@@ -1,0 +1,273 @@
+"""Commits checkpoints: each is written aside by all ranks, listed with its hashes, and then named in one step.
+
+Whatever ends the process at whatever instant, a folder named checkpoint-N is whole; the rename is the commit. What
+comes after it (the hint, the state, the deletion of older ones) can be lost without loss.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from forge.checkpoint.contents import Snapshot, Training, take_snapshot, write_snapshot
+from forge.checkpoint.manifest import FORMAT, BadCheckpoint, Manifest, StoredFile, digest, verify
+from forge.checkpoint.selection import STAGING_PREFIX, TRASH_PREFIX, checkpoints, step_of
+from forge.cluster.ranks import gather_values, on_rank_0
+from forge.config.schema import CheckpointConfig
+from forge.errors import TrainingError
+from forge.run.directory import RunDirectory
+from forge.run.files import open_to_others, sync_folder, write_atomically
+from forge.run.lock import RunLock
+from forge.run.state import TrainingState, now
+
+logger = logging.getLogger(__name__)
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, ValueError)  # torch's writer raises RuntimeError
+# Beyond what the checkpoint itself takes: the log, the metrics and a final model share the disk.
+SPARE_BYTES = 64 << 20
+FAILURES_IN_A_ROW = 3  # a disk that stays full is not worth to train on for
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What every manifest of an attempt says alike."""
+
+    ranks: int
+    rows_per_step: int
+    config: dict[str, Any]  # the effective one
+    data_fingerprint: str
+    git_commit: str | None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save was and cost."""
+
+    name: str
+    mib: float
+    seconds: float  # from the start to the commit
+    stall_seconds: float  # in which training waited for it
+
+
+@dataclass
+class _Writing:
+    """A save whose files are being written."""
+
+    staging: Path
+    state: TrainingState  # as it was
+    started: float
+    stall: float
+    thread: threading.Thread | None = None
+    outcome: tuple[dict[str, StoredFile], str | None] = ({}, None)  # this rank's files, or what went wrong
+
+
+class Checkpoints:
+    """The checkpoints of one run in training; every rank has one of these, and calls the same at the same step."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        lock: RunLock,
+        training: Training,
+        config: CheckpointConfig,
+        facts: RunFacts,
+        told: Callable[[TrainingState, Saved], None],
+    ):
+        """told: called on rank 0 after each commit."""
+        self._run, self._lock, self._training = run, lock, training
+        self._config, self._facts, self._told = config, facts, told
+        self._writing: _Writing | None = None
+        self._failures = 0
+
+    def save(self, state: TrainingState, progress: dict[str, Any], *, must: bool = False) -> bool:
+        """Saves now, or with checkpoint.asynchronous begins to; True when committed or begun.
+
+        A save that fails is reported, and training goes on with the checkpoints there are; it raises TrainingError
+        if it must succeed, and after three failures in a row. Raises Superseded where a later attempt took over.
+        """
+        self.finish(state)
+        started = time.perf_counter()
+        asynchronous = self._config.asynchronous and not must
+        snapshot = take_snapshot(self._training, state, progress, copy=asynchronous)
+        staging, problem = on_rank_0(self._training.accelerator, lambda: self._stage(state, snapshot.bytes))
+        if problem is not None:
+            return self._failed(state, problem, must)
+        writing = _Writing(staging, replace(state), started, 0.0)
+        if asynchronous:
+            writing.thread = threading.Thread(target=_write, args=(writing, snapshot), name="checkpoint")
+            writing.thread.start()
+            writing.stall = time.perf_counter() - started
+            self._writing = writing
+            return True
+        _write(writing, snapshot)
+        return self._commit(writing, state, must)
+
+    @property
+    def written(self) -> bool:
+        """Has this rank written its files of a save that is under way? If all have, it can be finished at no cost."""
+        return self._writing is not None and self._writing.thread is not None and not self._writing.thread.is_alive()
+
+    def finish(self, state: TrainingState) -> None:
+        """Commits the save that is under way, if there is one, waiting until all ranks have written their files."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        started = time.perf_counter()
+        assert writing.thread is not None
+        writing.thread.join()
+        writing.stall += time.perf_counter() - started
+        self._commit(writing, state, must=False)
+
+    def abandon(self) -> None:
+        """An error ends the attempt: waits for the writer, which may share memory with it, and commits nothing."""
+        if self._writing is not None and self._writing.thread is not None:
+            self._writing.thread.join()
+            shutil.rmtree(self._writing.staging, ignore_errors=True)
+        self._writing = None
+
+    def _stage(self, state: TrainingState, snapshot_bytes: int) -> tuple[Path, str | None]:
+        """On rank 0: the folder to write into, or why there is none."""
+        self._lock.check()
+        staging = self._run.path / f"{STAGING_PREFIX}{state.step}-{self._lock.attempt}-{secrets.token_hex(6)}"
+        needed = max(snapshot_bytes, self._size_of_the_last()) + SPARE_BYTES
+        try:
+            free = shutil.disk_usage(self._run.path).free
+            if free < needed:
+                return staging, f"it needs {_mib(needed)} on the disk and {_mib(free)} are free"
+            staging.mkdir()
+        except OSError as error:
+            return staging, str(error)
+        return staging, None
+
+    def _size_of_the_last(self) -> int:
+        for folder in checkpoints(self._run)[:1]:
+            with suppress(BadCheckpoint):
+                return Manifest.read(folder).bytes
+        return 0
+
+    def _commit(self, writing: _Writing, state: TrainingState, must: bool) -> bool:
+        """Agrees on whether every rank has written its files; then rank 0 names the checkpoint."""
+        accelerator = self._training.accelerator
+        outcomes = gather_values(writing.outcome)
+        problem = next((problem for _, problem in outcomes if problem is not None), None)
+        if problem is None:
+            files = {name: file for part, _ in outcomes for name, file in part.items()}
+            problem = on_rank_0(accelerator, lambda: self._name(writing, files))
+        if problem is not None:
+            if accelerator.is_main_process:
+                shutil.rmtree(writing.staging, ignore_errors=True)
+            return self._failed(state, problem, must)
+        self._failures = 0
+        state.latest_checkpoint = self._run.checkpoint(writing.state.step).name
+        if accelerator.is_main_process:
+            self._after_commit(state)
+            size_mib = sum(file.bytes for file in files.values()) / 2**20
+            seconds = time.perf_counter() - writing.started
+            stall = seconds if writing.thread is None else writing.stall
+            saved = Saved(state.latest_checkpoint, round(size_mib, 2), round(seconds, 3), round(stall, 3))
+            logger.info(
+                "saved %s: %s in %.2f s, of which training waited %.2f s",
+                *(saved.name, _mib(sum(file.bytes for file in files.values())), seconds, stall),
+            )
+            self._told(writing.state, saved)
+        return True
+
+    def _name(self, writing: _Writing, files: dict[str, StoredFile]) -> str | None:
+        """On rank 0: manifest and rename. Returns what went wrong; raises Superseded."""
+        target = self._run.checkpoint(writing.state.step)
+        try:
+            open_to_others(writing.staging)
+            self._manifest(writing.state, files).write(writing.staging)
+            sync_folder(writing.staging)
+            self._lock.check()  # as late as can be
+            if target.exists():  # of an attempt before, which a resume from an older checkpoint has outdated
+                _discard(target)
+            os.rename(writing.staging, target)
+            sync_folder(self._run.path)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _after_commit(self, state: TrainingState) -> None:
+        """On rank 0: hint, state and retention. What fails here costs nothing but space, and is only told."""
+        try:
+            write_atomically(self._run.latest_checkpoint_file, f"{state.latest_checkpoint}\n")
+            state.save(self._run.state_file)
+            for old in self._outdated(state):
+                _discard(old)
+        except OSError as error:
+            logger.warning("%s is committed; what follows a commit failed (%s)", state.latest_checkpoint, error)
+
+    def _outdated(self, state: TrainingState) -> list[Path]:
+        """Those beyond keep_last. What is not whole, by its sizes, does not count as kept."""
+        best = state.best_metric["step"] if state.best_metric and self._config.keep_best else None
+        kept, outdated = 0, []
+        for folder in checkpoints(self._run):
+            if kept < self._config.keep_last:
+                try:
+                    verify(folder, state.run_id, hashes=False)
+                    kept += 1
+                except BadCheckpoint as problem:
+                    logger.warning("%s is not whole: %s", folder.name, problem)
+            elif step_of(folder) != best:
+                outdated.append(folder)
+        return outdated
+
+    def _manifest(self, state: TrainingState, files: dict[str, StoredFile]) -> Manifest:
+        return Manifest(
+            format=FORMAT,
+            run_id=state.run_id,
+            attempt=self._lock.attempt,
+            step=state.step,
+            epoch=state.epoch,
+            samples=state.samples,
+            tokens=state.tokens,
+            config_hash=digest(self._facts.config),
+            created_at=now(),
+            files=files,
+            **asdict(self._facts),
+        )
+
+    def _failed(self, state: TrainingState, problem: str, must: bool) -> bool:
+        self._failures += 1
+        newest = state.latest_checkpoint or "none yet"
+        text = (
+            f"checkpoint-{state.step} could not be saved in {self._run.path} ({' '.join(problem.split())[:300]}); the "
+            f"newest checkpoint is {newest}"
+        )
+        if must or self._failures >= FAILURES_IN_A_ROW:
+            again = "" if must else f", and {self._failures} saves in a row have failed"
+            raise TrainingError(f"{text}{again}. Free some space, then resume")
+        logger.error("%s; training goes on", text)
+        return False
+
+
+def _write(writing: _Writing, snapshot: Snapshot) -> None:
+    """This rank's files; an error is a value, for no rank may be left waiting for another."""
+    try:
+        writing.outcome = write_snapshot(snapshot, writing.staging), None
+        if snapshot.rank != 0:
+            sync_folder(writing.staging)  # on a network file system each host has a view of its own
+    except WRITE_ERRORS as error:
+        writing.outcome = {}, f"rank {snapshot.rank}: {error}"
+
+
+def _discard(folder: Path) -> None:
+    """Takes the name away first: a folder half deleted must not pass for a checkpoint."""
+    trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}-{secrets.token_hex(6)}")
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,83 @@
+"""Finds the checkpoint a run goes on from: the newest one that is what its manifest says. Bad ones are set aside."""
+
+import logging
+import os
+import re
+import shutil
+from itertools import count
+from pathlib import Path
+
+from forge.checkpoint.manifest import BadCheckpoint, Manifest, verify
+from forge.errors import TrainingError
+from forge.run.directory import RunDirectory
+from forge.run.files import sync_folder, write_json
+from forge.run.state import TrainingState, now
+
+logger = logging.getLogger(__name__)
+
+BAD_PREFIX, STAGING_PREFIX, TRASH_PREFIX = ".bad-", ".tmp-", ".trash-"
+
+
+def checkpoints(run: RunDirectory) -> list[Path]:
+    """All that are named as checkpoints, the one of the highest step first. No time stamp is asked: clocks jump."""
+    named = [path for path in run.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9]\d*)", path.name)]
+    return sorted(named, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def select(run: RunDirectory, state: TrainingState) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that verifies; None where the run never had one. By rank 0, under the run's lock.
+
+    The rename of a checkpoint is its commit, so that all of them are candidates; latest_checkpoint and
+    training_state.json may lag behind, and are only compared. Every bad one that is met is renamed and told of.
+    Raises TrainingError where the run had checkpoints and none is left that can be trusted.
+    """
+    hint = _hint(run)
+    for folder in checkpoints(run):
+        try:
+            manifest = verify(folder, state.run_id)
+        except BadCheckpoint as problem:
+            quarantine(run, folder, str(problem))
+            continue
+        if hint != folder.name:
+            logger.warning(
+                "latest_checkpoint %s; going on from %s, the newest that holds what its manifest says",
+                f"names {hint}" if hint else "is empty or missing",
+                folder.name,
+            )
+        return folder, manifest
+    bad = sorted(path.name for path in run.path.glob(f"{BAD_PREFIX}*"))
+    if bad or state.latest_checkpoint is not None:
+        what = f"{', '.join(bad)} cannot be trusted" if bad else f"{state.latest_checkpoint} is gone"
+        raise TrainingError(
+            f"no checkpoint of {run.path} can be gone on from: {what}; the run is left as it is. Put a whole "
+            f"checkpoint-N back there, or start anew under another --run_name"
+        )
+    return None
+
+
+def quarantine(run: RunDirectory, folder: Path, reason: str) -> None:
+    """Takes a bad checkpoint's name away, so that nothing ever loads it, and keeps it for whoever asks why."""
+    names = (f"{BAD_PREFIX}{folder.name}{'' if number == 1 else f'-{number}'}" for number in count(1))
+    aside = next(run.path / name for name in names if not (run.path / name).exists())
+    os.rename(folder, aside)
+    sync_folder(run.path)
+    if aside.is_dir():
+        write_json(aside / "quarantine.json", {"reason": reason, "at": now()})
+    logger.error("%s is set aside as %s: %s", folder.name, aside.name, reason)
+
+
+def remove_leftovers(run: RunDirectory) -> None:
+    """What attempts before this one began to write, or to delete, and did not end. Under the run's lock."""
+    for folder in [*run.path.glob(f"{STAGING_PREFIX}*"), *run.path.glob(f"{TRASH_PREFIX}*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hint(run: RunDirectory) -> str:
+    try:
+        return run.latest_checkpoint_file.read_text(errors="replace").strip()
+    except OSError:
+        return ""
