@@ -28,7 +28,7 @@ from forge.run.registry import unregister
 from forge.run.watch import Tempo, Watch
 
 if TYPE_CHECKING:
-    from forge.report.resume_proof import Kill
+    from forge.checkpoint.resume_proof import Kill
 
 POLL_S = 0.002  # a save of a tiny model takes some ten times as long
 LAST_WORDS_S = 90.0  # for what a kill left alive: a rank has 30 s to save when its launcher dies, and then must leave
@@ -98,7 +98,7 @@ class Procedure:
 
     def run(self) -> int:
         """The whole procedure; says what it does, and returns the exit code."""
-        from forge.report.resume_proof import Proof, conclusion, table, write_certificate
+        from forge.checkpoint.resume_proof import Proof, conclusion, table, write_certificate
 
         unbroken = RunDirectory(self.place / f"{self.stamp}-unbroken")
         self.proof = Proof(self.loaded, self.processes, self.kills, self.seed, unbroken)
@@ -285,7 +285,7 @@ class Attempt:
 
     def _kill(self, point: Point, processes: Processes) -> "Kill | None":
         """None where the run was complete by then."""
-        from forge.report.resume_proof import Kill
+        from forge.checkpoint.resume_proof import Kill
 
         victim = str(point.victim)
         if point.victim == Victim.ONE_RANK and processes.kill_rank(point.rank):
