@@ -200,8 +200,8 @@ class Procedure:
             points, failure = self._killed_run(run, points)
             if failure is not None or not points:
                 break
-            if len(points) == asked or number == ROUNDS:
-                failure = f"complete before {len(points)} of {self.kills} kills could be made, also when begun anew"
+            if number == ROUNDS or (number > 1 and len(points) == asked):
+                failure = f"complete before {len(points)} of {self.kills} kills could be made, {number} times over"
                 break
             self._say(f"{len(points)} of the kills came too late: they are aimed earlier, at another run")
             points = [replace(point, from_step=point.from_step // 2, share=0.0) for point in points]

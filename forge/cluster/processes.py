@@ -12,11 +12,14 @@ from typing import Self
 
 import psutil
 
+from forge.errors import ForgeError
+
 # In the environment of every process of one start: accelerate's launcher gives each rank a session of its own, and
 # an orphan has another parent, but both keep their environment.
 MARK = "FORGE_STARTED_BY"
 PARENT = "FORGE_PARENT"  # ranks end when this process does
 POLL_S = 0.05
+KILL_TIMEOUT_S = 60.0
 
 
 class Processes:
@@ -70,14 +73,20 @@ class Processes:
         self._leader.kill()
 
     def kill_all(self) -> None:
-        """SIGKILL to every process, and to those that they start meanwhile; returns when all are gone."""
+        """SIGKILL to every process, and to those that they start meanwhile; returns when all are gone.
+
+        Raises ForgeError where the system does not end one: it may wait for a disk or a network that is gone.
+        """
         with suppress(ProcessLookupError):
             if self._leader.poll() is None:
                 os.killpg(self._leader.pid, signal.SIGKILL)
         for process in self._known:
             with suppress(psutil.Error):
                 process.kill()
+        deadline = time.monotonic() + KILL_TIMEOUT_S
         while alive := self._alive():
+            if time.monotonic() > deadline:
+                raise ForgeError(f"process {alive[0].pid} was killed and does not end; see what it waits for")
             for process in alive:
                 with suppress(psutil.Error):
                     process.kill()
