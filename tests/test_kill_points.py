@@ -66,6 +66,8 @@ def test_few_kills_go_where_it_breaks_and_absent_evaluations_are_not_aimed_at() 
     assert plan_kills(0, 1, 40, 0, baseline=True, final=True) == []
     few = plan_kills(3, 1, 40, 0, baseline=True, final=True)
     assert {point.aim for point in few} == {Aim.SAVE_STARTS, Aim.WITHIN_SAVE, Aim.SAVED}
+    (only,) = plan_kills(1, 1, 30, 0, baseline=True, final=True)  # with saves at 10, 20 and 30
+    assert (only.aim, only.from_step) == (Aim.SAVE_STARTS, 15)  # there is one to resume from
     none = plan_kills(30, 1, 40, 0, baseline=False, final=False)
     assert len(none) == 30
     assert {Aim.BASELINE, Aim.FINAL}.isdisjoint(point.aim for point in none)

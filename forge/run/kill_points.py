@@ -68,8 +68,10 @@ def plan_kills(kills: int, processes: int, total_steps: int, seed: int, *, basel
     in_training = [aim for aim in aims if aim not in STAGES and aim != Aim.BEFORE_FIRST_SAVE]
     draw.shuffle(in_training)
     points: list[tuple[Aim, int]] = [(aim, 0) for aim in (Aim.BASELINE, Aim.BEFORE_FIRST_SAVE) if aim in aims]
-    for i, aim in enumerate(in_training):  # each in a stretch of its own: so the run gets on
-        share = draw.random() if aim == Aim.RANDOM else 0.0
+    for i, aim in enumerate(in_training):
+        # Each in a stretch of its own, so that the run gets on. A save is met in the second half of its stretch: also
+        # after the only kill there is a checkpoint to resume from.
+        share = draw.random() if aim == Aim.RANDOM else 0.5
         points.append((aim, int((i + share) * total_steps / len(in_training))))
     points += [(aim, 0) for aim in (Aim.EXPORT, Aim.FINAL) if aim in aims]
     victims = [Victim.ALL, Victim.ONE_RANK, Victim.ALL, Victim.LAUNCHER] if processes > 1 else [Victim.ALL]
