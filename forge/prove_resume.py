@@ -46,7 +46,8 @@ def prove_resume(args: argparse.Namespace) -> int:
     Raises UsageError before anything runs, and ForgeError where the unbroken run does not come to its end.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 160
+    console = Console(width=width, markup=False, emoji=False, highlight=False, soft_wrap=True)
     return Procedure(args, console, training_command).run()
 
 
