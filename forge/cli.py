@@ -1,15 +1,40 @@
-"""The `forge` command: train, prove-resume, config, runs."""
+"""The `forge` command: train, resume, prove-resume, runs, config."""
 
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge import __version__
-from forge.command import EPILOG, Parser, add_config_arguments, add_train_arguments, train
-from forge.errors import EXIT_COMPLETE, EXIT_USAGE, BaseConfigError, ConfigError, ForgeError, UsageError
+from forge.command import (
+    EPILOG,
+    Parser,
+    add_config_arguments,
+    add_override_arguments,
+    add_resume_arguments,
+    add_train_arguments,
+    train,
+)
+from forge.errors import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    BaseConfigError,
+    ConfigError,
+    ForgeError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from forge.cluster.launch import SignalRelay
+    from forge.run.directory import RunDirectory
+    from forge.run.registry import IncompleteRun
+
+OUTCOMES = {EXIT_COMPLETE: "complete", EXIT_FAILED: "failed", EXIT_USAGE: "refused", EXIT_STOPPED: "stopped"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,12 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
-    except ConfigError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return error.exit_code
     except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return error.exit_code
     except BrokenPipeError:  # `forge runs | head`
         sys.stderr.close()
@@ -37,6 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train from a config, or go on with a run", epilog=EPILOG)
     add_train_arguments(command)
     command.set_defaults(run=train)
+
+    command = commands.add_parser(
+        "resume", help="go on with a run, or with all that are incomplete, on this machine", epilog=EPILOG
+    )
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("which", metavar="RUN", nargs="?", help="a run's directory, or its name if there is one such")
+    what.add_argument("--all", action="store_true", help="every incomplete run, the oldest first, one after the other")
+    command.add_argument(
+        "--processes", type=_count, metavar="N", help="ranks to train with (as many as the last attempt had)"
+    )
+    add_override_arguments(command)
+    add_resume_arguments(command)
+    _add_output_root(command)
+    command.set_defaults(run=_resume)
 
     config = commands.add_parser("config", help="show, check and compare configs").add_subparsers(
         required=True, metavar="COMMAND"
@@ -71,9 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("runs", help="list runs")
     command.add_argument("--incomplete", action="store_true", help="only those that can go on, with the command for it")
     command.add_argument("--json", action="store_true", help="one JSON list, for scripts")
-    command.add_argument(
-        "--output_root", metavar="DIR", default="outputs", help="the folder that holds all runs (outputs)"
-    )
+    _add_output_root(command)
     command.set_defaults(run=_runs)
     return parser
 
@@ -82,6 +115,121 @@ def _prove_resume(args: argparse.Namespace) -> int:
     from forge.prove_resume import prove_resume
 
     return prove_resume(args)
+
+
+def _add_output_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output_root", metavar="DIR", default="outputs", help="the folder that holds all runs (outputs)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; give 1 or more")
+    return int(text)
+
+
+def _print_error(error: ForgeError) -> None:
+    for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from forge.cluster.launch import SignalRelay
+    from forge.run.directory import find_run
+
+    if args.all:
+        return _resume_all(args)
+    run = find_run(Path(args.output_root), args.which)
+    with SignalRelay() as relay:
+        return _go_on(run, args, relay)
+
+
+def _resume_all(args: argparse.Namespace) -> int:
+    """Every incomplete run, one after the other; a stop signal ends them all. The worst exit code of all."""
+    from forge.cluster.launch import SignalRelay
+    from forge.run.registry import is_alive
+
+    if args.take_over:
+        raise UsageError("--take-over cannot be combined with --all: it is for one run that you know to be dead")
+    root = Path(args.output_root)
+    runs = _incomplete(root)
+    if not runs:
+        print(f"no incomplete runs below {root}")
+        return EXIT_COMPLETE
+    codes: list[int] = []
+    outcomes: list[str] = []
+    with SignalRelay() as relay:
+        for number, (run, entry) in enumerate(runs, start=1):
+            print(f"run {number} of {len(runs)}: {run.path}", flush=True)
+            if is_alive(entry):
+                print(f"skipped: process {entry.pid} is training it", flush=True)
+                codes.append(EXIT_USAGE)
+                outcomes.append(f"skipped: process {entry.pid} is training it")
+                continue
+            try:
+                code = _go_on(run, args, relay)
+            except ForgeError as error:
+                _print_error(error)
+                code = error.exit_code
+            codes.append(EXIT_STOPPED if relay.received else code)
+            outcomes.append(_outcome(run, code))
+            if codes[-1] == EXIT_STOPPED:
+                break
+    outcomes += ["not started"] * (len(runs) - len(outcomes))
+    _print_table(("run", "outcome"), [(str(run.path), text) for (run, _), text in zip(runs, outcomes, strict=True)])
+    return next((code for code in (EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE) if code in codes), EXIT_COMPLETE)
+
+
+def _go_on(run: "RunDirectory", args: argparse.Namespace, relay: "SignalRelay") -> int:
+    """Trains the run to its end in a child process; forge's exit code."""
+    from forge.cluster.launch import run_training
+    from forge.config.loader import load_config
+    from forge.run.state import TrainingState
+
+    if TrainingState.load(run.state_file).pipeline_complete:
+        print(f"{run.path} is complete; its model is in {run.final}", flush=True)
+        return EXIT_COMPLETE
+    # A wrong override is told here, at once, and not by every rank.
+    load_config(run.config_file, args.set, max_steps=args.max_steps, epochs=args.epochs)
+    arguments = [f"--resume={run.path}", *(f"--set={setting}" for setting in args.set)]
+    arguments += [f"--{name}={value}" for name in ("max_steps", "epochs") if (value := getattr(args, name)) is not None]
+    arguments += [f"--allow-change={key}" for key in args.allow_change]
+    arguments += ["--take-over"] if args.take_over else []
+    return run_training(arguments, args.processes or _ranks_of_last_attempt(run), relay=relay)
+
+
+def _ranks_of_last_attempt(run: "RunDirectory") -> int:
+    from forge.run.files import read_json
+
+    attempts = read_json(run.metadata_file).get("attempts")
+    ranks = attempts[-1].get("ranks") if attempts else 1
+    if not isinstance(ranks, int) or ranks < 1:
+        raise UsageError(f"{run.metadata_file} does not tell the ranks of the last attempt; give --processes")
+    return ranks
+
+
+def _outcome(run: "RunDirectory", code: int) -> str:
+    """One line for the table of `resume --all`."""
+    from forge.run.state import TrainingState
+
+    word = OUTCOMES.get(code, f"exit code {code}")
+    if code != EXIT_FAILED:
+        return word
+    try:
+        error = TrainingState.load(run.state_file).error
+    except UsageError as broken:
+        error = str(broken)
+    return f"{word}: {error.splitlines()[0]}" if error else word
+
+
+def _incomplete(root: Path) -> "list[tuple[RunDirectory, IncompleteRun]]":
+    """The runs below root that can go on, with what the registry says of them; the oldest first."""
+    from forge.run.directory import find_runs
+    from forge.run.registry import incomplete_runs
+
+    entries = {entry.path.resolve(): entry for entry in incomplete_runs(root)}
+    return [(run, entries[path]) for run in find_runs(root) if (path := run.path.resolve()) in entries]
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -146,51 +294,71 @@ def _schema(args: argparse.Namespace) -> int:
 
 def _runs(args: argparse.Namespace) -> int:
     from forge.run.directory import find_runs
-    from forge.run.registry import incomplete_runs
+    from forge.run.registry import is_alive
     from forge.run.state import TrainingState
 
     root = Path(args.output_root)
-    runs = find_runs(root)
-    if args.incomplete:
-        unfinished = {entry.path.resolve() for entry in incomplete_runs(root)}
-        runs = [run for run in runs if run.path.resolve() in unfinished]
+    found: list[tuple[RunDirectory, IncompleteRun | None]] = (
+        [*_incomplete(root)] if args.incomplete else [(run, None) for run in find_runs(root)]
+    )
     rows: list[dict[str, Any]] = []
-    for run in runs:
+    for run, entry in found:
         try:
             state = TrainingState.load(run.state_file)
         except UsageError as error:  # one broken run must not hide the others
             print(f"error: {error}", file=sys.stderr)
             continue
-        rows.append(
-            {
-                "run": str(run.path),
-                "stage": state.stage.value,
-                "complete": state.pipeline_complete,
-                "step": state.step,
-                "total_steps": state.total_steps,
-                "attempts": state.attempts,
-                "created_at": state.created_at,
-                "error": state.error,
-            }
-        )
+        row: dict[str, Any] = {
+            "run": str(run.path),
+            "stage": state.stage.value,
+            "complete": state.pipeline_complete,
+            "step": state.step,
+            "total_steps": state.total_steps,
+            "attempts": state.attempts,
+            "latest_checkpoint": state.latest_checkpoint,
+            "created_at": state.created_at,
+            "error": state.error,
+        }
+        if entry is not None:  # alive: null where it ran on another host
+            row |= {"host": entry.host, "pid": entry.pid, "alive": is_alive(entry)}
+        rows.append(row)
     if args.json:
         print(json.dumps(rows, indent=2))
         return EXIT_COMPLETE
     if not rows:
         print(f"no {'incomplete ' if args.incomplete else ''}runs below {root}")
         return EXIT_COMPLETE
+    more = ("attempts", "checkpoint", "process") if args.incomplete else ()
+    table: list[tuple[str, ...]] = []
+    for row in rows:
+        last_error = (row["error"] or "").splitlines()
+        cells = [row["run"], row["stage"], f"{row['step']}/{row['total_steps']}", row["created_at"][:16]]
+        if args.incomplete:
+            cells += [str(row["attempts"]), row["latest_checkpoint"] or "none", _process(row)]
+        table.append((*cells, last_error[0][:60] if last_error else ""))
+    _print_table(("run", "stage", "step", "started (UTC)", *more, "last error"), table)
+    if args.incomplete:
+        command = "forge resume" if shutil.which("forge") else "python forge.py --resume"
+        idle = [row for row in rows if not row["alive"]] or rows
+        print(f"\ngo on with one of them: {command} {shlex.quote(idle[-1]['run'])}")
+    return EXIT_COMPLETE
+
+
+def _process(row: dict[str, Any]) -> str:
+    """Is anybody at work on the run?"""
+    if row["alive"] is None:
+        return f"{row['pid']} on {row['host']}, not seen from here"
+    return f"{row['pid']}, alive" if row["alive"] else "none"
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "stage", "step", "started (UTC)", "last error", box=None)
+    table = Table(*columns, box=None)
     for row in rows:
-        last_error = (row["error"] or "").splitlines()
-        step = f"{row['step']}/{row['total_steps']}"
-        table.add_row(row["run"], row["stage"], step, row["created_at"][:16], last_error[0][:60] if last_error else "")
+        table.add_row(*row)
     Console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=False).print(table)
-    if args.incomplete:
-        print(f"\ngo on with one of them: python forge.py --resume {shlex.quote(rows[-1]['run'])}")
-    return EXIT_COMPLETE
 
 
 if __name__ == "__main__":

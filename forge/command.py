@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
 EPILOG = "Exit codes: 0 complete; 1 failed; 2 usage or config error; 75 stopped on a signal, to be resumed."
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that change a config."""
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that change keys of a config, a new run's or a resumed one's."""
     parser.add_argument(
         "--set",
         action="append",
@@ -41,10 +41,32 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max_steps", metavar="N", help="optimizer steps to train for, instead of epochs")
     parser.add_argument("--epochs", metavar="E", help="passes over the training split")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that change a config."""
+    add_override_arguments(parser)
     parser.add_argument(
         "--debug", action="store_true", help="a few rows, two steps, every stage; nothing is sent to W&B"
     )
     parser.add_argument("--output_root", metavar="DIR", help="the folder that holds all runs (outputs)")
+
+
+def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a resume alone."""
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on although this key differs from the checkpoint's config and changes the meaning of the run; "
+        "repeatable",
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="go on with a run whose other process is frozen, or on a host that is dead",
+    )
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,22 +76,23 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--resume", metavar="RUN", help="go on with a run: its directory, or its name if there is one such"
     )
-    parser.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="with --resume: go on although this key has another meaning now; repeatable",
-    )
-    parser.add_argument(
-        "--take-over", action="store_true", help="with --resume: from a process that is frozen or on a dead host"
-    )
     parser.add_argument("--run_name", metavar="NAME", help="the run directory's name (the time of the start)")
     add_config_arguments(parser)
+    add_resume_arguments(parser)
 
 
 def train(args: argparse.Namespace) -> int:
-    """Trains as the parsed arguments say, and returns the exit code. The heavy imports wait until the config holds."""
+    """Trains as the parsed arguments say, and returns the exit code, also to the command that started this one."""
+    from forge.cluster.launch import write_outcome
+
+    code = _train(args)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_outcome(code)
+    return code
+
+
+def _train(args: argparse.Namespace) -> int:
+    """The heavy imports wait until the config holds."""
     from forge.cluster.signals import StopRequest
     from forge.run.log import start_logging
     from forge.run.state import TrainingState
@@ -82,7 +105,8 @@ def train(args: argparse.Namespace) -> int:
     try:
         loaded, resumed = _loaded(args)
         if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
-            logger.info("%s is complete; its model is in %s", resumed.path, resumed.final)
+            asked = " (what else the command line asks for was not done)" if _overrides(args) else ""
+            logger.info("%s is complete; its model is in %s%s", resumed.path, resumed.final, asked)
             return EXIT_COMPLETE
         os.environ.setdefault(
             "TOKENIZERS_PARALLELISM", "false" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "true"
@@ -121,13 +145,19 @@ def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | Non
     from forge.run.directory import find_run
 
     if args.config is not None:
+        named = {"--allow-change": args.allow_change, "--take-over": args.take_over}
+        if given := [flag for flag, value in named.items() if value]:
+            raise UsageError(f"{', '.join(given)} can be given with --resume only: a new run goes on with nothing")
         overrides = {"max_steps": args.max_steps, "epochs": args.epochs, "output_root": args.output_root}
         return load_config(Path(args.config), args.set, debug=args.debug, **overrides), None
-    given = [f"--{name}" for name in ("set", "max_steps", "epochs", "debug", "run_name") if getattr(args, name)]
-    if given:
-        raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a run goes on with its own config")
+    if given := [f"--{name}" for name in ("debug", "run_name") if getattr(args, name)]:
+        raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a run goes on as what it is")
     run = find_run(Path(args.output_root or "outputs"), args.resume)
-    return load_config(run.config_file), run
+    return load_config(run.config_file, args.set, max_steps=args.max_steps, epochs=args.epochs), run
+
+
+def _overrides(args: argparse.Namespace) -> bool:
+    return bool(args.set or args.max_steps or args.epochs)
 
 
 def _print_summary(result: "Result") -> None:

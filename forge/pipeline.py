@@ -18,9 +18,10 @@ from forge.checkpoint.manifest import Manifest
 from forge.checkpoint.selection import remove_leftovers, select
 from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
 from forge.cluster.signals import StopRequest, stopped_early
+from forge.config.changes import ROWS, allowances, changes, check_changes
 from forge.config.explain import effective, to_yaml
-from forge.config.loader import LoadedConfig
-from forge.config.placing import config_name
+from forge.config.loader import LoadedConfig, load_config
+from forge.config.placing import config_name, located
 from forge.config.schema import Config
 from forge.errors import ForgeError, Stopped, Superseded, TrainingError, UsageError
 from forge.model.card import compare, model_card
@@ -37,6 +38,7 @@ from forge.run.state import Stage, TrainingState
 from forge.task.classification import Classification, load_classification
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
+from forge.trainer.optimizer import step_shape
 from forge.trainer.tracking import WandbTracker
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class Beginning:
     checkpoint: Path | None = None
     manifest: Manifest | None = None
     changes: list[str] = field(default_factory=list)  # of the config since that checkpoint, one line each
+    allowed: dict[str, str] = field(default_factory=dict)  # those of the meaning, and their new values
 
 
 def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
@@ -108,7 +111,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
             logger.warning(notice)
         logger.info("run %s (%s)", run.path, "new" if request.resumed is None else f"attempt {state.attempts}")
 
-        with _recorded(run, state, accelerator):
+        with _recorded(run, state, accelerator, lock):
             callbacks = Callbacks(_callbacks(config, run, state, log) if accelerator.is_main_process else [])
             trainer = FinetuningTrainer(
                 config, accelerator, task, loaded_model.model, run, state, callbacks, lock, stop
@@ -130,6 +133,7 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning) -> Result:
     on_every_rank(accelerator, lambda: trainer.restore(beginning.checkpoint))
     if beginning.checkpoint is not None:
         logger.info("goes on from %s", beginning.checkpoint.name)
+        on_rank_0(accelerator, lambda: trainer.checkpoints.prune(state))
     stages: list[tuple[Stage, Callable[[], object]]] = [
         (Stage.BASELINE_EVALUATION, lambda: trainer.evaluate("baseline") if config.evaluation.baseline else None),
         (Stage.TRAINING, trainer.train),
@@ -147,8 +151,13 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning) -> Result:
 
 
 @contextmanager
-def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator) -> Iterator[None]:
+def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator, lock: RunLock) -> Iterator[None]:
     """Whatever ends the attempt stands in the run's state; but an outdated attempt leaves that to the later one."""
+
+    def record() -> None:
+        if accelerator.is_main_process:
+            state.save(run.state_file, lock.check)
+
     try:
         yield
     except Superseded:
@@ -156,16 +165,14 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator)
     except Stopped as stop:
         state.error = f"{stop} in {state.stage.replace('_', ' ')} at step {state.step}"
         state.preemptions += 1
-        if accelerator.is_main_process:
-            state.save(run.state_file)
+        record()
         kept = f"from {state.latest_checkpoint}" if state.latest_checkpoint else "from the start"
         command = f"python forge.py --resume {shlex.quote(str(run.path))}"
         raise Stopped(f"{state.error}; go on {kept} with `{command}`") from None
     except BaseException as error:
         lost = lost_rank(error)
         state.error = "another rank has died" if lost else f"{type(error).__name__}: {error}".strip(": ")
-        if accelerator.is_main_process:
-            state.save(run.state_file)
+        record()
         if lost:
             newest = state.latest_checkpoint or "none, so it starts anew"
             raise ForgeError(
@@ -186,21 +193,33 @@ def _begin(request: Request, lock: RunLock | None, ranks: int) -> Beginning:
         if request.run_name is not None:
             check_run_name(output_root, config_name(request.loaded.file), request.run_name)
         return Beginning()
+    run, config = request.resumed, request.loaded.config
     attempt = lock.take(take_over=request.take_over)
-    remove_leftovers(request.resumed)
-    state = TrainingState.load(request.resumed.state_file)
-    selected = select(request.resumed, state)
+    remove_leftovers(run)
+    selected = select(run, TrainingState.load(run.state_file))
     checkpoint, manifest = selected if selected is not None else (None, None)
-    return Beginning(attempt, checkpoint, manifest, [])
+    metadata = read_json(run.metadata_file)
+    found = changes(
+        # Without a checkpoint the run begins anew, and yet as the run that it was said to be.
+        manifest.config if manifest is not None else effective(located(load_config(run.config_file).config)),
+        config,
+        rows_per_step_old=manifest.rows_per_step if manifest is not None else metadata["world"]["rows_per_step"],
+        rows_per_step_new=step_shape(config.training, ranks)[0],
+    )
+    earlier: dict[str, str] = {}
+    for entry in metadata["attempts"]:
+        earlier |= entry.get("allowed", {})
+    lines = check_changes(found, request.allowed_changes, earlier)
+    return Beginning(attempt, checkpoint, manifest, [f"changed: {line}" for line in lines], allowances(found))
 
 
 def _check_data(beginning: Beginning, task: Classification, request: Request) -> None:
     """Other rows under the same name would be another training."""
     known = beginning.manifest.data_fingerprint if beginning.manifest is not None else task.fingerprint
-    if task.fingerprint != known and "task.dataset" not in request.allowed_changes:
+    if task.fingerprint != known and ROWS not in request.allowed_changes:
         raise UsageError(
             f"the rows of {task.description} are not those of the checkpoint (fingerprint {task.fingerprint[:12]} "
-            f"instead of {known[:12]}); bring them back, or go on with the new ones by --allow-change task.dataset"
+            f"instead of {known[:12]}); bring them back, or go on with the new ones by --allow-change {ROWS}"
         )
 
 
@@ -213,6 +232,7 @@ def _open(request: Request, beginning: Beginning, facts: dict[str, Any]) -> tupl
         facts,
         attempt=beginning.attempt,
         changes=beginning.changes,
+        allowed=beginning.allowed,
     )
 
 
@@ -250,8 +270,7 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
     logger.info("stage: %s", stage.replace("_", " "))
 
     def record() -> None:
-        trainer.lock.check()
-        state.save(run.state_file)
+        state.save(run.state_file, trainer.lock.check)
         update(Path(trainer.config.output_root), state.run_id, stage)
 
     on_rank_0(trainer.accelerator, record)
@@ -259,10 +278,11 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
 
 def _export(trainer: FinetuningTrainer) -> None:
     def export() -> None:
-        trainer.lock.check()
         try:
             publish_folder(
-                trainer.run.final, lambda folder: export_model(trainer.model, trainer.task.tokenizer, folder)
+                trainer.run.final,
+                lambda folder: export_model(trainer.model, trainer.task.tokenizer, folder),
+                trainer.lock.check,
             )
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -276,12 +296,11 @@ def _export(trainer: FinetuningTrainer) -> None:
 
 def _complete(result: Result, trainer: FinetuningTrainer) -> None:
     state, config = trainer.state, trainer.config
-    trainer.lock.check()
     metadata = read_json(result.run.metadata_file)
     card = model_card(metadata, state.step, to_yaml(config), result.before, result.after)
-    write_atomically(result.run.final / "README.md", card)
+    write_atomically(result.run.final / "README.md", card, trainer.lock.check)
     state.stage, state.pipeline_complete = Stage.COMPLETE, True
-    state.save(result.run.state_file)
+    state.save(result.run.state_file, trainer.lock.check)
     unregister(Path(config.output_root), state.run_id)
 
 

@@ -3,11 +3,8 @@
 import argparse
 import logging
 import math
-import os
-import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from forge.cluster.launch import SAVE_TIMEOUT_S, training_command
 from forge.cluster.processes import Processes
 from forge.config.loader import load_config
 from forge.config.placing import config_name
@@ -25,16 +23,19 @@ from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ForgeError, Usa
 from forge.run.directory import RunDirectory, check_run_name, check_writable, start_name
 from forge.run.kill_points import Decision, Marksman, Point, Victim, plan_kills
 from forge.run.registry import unregister
-from forge.run.watch import Tempo, Watch
+from forge.run.watch import Sight, Tempo, Watch
 
 if TYPE_CHECKING:
     from forge.checkpoint.resume_proof import Kill
 
 POLL_S = 0.002  # a save of a tiny model takes some ten times as long
-LAST_WORDS_S = 90.0  # for what a kill left alive: a rank has 30 s to save when its launcher dies, and then must leave
+LAST_WORDS_S = SAVE_TIMEOUT_S + 30.0  # for what a kill left alive: so long the ranks of a launcher may take to save
+LINGER_S = 60.0  # for a process whose run is complete
 ROUNDS = 3  # how often a run is begun anew for the kills that came too late
 # An attempt that takes so much longer than the whole unbroken run is not going to end.
 PATIENCE, PATIENCE_S = 5.0, 180.0
+
+LINGERS = f"is complete, but its process has not ended {LINGER_S:.0f} s later"
 
 # The command line and environment that train with these arguments on so many processes.
 TrainingCommand = Callable[[list[str], int], tuple[list[str], dict[str, str]]]
@@ -49,24 +50,6 @@ def prove_resume(args: argparse.Namespace) -> int:
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width, markup=False, emoji=False, highlight=False, soft_wrap=True)
     return Procedure(args, console, training_command).run()
-
-
-def training_command(arguments: list[str], processes: int) -> tuple[list[str], dict[str, str]]:
-    """The true command of a training on so many processes of this machine, and its environment."""
-    script = str(Path(__file__).resolve().parent / "train.py")
-    environment = dict(os.environ)
-    if processes == 1:
-        return [sys.executable, script, *arguments], environment
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    command += ["--num_processes", str(processes), "--main_process_port", str(port)]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", script, *arguments]
-    if not Path("/dev/nvidiactl").exists():
-        environment["ACCELERATE_USE_CPU"] = "true"
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    return command, environment
 
 
 def saving_override(every_steps: int | None, total_steps: int, kills: int) -> int | None:
@@ -166,7 +149,7 @@ class Procedure:
 
     def _runs_through(self, run: RunDirectory) -> bool:
         """False where it was ended for another with more saves."""
-        watch, self.tempo, start = Watch(run), Tempo(), time.monotonic()
+        watch, self.tempo, start, lingers = Watch(run), Tempo(), time.monotonic(), _Lingering()
         with Processes(*self.command(self._new(run), self.processes)) as processes:
             while processes.exit_code is None:
                 sight = watch.look()
@@ -174,6 +157,8 @@ class Procedure:
                 steps = sight.state.total_steps if sight.state is not None and self.proof.total_steps == 0 else 0
                 if steps and self._save_often_enough(steps):
                     return False
+                if lingers.told(sight):
+                    raise ForgeError(f"the unbroken run {run.path} {LINGERS}")
                 time.sleep(POLL_S)
             sight = watch.look()
             self.tempo.see(sight, time.monotonic() - start)
@@ -248,9 +233,11 @@ class Attempt:
 
     def run(self, processes: Processes) -> "Kill | None":
         """The kill; None where the attempt came to its own end, or to that of our patience."""
-        opened, marksman = None, None
+        opened, marksman, lingers = None, None, _Lingering()
         while processes.exit_code is None and self._seconds() < self.limit_s:
             sight = self.watch.look()
+            if lingers.told(sight):
+                return None
             if opened is None and sight.attempt > self.before.attempt:
                 opened = self._seconds()
                 processes.learn()
@@ -271,7 +258,7 @@ class Attempt:
         """Why the run is not complete; None if it is."""
         sight = self.watch.look()
         if sight.complete:
-            return None
+            return None if processes.exit_code is not None else LINGERS
         if processes.exit_code is None:
             return f"not complete {self._seconds():.0f} s after the start of attempt {sight.attempt}"
         sentence, code = _last_words(processes)
@@ -317,6 +304,18 @@ class Attempt:
         )
 
 
+class _Lingering:
+    """Notices a process that does not end although its run is complete."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def told(self, sight: Sight) -> bool:
+        if sight.complete and self._since is None:
+            self._since = time.monotonic()
+        return self._since is not None and time.monotonic() - self._since > LINGER_S
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
     problems = []
     if args.kills < 0:
@@ -334,9 +333,7 @@ def _last_words(processes: Processes) -> tuple[str, int]:
     output = processes.output()
     errors = [line.split("ERROR: ", 1)[1] for line in output.splitlines() if "ERROR: " in line]
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
-    code = processes.exit_code or EXIT_COMPLETE
-    behind = re.search(r"exitcode\s*:\s*(-?\d+)", output)
-    return errors[0] if errors else lines[-1], int(behind[1]) if behind and code == EXIT_FAILED else code
+    return errors[0] if errors else lines[-1], processes.forge_exit_code or EXIT_COMPLETE
 
 
 @contextmanager

@@ -124,19 +124,31 @@ def forge(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> sub
     )
 
 
-def forge_on_two_ranks(
-    *arguments: object, script: object = "forge/train.py", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """The true command on two gloo ranks, through accelerate's launcher and a free port, uninstalled."""
+def two_ranks_command(*arguments: object, script: object = "forge/train.py") -> list[str]:
+    """Two gloo ranks through accelerate's launcher and a free port, uninstalled."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", str(port)]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script), *map(str, arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return [*command, "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *map(str, arguments)]
+
+
+TWO_RANKS_ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def forge_on_two_ranks(
+    *arguments: object, script: object = "forge/train.py", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The true command on two ranks, to its end."""
     return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False
+        two_ranks_command(*arguments, script=script),
+        cwd=REPOSITORY,
+        env={**os.environ, **TWO_RANKS_ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 
@@ -148,9 +160,11 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
     from accelerate.state import AcceleratorState, GradientState
 
     from forge.cluster.ranks import build_accelerator
+    from forge.cluster.signals import StopRequest
     from forge.config.loader import load_config
     from forge.pipeline import _load_model, _load_task
     from forge.run.directory import create_run_directory
+    from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
     from forge.trainer.callbacks import Callback
     from forge.trainer.finetuning import FinetuningTrainer
@@ -159,12 +173,16 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         def __init__(self) -> None:
             self.reports: list[dict[str, float]] = []
             self.evaluations: list[tuple[str, int]] = []
+            self.saves: list[tuple[int, dict[str, object]]] = []
 
         def reported(self, state: TrainingState, metrics: dict[str, float]) -> None:
             self.reports.append(metrics)
 
         def evaluated(self, state: TrainingState, stage: str, metrics: dict[str, float]) -> None:
             self.evaluations.append((stage, state.step))
+
+        def saved(self, state: TrainingState, facts: dict[str, object]) -> None:
+            self.saves.append((state.step, facts))
 
     def build(*settings: str, mutate: Callable[[object], None] | None = None) -> FinetuningTrainer:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -178,7 +196,9 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         run = create_run_directory(tmp_path / "trainer_runs", Path("tiny"), None)
         task = replace(task, label_ids=loaded.label_ids)
         state = TrainingState(run_id=new_run_id())
-        return FinetuningTrainer(config, accelerator, task, loaded.model, run, state, Recorder())
+        lock = RunLock(run)
+        lock.take()
+        return FinetuningTrainer(config, accelerator, task, loaded.model, run, state, Recorder(), lock, StopRequest())
 
     yield build
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -61,12 +61,12 @@ def test_evaluation_covers_every_row_once_with_as_many_batches_on_each_rank() ->
     assert sorted(row for rank in dealt for batch in rank for row in batch) == [FILLER, FILLER, *range(13)]
 
 
-def batches(num_workers: int = 0, rank: int = 0, ranks: int = 1) -> StepBatches:
+def batches(num_workers: int = 0, rank: int = 0, ranks: int = 1, rows_per_step: int = 4) -> StepBatches:
     rows = Dataset.from_dict({"id": list(range(21)), "length": [5 + i % 7 for i in range(21)], "label": [1] * 21})
     return StepBatches(
         rows,
         lambda rows: {"id": [row["id"] if row["label"] is not None else None for row in rows]},  # type: ignore[dict-item]
-        rows_per_step=4,
+        rows_per_step=rows_per_step,
         rank=rank,
         ranks=ranks,
         micro_batches=2,
@@ -104,3 +104,51 @@ def test_a_filler_is_a_row_without_a_label() -> None:
 
     assert len([row for row in last_of_epoch if row is not None]) == 1
     assert last_of_epoch.count(None) == 1
+
+
+def ids(steps: list[list[object]]) -> list[object]:
+    return [row for step in steps for row in step if row is not None]
+
+
+def test_a_step_of_another_size_deals_out_what_the_epoch_has_left() -> None:
+    """Twice within one epoch of 21 rows, and over its edge: each row once an epoch, from any step on alike."""
+    first = ledger(batches(), 0, 2)
+    second = batches(rows_per_step=5)
+    second.adopt(2, [[0, 4]])
+    assert second.step_sizes == [[0, 4], [2, 5]]
+    more = ledger(second, 2, 1)
+    third = batches(rows_per_step=3)
+    third.adopt(3, second.step_sizes)
+    rest = ledger(third, 3, 3 + 7)
+
+    assert sorted(ids(first + more + rest[:3])) == list(range(21))  # 8 + 5 + 8
+    assert [len(ids([step])) for step in rest[:4]] == [3, 3, 2, 3]
+    assert sorted(ids(rest[3:])) == list(range(21))
+    for start in (4, 5, 6, 9):
+        again = batches(rows_per_step=3)
+        again.adopt(start, third.step_sizes)
+        assert again.step_sizes == [[0, 4], [2, 5], [3, 3]]
+        assert ledger(again, start, 13 - start) == rest[start - 3 :]
+    assert [third.samples_at(step) for step in (0, 1, 2, 3, 4, 5, 6, 7, 13)] == [0, 4, 8, 13, 16, 19, 21, 24, 42]
+
+
+def test_samples_and_epochs_are_counted_in_rows() -> None:
+    loader = batches()  # six steps an epoch, the last of one row
+
+    assert [loader.samples_at(step) for step in (0, 1, 5, 6, 7, 12)] == [0, 4, 20, 21, 25, 42]
+    assert [loader.steps_for(epochs) for epochs in (0.01, 0.5, 1, 2, 2.5, 1 / 6)] == [1, 3, 6, 12, 15, 1]
+    loader = batches(rows_per_step=2)  # eleven steps an epoch
+    loader.adopt(5, [[0, 4]])  # one row is left
+    assert [loader.steps_for(epochs) for epochs in (0.5, 1, 2, 2.1)] == [5, 6, 17, 19]
+    loader = batches(rows_per_step=2)
+    loader.adopt(6, [[0, 4]])  # at the edge
+    assert [loader.steps_for(epochs) for epochs in (1, 2)] == [6, 17]
+
+
+def test_a_step_of_the_same_size_changes_nothing() -> None:
+    loader = batches()
+    loader.adopt(3, [[0, 4]])
+    assert loader.step_sizes == [[0, 4]]
+    loader = batches(rows_per_step=5)
+    loader.adopt(3, [[0, 4], [3, 7]])  # the change at step 3 took no step
+    assert loader.step_sizes == [[0, 4], [3, 5]]

@@ -82,10 +82,10 @@ def test_training_with_a_missing_file_or_with_a_base_says_so(tmp_path: Path) -> 
     ]
 
 
-def test_a_resumed_run_takes_no_overrides_and_must_exist(tmp_path: Path) -> None:
-    done = run(*FORGE_PY, "--resume", "r", "--debug", "--set", "training.seed=1", folder=tmp_path)
+def test_a_resumed_run_keeps_its_name_and_its_size_and_must_exist(tmp_path: Path) -> None:
+    done = run(*FORGE_PY, "--resume", "r", "--debug", "--run_name", "s", "--max_steps", "3", folder=tmp_path)
     assert (done.returncode, sentences(done)) == (
-        2, ["--set, --debug cannot be combined with --resume: a run goes on with its own config"]
+        2, ["--debug, --run_name cannot be combined with --resume: a run goes on as what it is"]
     )  # fmt: skip
     done = run(*FORGE_PY, "--resume", "r", folder=tmp_path)
     assert (done.returncode, sentences(done)) == (
@@ -105,7 +105,7 @@ def test_a_resumed_run_takes_no_overrides_and_must_exist(tmp_path: Path) -> None
         ([*FORGE_PY, "--config", "a", "--max", "3"], "error: unrecognized arguments: --max 3; see `forge.py --help`\n"),
         (
             [*CLI, "run"],
-            "error: argument COMMAND: invalid choice: 'run' (choose from 'train', 'config', 'runs'); "
+            "error: argument COMMAND: invalid choice: 'run' (choose from 'train', 'resume', 'config', 'runs'); "
             "see `forge --help`\n",
         ),
         (

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from forge.config.schema import TrainingConfig
-from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape, total_steps
+from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape
 
 
 def rates(total: int, **settings: object) -> list[float]:
@@ -42,12 +42,6 @@ def test_the_accumulation_follows_from_the_batch_size(
     settings: dict[str, int], ranks: int, expected: tuple[int, int]
 ) -> None:
     assert step_shape(TrainingConfig(**settings), ranks) == expected
-
-
-def test_epochs_give_the_steps_unless_max_steps_does() -> None:
-    assert total_steps(TrainingConfig(epochs=2.5), steps_per_epoch=7) == 18
-    assert total_steps(TrainingConfig(epochs=0.01), steps_per_epoch=7) == 1
-    assert total_steps(TrainingConfig(max_steps=5), steps_per_epoch=7) == 5
 
 
 def test_matrices_and_embeddings_decay_and_biases_and_norms_do_not() -> None:

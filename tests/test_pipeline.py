@@ -299,9 +299,10 @@ def test_a_run_that_is_alive_is_not_resumed_and_an_interrupt_says_how_to_go_on(
         last_words = alive.stderr.read()
 
     assert refused.returncode == 2
-    assert f"is being trained by process {alive.pid}; wait for it, or end it first" in refused.stderr
-    assert alive.returncode == 1
-    assert "ERROR: interrupted in training at step" in last_words
+    assert f"is being trained by process {alive.pid} on " in refused.stderr
+    assert "wait for it, or end it first" in refused.stderr
+    assert alive.returncode == 75
+    assert "ERROR: stopped by SIGINT in training at step" in last_words
     assert f"with `python forge.py --resume {run}`" in last_words
     assert "Traceback" not in last_words
     assert read_json(run / "training_state.json")["attempts"] == 1

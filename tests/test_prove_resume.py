@@ -19,8 +19,9 @@ from conftest import REPOSITORY
 from rich.console import Console
 
 import forge.prove_resume
+from forge.cluster.launch import training_command
 from forge.cluster.processes import Processes
-from forge.prove_resume import Procedure, saving_override, training_command
+from forge.prove_resume import Procedure, saving_override
 from forge.run.files import read_json, read_json_lines
 from forge.run.kill_points import Aim, Point
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import pair_rows
 
-from forge.errors import TrainingError
+from forge.errors import Stopped, Superseded, TrainingError, UsageError
+from forge.run.files import read_json
 
 Build = Callable[..., Any]
 
@@ -222,37 +223,190 @@ def test_only_the_last_checkpoints_stay(build_trainer: Build) -> None:
     assert trainer.run.latest_checkpoint_file.read_text() == "checkpoint-6\n"
 
 
-def test_a_save_that_fails_leaves_the_checkpoint_before_and_no_half_of_its_own(build_trainer: Build) -> None:
-    trainer = build_trainer()
-    save = trainer.accelerator.save_state
+def test_the_best_checkpoint_stays_beside_the_last(build_trainer: Build) -> None:
+    trainer = build_trainer(
+        *("evaluation.every_steps=1", "checkpoint.every_steps=null", "checkpoint.best_metric=matched/loss"),
+        "checkpoint.keep_last=1",
+    )
+    values = iter([0.9, 0.5, 0.7, 0.6, 0.8])
+    trainer.evaluate = lambda stage: {"matched/loss": next(values)}
+    trainer.train()
 
-    def disk_full_at_the_second(folder: str) -> None:
-        save(folder)
-        if trainer.state.step == 6:
-            raise OSError(28, "No space left on device")
+    assert trainer.state.best_metric == {"name": "matched/loss", "value": 0.5, "step": 2}
+    assert [step for step, _ in trainer.callbacks.saves] == [1, 2]  # only where it got better
+    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-2"]
 
-    trainer.accelerator.save_state = disk_full_at_the_second
-    with pytest.raises(
-        TrainingError, match=r"checkpoint-6 could not be saved \(.*No space left.*newest checkpoint is check"
-    ):
+    settings = ("evaluation.every_steps=1", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+    trainer = build_trainer(*settings)
+    values = iter([0.2, 0.9, 0.7, 0.9, 0.8])
+    trainer.evaluate = lambda stage: {"matched/accuracy": next(values), "matched/loss": 0.0}
+    trainer.train()
+    assert trainer.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 2}  # the first of two
+    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+
+    trainer = build_trainer(*settings, "checkpoint.keep_best=false")
+    trainer.train()
+    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_an_unknown_best_metric_is_named_beside_those_there_are(build_trainer: Build) -> None:
+    trainer = build_trainer("evaluation.every_steps=1", "checkpoint.best_metric=matched/bleu")
+    with pytest.raises(UsageError, match=r"best_metric is matched/bleu, and the evaluation has: matched/loss, matc"):
         trainer.train()
+
+
+def fail_to_write(monkeypatch: pytest.MonkeyPatch, steps: set[int], trainer: Any) -> None:
+    import forge.checkpoint.contents as contents
+
+    store = contents.store
+
+    def failing(path: Any, write: Any) -> Any:
+        stored = store(path, write)
+        if trainer.state.step in steps and path.name == "optimizer.pt":
+            raise OSError(28, "No space left on device")
+        return stored
+
+    monkeypatch.setattr(contents, "store", failing)
+
+
+def test_a_save_that_fails_is_told_of_and_training_goes_on(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer("checkpoint.every_steps=2", "checkpoint.keep_last=3")
+    fail_to_write(monkeypatch, {4}, trainer)
+    trainer.train()
+
+    assert "checkpoint-4 could not be saved" in caplog.text
+    assert "No space left on device); the newest checkpoint is checkpoint-2; training goes on" in caplog.text
+    assert trainer.state.latest_checkpoint == "checkpoint-6"
     assert sorted(path.name for path in trainer.run.path.iterdir()) == [
-        *("checkpoint-3", "latest_checkpoint", "training_state.json"),
+        *(".lock", "attempts", "checkpoint-2", "checkpoint-6", "latest_checkpoint", "training_state.json"),
     ]
-    assert trainer.state.latest_checkpoint == "checkpoint-3"
-    assert trainer.run.latest_checkpoint_file.read_text() == "checkpoint-3\n"
 
 
-def test_a_restored_trainer_ends_where_the_unbroken_one_does(build_trainer: Build) -> None:
-    """With dropout: the random numbers are part of what is restored."""
-    settings = ("model.dropout=0.1", "checkpoint.every_steps=2", "checkpoint.keep_last=3")
+def test_three_saves_that_fail_in_a_row_end_the_run(build_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build_trainer("checkpoint.every_steps=1")
+    fail_to_write(monkeypatch, {2, 3, 4}, trainer)
+    with pytest.raises(TrainingError, match=r"checkpoint-4 could .*checkpoint-1, and 3 saves in a row have failed"):
+        trainer.train()
+    assert [path.name for path in trainer.run.path.glob("*checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_save_that_fails_at_a_stop_is_no_clean_stop(build_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build_trainer("checkpoint.every_steps=2")
+    fail_to_write(monkeypatch, {3}, trainer)
+    stop_at(trainer, 3)
+    with pytest.raises(TrainingError, match=r"checkpoint-3 could not be saved .*newest checkpoint is checkpoint-2"):
+        trainer.train()
+
+
+def test_a_checkpoint_that_would_not_fit_on_the_disk_is_not_begun(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    trainer = build_trainer("checkpoint.every_steps=3")
+    usage = shutil.disk_usage(trainer.run.path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
+    trainer.train()
+
+    assert "it needs 64.3 MiB on the disk and 64.0 MiB are free" in caplog.text
+    assert trainer.state.latest_checkpoint is None
+    assert not list(trainer.run.path.glob("*checkpoint*"))
+    assert not list(trainer.run.path.glob(".tmp*"))
+
+
+def stop_at(trainer: Any, step: int) -> None:
+    def stepped(state: Any) -> None:
+        if state.step == step:
+            trainer.vote.request.reason = "SIGTERM"
+
+    trainer.callbacks.stepped = stepped
+
+
+def test_a_stop_commits_the_step_it_comes_at_and_a_resume_ends_the_same(build_trainer: Build) -> None:
+    """Off the grids of logging and checkpoints, with dropout: the report that was begun is part of what is kept."""
+    settings = ("model.dropout=0.1", "logging.every_steps=4", "training.max_steps=10", "evaluation.every_steps=5")
     unbroken = build_trainer(*settings)
-    _, weights = trajectory(unbroken)
+    losses, weights = trajectory(unbroken)
+
+    stopped = build_trainer(*settings)
+    stop_at(stopped, 5)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        stopped.train()
+    assert stopped.state.latest_checkpoint == "checkpoint-5"
+    assert stopped.callbacks.evaluations == []  # broken off
+    assert (stopped.state.samples, stopped.state.evaluated_step) == (40, 0)
+    before = [report["loss"] for report in stopped.callbacks.reports]
+    run = stopped.run
 
     resumed = build_trainer(*settings)
-    resumed.run, resumed.state.latest_checkpoint = unbroken.run, "checkpoint-4"
-    resumed.restore()
+    resumed.restore(run.path / "checkpoint-5")
+    more, resumed_weights = trajectory(resumed)
+    assert before + more == losses
+    assert resumed_weights == weights
+    assert resumed.callbacks.evaluations == [("training", 5)]  # made up for
+    assert resumed.state.tokens == unbroken.state.tokens > 1000
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_restored_trainer_ends_where_the_unbroken_one_does(asynchronous: str, build_trainer: Build) -> None:
+    """With dropout: the random numbers are part of what is restored."""
+    settings = ("model.dropout=0.1", "checkpoint.every_steps=2", "checkpoint.keep_last=3")
+    unbroken = build_trainer(*settings, f"checkpoint.asynchronous={asynchronous}")
+    _, weights = trajectory(unbroken)
+    assert [step for step, _ in unbroken.callbacks.saves] == [2, 4, 6]
+    assert sorted(path.name for path in unbroken.run.path.glob("checkpoint-*")) == [
+        *("checkpoint-2", "checkpoint-4", "checkpoint-6")
+    ]
+
+    resumed = build_trainer(*settings)
+    resumed.restore(unbroken.run.path / "checkpoint-4")
     assert resumed.state.step == 4
     losses, resumed_weights = trajectory(resumed)
     assert losses == [report["loss"] for report in unbroken.callbacks.reports[4:]]
     assert resumed_weights == weights
+
+
+def test_a_checkpoint_loads_with_from_pretrained_and_safetensors_reads_what_forge_streamed(
+    build_trainer: Build,
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    trainer = build_trainer()
+    trainer.train()
+    folder = trainer.run.path / "checkpoint-6"
+    own = trainer.model.state_dict()
+    saved = load_file(folder / "model.safetensors")
+    assert set(saved) == set(own)
+    assert all(torch.equal(saved[name], own[name]) for name in own)
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert all(torch.equal(loaded.state_dict()[name], own[name]) for name in own)
+
+
+def test_the_manifest_says_where_the_checkpoint_stands(build_trainer: Build) -> None:
+    trainer = build_trainer("training.batch_size=20", "training.max_steps=4", "checkpoint.every_steps=4")
+    trainer.train()
+    manifest = read_json(trainer.run.path / "checkpoint-4" / "manifest.json")
+
+    assert (manifest["step"], manifest["samples"], manifest["rows_per_step"]) == (4, 48 + 20, 20)
+    assert manifest["tokens"] == trainer.state.tokens
+    assert manifest["epoch"] == pytest.approx(4 / 3)
+    assert manifest["data_fingerprint"] == trainer.task.fingerprint
+    assert manifest["config"]["training"]["batch_size"] == 20
+    assert set(manifest["files"]) == {"model.safetensors", "config.json", "optimizer.pt", "state.json", "rng-00000.pt"}
+
+
+def test_an_outdated_attempt_commits_and_reports_nothing(build_trainer: Build) -> None:
+    trainer = build_trainer("checkpoint.every_steps=2", "logging.every_steps=100")
+
+    def overtaken(state: Any) -> None:
+        if state.step == 3:
+            (trainer.run.attempts / "2.json").write_text("{}")
+
+    trainer.callbacks.stepped = overtaken
+    with pytest.raises(Superseded, match="attempt 2 has taken over"):
+        trainer.train()
+    assert [path.name for path in trainer.run.path.glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert not list(trainer.run.path.glob(".tmp*"))

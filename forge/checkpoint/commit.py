@@ -23,7 +23,7 @@ from forge.checkpoint.manifest import FORMAT, BadCheckpoint, Manifest, StoredFil
 from forge.checkpoint.selection import STAGING_PREFIX, TRASH_PREFIX, checkpoints, step_of
 from forge.cluster.ranks import gather_values, on_rank_0
 from forge.config.schema import CheckpointConfig
-from forge.errors import TrainingError
+from forge.errors import Superseded, TrainingError
 from forge.run.directory import RunDirectory
 from forge.run.files import open_to_others, sync_folder, write_atomically
 from forge.run.lock import RunLock
@@ -128,6 +128,16 @@ class Checkpoints:
         writing.stall += time.perf_counter() - started
         self._commit(writing, state, must=False)
 
+    def prune(self, state: TrainingState) -> None:
+        """On rank 0: deletes what is beyond keep_last. After each commit, and where an attempt begins: the one before
+        may have ended between the two."""
+        try:
+            for old in self._outdated(state):
+                self._lock.check()
+                _discard(old)
+        except OSError as error:
+            logger.warning("older checkpoints could not be deleted (%s)", error)
+
     def abandon(self) -> None:
         """An error ends the attempt: waits for the writer, which may share memory with it, and commits nothing."""
         if self._writing is not None and self._writing.thread is not None:
@@ -169,17 +179,7 @@ class Checkpoints:
             return self._failed(state, problem, must)
         self._failures = 0
         state.latest_checkpoint = self._run.checkpoint(writing.state.step).name
-        if accelerator.is_main_process:
-            self._after_commit(state)
-            size_mib = sum(file.bytes for file in files.values()) / 2**20
-            seconds = time.perf_counter() - writing.started
-            stall = seconds if writing.thread is None else writing.stall
-            saved = Saved(state.latest_checkpoint, round(size_mib, 2), round(seconds, 3), round(stall, 3))
-            logger.info(
-                "saved %s: %s in %.2f s, of which training waited %.2f s",
-                *(saved.name, _mib(sum(file.bytes for file in files.values())), seconds, stall),
-            )
-            self._told(writing.state, saved)
+        on_rank_0(accelerator, lambda: self._after_commit(writing, files, state))
         return True
 
     def _name(self, writing: _Writing, files: dict[str, StoredFile]) -> str | None:
@@ -196,17 +196,24 @@ class Checkpoints:
             sync_folder(self._run.path)
         except OSError as error:
             return str(error)
+        except Superseded:
+            shutil.rmtree(writing.staging, ignore_errors=True)
+            raise
         return None
 
-    def _after_commit(self, state: TrainingState) -> None:
-        """On rank 0: hint, state and retention. What fails here costs nothing but space, and is only told."""
+    def _after_commit(self, writing: _Writing, files: dict[str, StoredFile], state: TrainingState) -> None:
+        """On rank 0: hint, state and retention. What fails here costs nothing but space, and is only told of."""
+        name, size_mib = self._run.checkpoint(writing.state.step).name, sum(f.bytes for f in files.values()) / 2**20
+        seconds = time.perf_counter() - writing.started
+        stall = seconds if writing.thread is None else writing.stall
         try:
-            write_atomically(self._run.latest_checkpoint_file, f"{state.latest_checkpoint}\n")
-            state.save(self._run.state_file)
-            for old in self._outdated(state):
-                _discard(old)
+            write_atomically(self._run.latest_checkpoint_file, f"{name}\n", self._lock.check)
+            state.save(self._run.state_file, self._lock.check)
         except OSError as error:
-            logger.warning("%s is committed; what follows a commit failed (%s)", state.latest_checkpoint, error)
+            logger.warning("%s is committed, and could not be noted (%s)", state.latest_checkpoint, error)
+        self.prune(state)
+        logger.info("saved %s: %.1f MiB in %.2f s, of which training waited %.2f s", name, size_mib, seconds, stall)
+        self._told(writing.state, Saved(name, round(size_mib, 2), round(seconds, 3), round(stall, 3)))
 
     def _outdated(self, state: TrainingState) -> list[Path]:
         """Those beyond keep_last. What is not whole, by its sizes, does not count as kept."""

@@ -74,6 +74,9 @@ def remove_leftovers(run: RunDirectory) -> None:
     """What attempts before this one began to write, or to delete, and did not end. Under the run's lock."""
     for folder in [*run.path.glob(f"{STAGING_PREFIX}*"), *run.path.glob(f"{TRASH_PREFIX}*")]:
         shutil.rmtree(folder, ignore_errors=True)
+    for folder in (run.path, run.final, run.attempts):
+        for file in folder.glob(".*.tmp"):
+            file.unlink(missing_ok=True)
 
 
 def _hint(run: RunDirectory) -> str:

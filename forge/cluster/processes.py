@@ -8,16 +8,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 import psutil
 
+from forge.cluster.launch import OUTCOME
+from forge.cluster.signals import PARENT_VARIABLE
 from forge.errors import ForgeError
 
 # In the environment of every process of one start: accelerate's launcher gives each rank a session of its own, and
 # an orphan has another parent, but both keep their environment.
 MARK = "FORGE_STARTED_BY"
-PARENT = "FORGE_PARENT"  # ranks end when this process does
 POLL_S = 0.05
 KILL_TIMEOUT_S = 60.0
 
@@ -29,9 +31,11 @@ class Processes:
         self._mark = secrets.token_hex(8)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         self._known: list[psutil.Process] = []
+        self._outcome = tempfile.TemporaryDirectory(prefix="forge-")
+        marks = {MARK: self._mark, PARENT_VARIABLE: str(os.getpid()), OUTCOME: str(self._outcome_file)}
         self._leader = subprocess.Popen(
             command,
-            env={**environment, MARK: self._mark, PARENT: str(os.getpid())},
+            env=environment | marks,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=self._output,
@@ -44,11 +48,23 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self.kill_all()
         self._output.close()
+        self._outcome.cleanup()
 
     @property
     def exit_code(self) -> int | None:
         """Of the command itself; None while it runs."""
         return self._leader.poll()
+
+    @property
+    def forge_exit_code(self) -> int | None:
+        """What forge itself ended with: the launcher's code is 1 whatever that was. None while the command runs."""
+        if self.exit_code is not None and self._outcome_file.is_file():
+            return int(self._outcome_file.read_text())
+        return self.exit_code
+
+    @property
+    def _outcome_file(self) -> Path:
+        return Path(self._outcome.name) / "outcome"
 
     def output(self) -> str:
         """All that the processes have printed so far."""

@@ -44,7 +44,7 @@ def difference(left: Config, right: Config) -> list[str]:
     inert_a, inert_b = inert_keys(left), inert_keys(right)
 
     def value(key: str, flat: dict[str, Any], inert: Container[str]) -> str:
-        return _scalar(flat[key]) if key in flat else "(no effect)" if key in inert else "(not set)"
+        return inline(flat[key]) if key in flat else "(no effect)" if key in inert else "(not set)"
 
     return [
         f"{key}: {value(key, a, inert_a)} -> {value(key, b, inert_b)}"
@@ -66,6 +66,12 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2)
 
 
+def inline(value: Any) -> str:
+    """The value as YAML on one line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1_000_000)
+    return text.removesuffix("...\n").strip()
+
+
 class _Dumper(yaml.SafeDumper):
     """Puts each text in quotes that would be read back as something else."""
 
@@ -82,10 +88,10 @@ def _rows(tree: dict[str, Any], path: tuple[str, ...], loaded: LoadedConfig, row
     for key, value in tree.items():
         here, indent = (*path, key), "  " * len(path)
         if isinstance(value, dict) and value:
-            rows.append((f"{indent}{_scalar(key)}:", ""))
+            rows.append((f"{indent}{inline(key)}:", ""))
             _rows(value, here, loaded, rows)
         else:
-            rows.append((f"{indent}{_scalar(key)}: {_scalar(value)}", str(loaded.origins.get(here, "default"))))
+            rows.append((f"{indent}{inline(key)}: {inline(value)}", str(loaded.origins.get(here, "default"))))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -93,8 +99,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat
-
-
-def _scalar(value: Any) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1_000_000)
-    return text.removesuffix("...\n").strip()

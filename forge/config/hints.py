@@ -39,7 +39,7 @@ def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]
     """Every dotted key of the config, maps included, in the order of the schema."""
     for name, info in section.model_fields.items():
         yield prefix + name
-        nested = _section_of(info.annotation)
+        nested = section_of(info.annotation)
         if nested is not None:
             yield from all_keys(nested, f"{prefix}{name}.")
 
@@ -128,13 +128,13 @@ def _nullable(path: tuple[str, ...]) -> bool:
     section: type[Section] | None = Config
     for name in path[:-1]:
         info = section.model_fields.get(name) if section else None
-        section = _section_of(info.annotation) if info else None
+        section = section_of(info.annotation) if info else None
     info = section.model_fields.get(path[-1]) if section else None
     return info is not None and type(None) in get_args(info.annotation)
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: Any) -> type[Section] | None:
     """The nested section of a field's annotation, also behind `| None`."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
+        return next((found for arg in get_args(annotation) if (found := section_of(arg))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None

@@ -190,7 +190,7 @@ def start_name() -> str:
 def _taken(run: RunDirectory) -> str:
     if not _is_run(run.path):
         why = f"it holds no {STATE_FILE}; another process may be creating it"
-        return f"{run.path} exists and is no run directory ({why}): choose another --run_name"
+        return f"{run.path} exists and is no run directory ({why}): choose another --run_name, or remove it"
     if TrainingState.load(run.state_file).pipeline_complete:
         return f"run {run.path} exists and is complete: choose another --run_name, such as {_free_name(run)}"
     return (

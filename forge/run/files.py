@@ -16,7 +16,13 @@ from forge.errors import UsageError
 logger = logging.getLogger(__name__)
 
 
-def write_atomically(path: Path, text: str | bytes) -> None:
+Guard = Callable[[], None]  # raises where this process may no longer write; asked as late as can be
+
+
+def _always() -> None: ...
+
+
+def write_atomically(path: Path, text: str | bytes, guard: Guard = _always) -> None:
     """Replaces the file in one step: whoever reads meanwhile sees the old or the new text, also after a power cut."""
     data = text.encode() if isinstance(text, str) else text
     # A dot in front: no listing takes it for a result. Not tempfile.mkstemp: its files are closed to the group.
@@ -26,6 +32,7 @@ def write_atomically(path: Path, text: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        guard()
         os.replace(temporary, path)
     except BaseException:  # a KeyboardInterrupt too leaves no half file behind
         temporary.unlink(missing_ok=True)
@@ -33,9 +40,9 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, guard: Guard = _always) -> None:
     """Two spaces of indent, keys in the order given, a Path as its text; NaN and infinity are a ValueError."""
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False, default=_path_as_text) + "\n")
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False, default=_path_as_text) + "\n", guard)
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,7 +58,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
+def publish_folder(target: Path, write: Callable[[Path], None], guard: Guard = _always) -> None:
     """Lets `write` fill a folder beside target and gives it the name of target, in place of what was there, only when
     all of it is on the disk."""
     staging = target.with_name(f".tmp-{target.name}")
@@ -66,6 +73,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         sync_folder(staging)
+        guard()
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staging, target)
         sync_folder(target.parent)

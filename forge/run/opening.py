@@ -23,20 +23,21 @@ def open_run(
     *,
     attempt: int = 1,
     changes: list[str] | None = None,
+    allowed: dict[str, str] | None = None,
 ) -> tuple[RunDirectory, TrainingState]:
     """A new run named run_name, or the next attempt of `resumed`. On rank 0 only.
 
     facts: what the run trains on, and how; run_metadata.json holds them beside one entry of provenance per attempt.
-    attempt: its number, from the run's lock. changes: of the config since the last attempt, one line each.
+    attempt: its number, from the run's lock. changes: of the config since the checkpoint it begins at, one line each;
+    allowed: those that change the meaning.
     Raises UsageError for a name that is taken and for a run whose files are broken.
     """
     output_root = Path(loaded.config.output_root)
     if resumed is not None:
-        return _next_attempt(loaded, resumed, command, facts, attempt, changes or [])
+        return _next_attempt(loaded, resumed, command, facts, attempt, changes or [], allowed or {})
     run = create_run_directory(output_root, config_name(loaded.file), run_name)
     try:
         state = TrainingState(run_id=new_run_id())
-        state.save(run.state_file)  # first: it marks the folder as a run
         _write_config(loaded, run)
         write_atomically(run.path / "requirements.txt", "\n".join(package_freeze()) + "\n")
         metadata: dict[str, Any] = {
@@ -46,7 +47,7 @@ def open_run(
             "config_file": str(loaded.file.absolute()),
             "attempts": [],
         }
-        _record_attempt(loaded, run, state, metadata, command, facts, attempt, [])
+        _record_attempt(loaded, run, state, metadata, command, facts, attempt, [], {})
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)  # nothing of a run that did not come to be
         raise
@@ -60,12 +61,13 @@ def _next_attempt(
     facts: dict[str, Any],
     attempt: int,
     changes: list[str],
+    allowed: dict[str, str],
 ) -> tuple[RunDirectory, TrainingState]:
     state = TrainingState.load(run.state_file)
     state.error = None
     if changes:
         _write_config(loaded, run)
-    _record_attempt(loaded, run, state, read_json(run.metadata_file), command, facts, attempt, changes)
+    _record_attempt(loaded, run, state, read_json(run.metadata_file), command, facts, attempt, changes, allowed)
     return run, state
 
 
@@ -82,12 +84,13 @@ def _record_attempt(
     facts: dict[str, Any],
     attempt: int,
     changes: list[str],
+    allowed: dict[str, str],
 ) -> None:
     state.attempts = attempt
     dirty_diff = run.path / f"dirty_{attempt}.diff"
     entry: dict[str, Any] = {"attempt": attempt, **provenance(None, command)}
     entry["dirty_diff"] = dirty_diff.name if write_dirty_diff(dirty_diff) else None
-    entry |= {"ranks": facts["world"]["ranks"], "changes": changes}
+    entry |= {"ranks": facts["world"]["ranks"], "changes": changes, "allowed": allowed}
     write_json(run.metadata_file, metadata | facts | {"attempts": [*metadata.pop("attempts"), entry]})
-    state.save(run.state_file)
+    state.save(run.state_file)  # last: it marks the folder as a run, which then has all that a resume needs
     register(Path(loaded.config.output_root), run, state.run_id, state.stage)

@@ -48,18 +48,15 @@ def update(output_root: Path, run_id: str, stage: Stage) -> None:
         _write(file, IncompleteRun(**{**asdict(known), "stage": stage}))
 
 
-def refuse_if_running(output_root: Path, run_id: str) -> None:
-    """Raises UsageError while an attempt of the run is alive on this host. What runs on other hosts is not seen."""
-    file = _entry_file(output_root, run_id)
-    known = _read(file) if file.exists() else None
-    if known is None or known.host != socket.gethostname() or known.pid == os.getpid():
-        return
+def is_alive(run: IncompleteRun) -> bool | None:
+    """Is the process that registered last still there, at work or frozen? None: it ran on another host."""
+    if run.host != socket.gethostname():
+        return None
     try:
-        command = Path(f"/proc/{known.pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{run.pid}/cmdline").read_bytes()
     except OSError:
-        return  # the process has ended
-    if b"forge" in command:  # and the number was not given to another program since
-        raise UsageError(f"the run {known.path} is being trained by process {known.pid}; wait for it, or end it first")
+        return False
+    return b"forge" in command  # else the number was given to another program since
 
 
 def unregister(output_root: Path, run_id: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from forge.errors import UsageError
-from forge.run.files import write_json
+from forge.run.files import Guard, write_json
 
 
 class Stage(StrEnum):
@@ -47,6 +47,7 @@ class TrainingState:
     epoch: float = 0.0
     samples: int = 0  # rows trained on, over all ranks and epochs
     tokens: int = 0  # likewise
+    step_sizes: list = field(default_factory=list)  # [first step, rows of each step from there on]
     evaluated_step: int = 0  # of the last evaluation during training that was finished
     latest_checkpoint: str | None = None  # its folder's name, as in checkpoint-500
     best_metric: dict | None = None  # {"name", "value", "step"}
@@ -60,9 +61,10 @@ class TrainingState:
         """Has the run come to this stage, or beyond it?"""
         return self.stage.order >= stage.order
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, guard: Guard | None = None) -> None:
+        """guard: raises where this process may no longer write."""
         self.updated_at = now()
-        write_json(path, asdict(self))
+        write_json(path, asdict(self), *(() if guard is None else (guard,)))
 
     @classmethod
     def load(cls, path: Path) -> Self:

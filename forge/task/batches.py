@@ -1,6 +1,8 @@
 """Which rows a step takes, as a pure function of seed, epoch and position; and the loader that prepares them."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,15 @@ STEPS_PER_GROUP = 32
 
 
 def epoch_steps(
-    lengths: np.ndarray, rows_per_step: int, seed: int, epoch: int, *, group_by_length: bool
+    lengths: np.ndarray, rows_per_step: int, seed: int, epoch: int, *, group_by_length: bool, deal: int = 0
 ) -> list[np.ndarray]:
     """The row ids of every optimizer step of one epoch: each row once, the same whatever the number of ranks.
 
     The last step takes what is left over. With group_by_length, rows of similar length share a step: a random
     permutation is sorted by length within stretches of STEPS_PER_GROUP steps, then the steps are shuffled.
+    deal: numbers the deals of one epoch, where the step's size changes within it.
     """
-    generator = np.random.default_rng([seed, epoch])
+    generator = np.random.default_rng([seed, epoch, deal] if deal else [seed, epoch])
     order = generator.permutation(len(lengths))
     if group_by_length:
         stretch = rows_per_step * STEPS_PER_GROUP
@@ -75,20 +78,29 @@ class StepBatches:
     ):
         """worker_init: called with its number in each of num_workers processes."""
         self.micro_batches = micro_batches
-        self.steps_per_epoch = -(-len(rows) // rows_per_step)
+        self.step_sizes: list[list[int]] = [[0, rows_per_step]]  # [first step, rows of each step from there on]
         self._rows, self._collate = rows, collate
-        self._rows_per_step, self._rank, self._ranks = rows_per_step, rank, ranks
+        self._rank, self._ranks = rank, ranks
         self._seed, self._group_by_length = seed, group_by_length
         self._num_workers, self._pin_memory, self._worker_init = num_workers, pin_memory, worker_init
         self._lengths = np.asarray(rows["length"][:])
         self._loaded: Iterator[Batch] = iter(())
 
+    def adopt(self, step: int, step_sizes: list[list[int]]) -> None:
+        """A run that took its first `step` steps in the given sizes goes on in the size of this one.
+
+        Where that is another, the rows that the epoch has left are dealt out anew: each still comes once.
+        """
+        rows_per_step = self.step_sizes[-1][1]
+        self.step_sizes = [size for size in step_sizes if size[0] < step or size[0] == 0]
+        if self.step_sizes[-1][1] != rows_per_step:
+            self.step_sizes.append([step, rows_per_step])
+
     def start_at(self, step: int) -> None:
         """Goes to optimizer step `step`, counted from 0 over all epochs."""
-        batches = _Endless(self._from(step))
         loader = row_loader(
             self._rows,
-            batches,
+            _Endless(self._from(step)),
             self._collate,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
@@ -96,24 +108,79 @@ class StepBatches:
         )
         self._loaded = iter(loader)
 
-    def samples_at(self, step: int) -> int:
-        """Rows trained on, over all ranks and epochs, once `step` steps are taken."""
-        epoch, steps = divmod(step, self.steps_per_epoch)
-        return epoch * len(self._rows) + min(steps * self._rows_per_step, len(self._rows))
-
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next optimizer step, on the CPU."""
         return [next(self._loaded) for _ in range(self.micro_batches)]
 
+    def samples_at(self, step: int) -> int:
+        """Rows trained on, over all ranks and epochs, once `step` steps are taken."""
+        place = self._place(step)
+        taken = len(self._rows) - len(place.rows) + min(place.steps * place.rows_per_step, len(place.rows))
+        return place.epoch * len(self._rows) + taken
+
+    def steps_for(self, epochs: float) -> int:
+        """The step at which so many epochs are trained on, with the size that steps have now to the end."""
+        first, rows_per_step = self.step_sizes[-1]
+        place = self._place(first)
+        steps_per_epoch = -(-len(self._rows) // rows_per_step)
+        left = -(-len(place.rows) // rows_per_step)  # of the epoch that the size was changed in
+        ahead = epochs - place.epoch
+        if ahead < 1:
+            gone = 1 - len(place.rows) / len(self._rows)
+            return first + min(left, max(0, _ceil((ahead - gone) * steps_per_epoch)))
+        return first + left + _ceil((ahead - 1) * steps_per_epoch)
+
+    def _place(self, step: int) -> "_Place":
+        """Where in which deal of which epoch `step` steps have led."""
+        place = _Place(0, np.arange(len(self._rows)), 0, 0, self.step_sizes[0][1])
+        for deal, (first, rows_per_step) in enumerate(self.step_sizes):
+            if first > step:
+                break
+            if deal:
+                left = self._deal(place)[place.steps :]
+                place = _Place(place.epoch, np.concatenate(left), deal, 0, rows_per_step)
+            later = [size[0] for size in self.step_sizes[deal + 1 :]]
+            steps = min([step, *later]) - first
+            in_deal = -(-len(place.rows) // rows_per_step)
+            if steps >= in_deal:  # into a later epoch, which has all rows
+                epochs, steps = divmod(steps - in_deal, -(-len(self._rows) // rows_per_step))
+                place = _Place(place.epoch + 1 + epochs, np.arange(len(self._rows)), 0, steps, rows_per_step)
+            else:
+                place = replace(place, steps=steps)
+        return place
+
+    def _deal(self, place: "_Place") -> list[np.ndarray]:
+        steps = epoch_steps(
+            self._lengths[place.rows],
+            place.rows_per_step,
+            self._seed,
+            place.epoch,
+            group_by_length=self._group_by_length,
+            deal=place.deal,
+        )
+        return [place.rows[step] for step in steps]
+
     def _from(self, step: int) -> Iterator[list[int]]:
-        epoch, skip = divmod(step, self.steps_per_epoch)
+        place = self._place(step)
         while True:
-            steps = epoch_steps(
-                self._lengths, self._rows_per_step, self._seed, epoch, group_by_length=self._group_by_length
-            )
-            for rows in steps[skip:]:
+            for rows in self._deal(place)[place.steps :]:
                 yield from split_step(rows, self._ranks, self.micro_batches)[self._rank]
-            epoch, skip = epoch + 1, 0
+            place = _Place(place.epoch + 1, np.arange(len(self._rows)), 0, 0, place.rows_per_step)
+
+
+def _ceil(steps: float) -> int:
+    return math.ceil(round(steps, 6))  # 1.1 * 10 is a little more than 11
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A position in the data."""
+
+    epoch: int
+    rows: np.ndarray  # ids of those that this deal of the epoch hands out, in ascending order or as they were left
+    deal: int  # 0: of the whole epoch
+    steps: int  # taken of this deal
+    rows_per_step: int
 
 
 def row_loader(

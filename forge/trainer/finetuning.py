@@ -15,6 +15,7 @@ from forge.checkpoint.contents import Training, restore
 from forge.cluster.ranks import StopVote, on_rank_0, rank_seed
 from forge.cluster.signals import StopRequest, in_loader_worker
 from forge.config.explain import effective
+from forge.config.placing import located
 from forge.config.schema import Config, TrainingConfig
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
@@ -27,7 +28,7 @@ from forge.task.classification import Classification
 from forge.trainer.callbacks import Callback
 from forge.trainer.evaluation import evaluate
 from forge.trainer.meter import StepMeter
-from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape, total_steps
+from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape
 from forge.trainer.student import Student
 
 LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer")
@@ -84,14 +85,14 @@ class FinetuningTrainer:
             pin_memory=accelerator.device.type == "cuda",
             worker_init=in_loader_worker,
         )
-        self.total_steps = state.total_steps = total_steps(training, self.batches.steps_per_epoch)
+        self._note_total()
         self.meter = StepMeter(accelerator)
         self.vote = StopVote(accelerator, stop)
         self.parts = Training(accelerator, self.student, self.optimizer, training.seed)
         facts = RunFacts(
             ranks=accelerator.num_processes,
             rows_per_step=self.rows_per_step,
-            config=effective(config),
+            config=effective(located(config)),
             data_fingerprint=task.fingerprint,
             **code_facts(),
         )
@@ -103,12 +104,15 @@ class FinetuningTrainer:
         progress = None
         if checkpoint is None:  # whatever steps an attempt took, nothing holds their weights
             state.step, state.epoch, state.samples, state.tokens, state.evaluated_step = 0, 0.0, 0, 0, 0
-            state.best_metric = None
+            state.best_metric, state.step_sizes = None, self.batches.step_sizes
         else:
             saved, progress = restore(self.parts, checkpoint)
             state.step, state.tokens = saved.step, saved.tokens
             state.evaluated_step, state.best_metric = saved.evaluated_step, saved.best_metric
             state.latest_checkpoint = checkpoint.name
+            self.batches.adopt(state.step, saved.step_sizes)
+            state.step_sizes = self.batches.step_sizes
+        self._note_total()
         self._note_position()
         self.meter.restart(progress)
         if state.step < self.total_steps and state.reached(Stage.EXPORT):
@@ -199,10 +203,14 @@ class FinetuningTrainer:
         """The bare model, for export."""
         return self.accelerator.unwrap_model(self.student).model
 
+    def _note_total(self) -> None:
+        training = self.config.training
+        steps = training.max_steps or max(1, self.batches.steps_for(training.epochs))
+        self.total_steps = self.state.total_steps = steps
+
     def _note_position(self) -> None:
-        state = self.state
-        state.epoch = state.step / self.batches.steps_per_epoch
-        state.samples = self.batches.samples_at(state.step)
+        self.state.samples = self.batches.samples_at(self.state.step)
+        self.state.epoch = self.state.samples / len(self.task.train)
 
     def _report(self, rate: float) -> None:
         self._settle()

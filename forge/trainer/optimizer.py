@@ -32,11 +32,6 @@ def step_shape(config: TrainingConfig, ranks: int) -> tuple[int, int]:
     return config.batch_size, math.ceil(config.batch_size / (config.per_device_batch_size * ranks))
 
 
-def total_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole training."""
-    return config.max_steps or max(1, math.ceil(config.epochs * steps_per_epoch))
-
-
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
     """The rate of update number `step`, counted from 0: a linear warm-up, then the schedule's decay towards 0.
 

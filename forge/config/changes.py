@@ -1,0 +1,228 @@
+"""What may differ between the config that a run was trained with and the one that it goes on with."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+
+from forge.config.effects import Inert, inert_keys
+from forge.config.explain import effective, inline
+from forge.config.hints import all_keys, key_hint, section_of
+from forge.config.placing import located
+from forge.config.schema import Config, Section
+from forge.errors import ConfigError
+
+
+class Kind(StrEnum):
+    HARMLESS = "harmless"  # the steps to come are those that the run would have taken
+    MEANING = "meaning"  # they are not, or its numbers are no longer about the same thing
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key that differs; old and new are text for people, and may say why there is no value."""
+
+    key: str
+    old: str
+    new: str
+    kind: Kind
+    reason: str  # why it is harmless, or what it would do to the run
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} -> {self.new}"
+
+
+LENGTH = "how long the run goes on; the rate of the steps to come follows the new length"
+SPREAD = "how a step is spread over devices and time; its rows stay the same"
+
+# The longest key that fits counts, and stands for all keys below it. What is not here changes the meaning.
+RULES: dict[str, tuple[Kind, str]] = {
+    "training.max_steps": (Kind.HARMLESS, LENGTH),
+    "training.epochs": (Kind.HARMLESS, LENGTH),
+    "training.per_device_batch_size": (Kind.HARMLESS, SPREAD),
+    "training.gradient_accumulation_steps": (Kind.HARMLESS, SPREAD),
+    "training.batch_size": (Kind.HARMLESS, SPREAD),  # a step of another size is found by its rows, not by this key
+    "training.num_workers": (Kind.HARMLESS, "who prepares the batches; what is in them stays the same"),
+    "training.gradient_checkpointing": (Kind.HARMLESS, "memory against time; the gradients stay the same"),
+    "evaluation": (Kind.HARMLESS, "when the model is measured; the steps of training stay the same"),
+    "evaluation.max_samples": (
+        Kind.MEANING,
+        "the numbers before and after would be about other rows, and the best checkpoint would be chosen among both",
+    ),
+    "checkpoint": (Kind.HARMLESS, "what is saved, and when"),
+    "logging": (Kind.HARMLESS, "how often training reports"),
+    "tracking": (Kind.HARMLESS, "where the metrics go"),
+    "output_root": (Kind.HARMLESS, "the run stays in its directory"),
+    # The rows' fingerprint is compared as well, so another path is another place and not other data.
+    "task.dataset.path": (Kind.HARMLESS, "where the data lies; its rows must have the same fingerprint"),
+    # The weights come from the checkpoint, but nothing compares the rest of the folder.
+    "model.path": (
+        Kind.MEANING,
+        "the tokenizer and the shape of the model come from there; allow it if the same model only lies elsewhere",
+    ),
+    "model.tokenizer": (
+        Kind.MEANING,
+        "the same text would become other tokens; allow it if the same tokenizer only lies elsewhere",
+    ),
+    "": (Kind.MEANING, "the steps to come would not be those of the run that was begun"),
+}
+
+STEP_KEYS = ("training.batch_size", "training.per_device_batch_size", "training.gradient_accumulation_steps")
+ROWS = "task.dataset"  # as --allow-change, no key: allows other rows, and is judged where they are loaded
+NO_EFFECT = "(no effect)"
+UNKNOWN = "(not known to this forge)"
+UNKNOWN_THEN = "(not known to the forge that saved it)"
+
+
+def changes(old: dict[str, Any], new: Config, *, rows_per_step_old: int, rows_per_step_new: int) -> list[Change]:
+    """Every key that differs, in the order of the schema.
+
+    old: effective(located(config)) of the attempt that saved the checkpoint, perhaps of an older or a newer forge.
+    rows_per_step_…: rows of one optimizer step over all ranks, which no key tells alone.
+    """
+    tree = effective(located(new))
+    inert_old, inert_new = _inert(old), inert_keys(new)
+    found = []
+    for key, before, after in _differences(old, tree):
+        change = _change(key, before, after, inert_old, inert_new)
+        if change is not None and not (key == "training.batch_size" and rows_per_step_old != rows_per_step_new):
+            found.append(change)
+    if rows_per_step_old != rows_per_step_new:
+        found.append(_other_step(rows_per_step_old, rows_per_step_new))
+    places = {key: place for place, key in enumerate(all_keys())}
+    return sorted(found, key=lambda change: places.get(change.key, len(places)))
+
+
+def check_changes(
+    found: Sequence[Change], allowed: Sequence[str], before: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """One line for each change, to be shown before training.
+
+    allowed: the keys of --allow-change. before: the allowances of earlier attempts, which hold for the same value, as
+    long as no checkpoint has it. Raises ConfigError with one problem for each change of meaning that is not allowed,
+    and for each allowed key that neither changes nor was allowed before (a script may repeat its command).
+    """
+    used = {ROWS, *before, *(change.key for change in found)}
+    problems = [_unused(key, found) for key in dict.fromkeys(allowed) if key not in used]
+    lines = []
+    for change in found:
+        if change.kind is Kind.HARMLESS:
+            lines.append(f"{change} ({change.reason})")
+        elif change.key in allowed:
+            lines.append(f"{change} (allowed by --allow-change, though it changes the meaning: {change.reason})")
+        elif before.get(change.key) == change.new:
+            lines.append(f"{change} (allowed in an earlier attempt, though it changes the meaning: {change.reason})")
+        else:
+            problems.append(
+                f"{change} changes the meaning of the run: {change.reason}; set it back, or add "
+                f"--allow-change {change.key}"
+            )
+    if problems:
+        raise ConfigError(problems)
+    return lines
+
+
+def allowances(found: Sequence[Change]) -> dict[str, str]:
+    """What an attempt records of the changes of meaning that it was allowed: `before` of the attempts to come."""
+    return {change.key: change.new for change in found if change.kind is Kind.MEANING}
+
+
+class _Absent:
+    """No value on one side."""
+
+
+ABSENT = _Absent()
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys with both values. A map is entered where the other side has one too, or has nothing at all."""
+    maps = [side for side in (old, new) if isinstance(side, dict)]
+    if not maps or not all(isinstance(side, dict | _Absent) for side in (old, new)):
+        return [] if old == new else [(path, old, new)]
+    a, b = (side if isinstance(side, dict) else {} for side in (old, new))
+    found = []
+    for key in dict.fromkeys([*a, *b]):
+        found += _differences(a.get(key, ABSENT), b.get(key, ABSENT), f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _change(key: str, old: Any, new: Any, inert_old: dict[str, Inert], inert_new: dict[str, Inert]) -> Change | None:
+    """None where nothing differs but what the two forges write down."""
+    kind, reason = _rule(key)
+    before, after = (inline(old) if old is not ABSENT else "", inline(new) if new is not ABSENT else "")
+    if new is ABSENT and key in inert_new:
+        # Only another change can have brought that about, and that one is judged.
+        return Change(key, before, NO_EFFECT, Kind.HARMLESS, f"since {inert_new[key].reason}")
+    if new is ABSENT:
+        return Change(key, before, UNKNOWN, kind, reason)
+    if old is ABSENT and key in inert_old:
+        if new == _default(key) and kind is Kind.MEANING:
+            return Change(key, NO_EFFECT, after, Kind.HARMLESS, "its default, in effect through another change")
+        return Change(key, NO_EFFECT, after, kind, reason)
+    if old is ABSENT:  # the default of a new key is what forge did before it had the key
+        return None if new == _default(key) else Change(key, UNKNOWN_THEN, after, kind, reason)
+    return Change(key, before, after, kind, reason)
+
+
+def _other_step(old: int, new: int) -> Change:
+    reason = (
+        f"a step would have {new} rows where it had {old}, and each row another place in the epoch; keep it with "
+        f"`--set training.batch_size={old}`"
+    )
+    return Change("training.batch_size", f"{old} rows a step", f"{new} rows a step", Kind.MEANING, reason)
+
+
+def _rule(key: str) -> tuple[Kind, str]:
+    while key not in RULES:
+        key = key.rpartition(".")[0]
+    return RULES[key]
+
+
+def _unused(key: str, found: Sequence[Change]) -> str:
+    """Why a key of --allow-change allows nothing."""
+    flag = f"--allow-change {key}"
+    below = [change.key for change in found if change.key.startswith(f"{key}.")]
+    known = set(all_keys())
+    if below:
+        flags = " ".join(f"--allow-change {name}" for name in below)
+        return f"{flag}: is a part of the config and allows nothing; name each key: {flags}"
+    if any(name.startswith(f"{key}.") for name in known):
+        return f"{flag}: is a part of the config and allows nothing, and none of its keys changes; take it out"
+    if key in known or key.startswith("model.config."):
+        return f"{flag}: the key does not change; take it out"
+    return f"{flag}: is not a config key; {key_hint(key)}"
+
+
+def _inert(tree: dict[str, Any]) -> dict[str, Inert]:
+    """The keys without effect in a recorded config, as far as this forge can read it."""
+    tree = copy.deepcopy(tree)
+    for _ in range(2):
+        try:
+            return inert_keys(Config.model_validate(tree))
+        except ValidationError as error:  # keys and values of another forge: left out, so that the rest can be read
+            for item in error.errors(include_url=False):
+                _remove(tree, item["loc"])
+    return {}
+
+
+def _remove(tree: dict[str, Any], path: Sequence[int | str]) -> None:
+    node: Any = tree
+    for key in path[:-1]:
+        node = node.get(key) if isinstance(node, dict) else None
+    if path and isinstance(node, dict):
+        node.pop(path[-1], None)
+
+
+def _default(key: str) -> Any:
+    """The key's default as the config's JSON has it; ABSENT for a key without one."""
+    section: type[Section] | None = Config
+    *parents, leaf = key.split(".")
+    for name in parents:
+        info = section.model_fields.get(name) if section else None
+        section = section_of(info.annotation) if info else None
+    info = section.model_fields.get(leaf) if section else None
+    return ABSENT if info is None or info.is_required() else info.get_default(call_default_factory=True)
