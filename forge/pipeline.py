@@ -18,7 +18,7 @@ from forge.checkpoint.manifest import Manifest
 from forge.checkpoint.selection import remove_leftovers, select
 from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
 from forge.cluster.signals import StopRequest, stopped_early
-from forge.config.changes import ROWS, allowances, changes, check_changes
+from forge.config.changes import ROWS, Change, Kind, allowances, changes, check_changes
 from forge.config.explain import effective, to_yaml
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.placing import config_name, located
@@ -90,7 +90,9 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
     vote = StopVote(accelerator, stop)
     lock: RunLock | None = RunLock(request.resumed) if request.resumed is not None else None
     try:
-        beginning = on_rank_0(accelerator, lambda: _begin(request, lock, accelerator.num_processes))
+        beginning = on_rank_0(
+            accelerator, lambda: _begin(request, lock, accelerator.num_processes, accelerator.mixed_precision)
+        )
 
         # What bad input can break comes first: until the next call of on_rank_0 nothing of a new run is created.
         task = rank_0_first(accelerator, lambda: stop.breaks(lambda: _load_task(config)))
@@ -182,7 +184,7 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator,
         raise
 
 
-def _begin(request: Request, lock: RunLock | None, ranks: int) -> Beginning:
+def _begin(request: Request, lock: RunLock | None, ranks: int, precision: str) -> Beginning:
     """A run that could not be written, or not under its name, is refused before the work and not after it.
 
     A resumed one is locked, and its newest checkpoint that can be trusted is chosen.
@@ -206,6 +208,11 @@ def _begin(request: Request, lock: RunLock | None, ranks: int) -> Beginning:
         rows_per_step_old=manifest.rows_per_step if manifest is not None else metadata["world"]["rows_per_step"],
         rows_per_step_new=step_shape(config.training, ranks)[0],
     )
+    if manifest is not None and manifest.mixed_precision != precision:
+        key = "training.mixed_precision"
+        reason = "the same device as before computes as before; on another one, auto is another precision"
+        known = [change for change in found if change.key != key]
+        found = [*known, Change(key, manifest.mixed_precision, precision, Kind.MEANING, reason)]
     earlier: dict[str, str] = {}
     for entry in metadata["attempts"]:
         earlier |= entry.get("allowed", {})

@@ -331,6 +331,9 @@ class TestAnotherForge:
         old = recorded(load())
         old["training"]["schedule"] = "wave"
         old["training"]["rho"] = 1
+        more = changes(old, load("training.epochs=1").config, rows_per_step_old=1, rows_per_step_new=1)
+        # What it does take was understood: that the epochs had no effect.
+        assert "training.epochs: (no effect) -> 1.0" in [str(change) for change in more]
         old["task"]["dataset"] = {"stream": "s3"}
         more = changes(old, load("training.epochs=1").config, rows_per_step_old=1, rows_per_step_new=1)
         assert {change.key for change in more} >= {

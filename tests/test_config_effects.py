@@ -12,6 +12,7 @@ from forge.errors import ConfigError
 
 WHOLE = "task: {type: classification, dataset: {path: data}}\nmodel: {path: m}\n"  # two lines
 ALPHA_0 = "distillation: {alpha: 0}\n"
+WITH_EVALUATIONS = {"(evaluation.every_steps is set)"}
 HOT = "distillation: {temperature: 4}\n"
 
 
@@ -107,19 +108,27 @@ def test_a_value_that_the_last_author_set_again_is_his() -> None:
             WHOLE.replace("path: data", "name: n") + "training: {batch_size: 8}\n",
             {"training.gradient_accumulation_steps"},
         ),
-        (WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no, final: no, every_steps: 3}\n", set()),
+        (
+            WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no, final: no, every_steps: 3}\n",
+            WITH_EVALUATIONS,
+        ),
+        (
+            WHOLE.replace("path: data", "name: n") + "evaluation: {every_steps: 3}\ncheckpoint: {keep_best: no}\n",
+            WITH_EVALUATIONS | {"checkpoint.best_metric"},
+        ),
         (WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no}\n", set()),
         (
             WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no, final: no}\n",
             {"evaluation.max_samples", "evaluation.per_device_batch_size"},
         ),
-        (WHOLE.replace("path: data", "name: n") + "checkpoint: {every_steps: null}\n", {"checkpoint.keep_last"}),
     ],
 )
 def test_each_mode_has_its_keys_without_effect(text: str, expected: set[str]) -> None:
     config = load(text).config
     inert = inert_keys(config)
-    assert set(inert) == expected | {"distillation.temperature", "teacher.path"}
+    best = {"checkpoint.keep_best", "checkpoint.best_metric"}  # nothing is evaluated beside the checkpoints
+    always = {"distillation.temperature", "teacher.path"}
+    assert set(inert) == always | (expected - WITH_EVALUATIONS if expected >= WITH_EVALUATIONS else expected | best)
     assert all(found(config, why.mode_key) != "absent" for why in inert.values())
     assert all(found(config, key) != "absent" for key in inert)
     assert not any(found(effective(config), key) != "absent" for key in inert)

@@ -43,6 +43,7 @@ class RunFacts:
 
     ranks: int
     rows_per_step: int
+    mixed_precision: str  # what auto came to
     config: dict[str, Any]  # the effective one
     data_fingerprint: str
     git_commit: str | None

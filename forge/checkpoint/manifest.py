@@ -38,6 +38,7 @@ class Manifest:
     tokens: int  # likewise
     ranks: int
     rows_per_step: int
+    mixed_precision: str  # what auto came to
     config: dict[str, Any]  # the effective one
     config_hash: str
     data_fingerprint: str

@@ -92,6 +92,7 @@ class FinetuningTrainer:
         facts = RunFacts(
             ranks=accelerator.num_processes,
             rows_per_step=self.rows_per_step,
+            mixed_precision=accelerator.mixed_precision,
             config=effective(located(config)),
             data_fingerprint=task.fingerprint,
             **code_facts(),
@@ -242,7 +243,7 @@ class FinetuningTrainer:
             raise UsageError(f"checkpoint.best_metric is {name}, and the evaluation has: {', '.join(metrics)}")
         value, best = metrics[name], self.state.best_metric
         lower = name.split("/")[-1] in LOWER_IS_BETTER
-        if best is not None and (value >= best["value"] if lower else value <= best["value"]):
+        if best is not None and best["name"] == name and (value >= best["value"] if lower else value <= best["value"]):
             return False
         self.state.best_metric = {"name": name, "value": value, "step": self.state.step}
         return True

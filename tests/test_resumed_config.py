@@ -1,0 +1,71 @@
+"""A run that is resumed with another config: what is refused, what is taken, and what later attempts know of it."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, forge
+
+from forge.run.files import read_json
+
+
+@pytest.mark.slow
+def test_changes_are_judged_recorded_and_hold_for_later_attempts(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "tiny" / "r"
+    new = ("--config", config_file, "--max_steps", "400", "--run_name", "r")
+    assert ended_at("step 5/400", signal.SIGTERM, *new) == 75
+    written = (run / "config.yaml").read_text()
+
+    refused = forge("--resume", run, "--set", "training.learning_rate=1e-3")
+    assert refused.returncode == 2
+    assert (
+        "training.learning_rate: 0.003 -> 0.001 changes the meaning of the run: the steps to come would not be those "
+        "of the run that was begun; set it back, or add --allow-change training.learning_rate"
+    ) in refused.stderr
+    assert (run / "config.yaml").read_text() == written
+
+    # An attempt that may, and is killed before any checkpoint has the new rate.
+    allowed = ("--resume", run, "--set", "training.learning_rate=1e-3", "--allow-change", "training.learning_rate")
+    assert ended_at("stage: training", signal.SIGKILL, *allowed, "--max_steps", "60") == -signal.SIGKILL
+    rest = forge("--resume", run)
+    assert rest.returncode == 0, rest.stderr
+    assert "training.learning_rate: 0.003 -> 0.001 (allowed in an earlier attempt" in rest.stderr
+    assert "training.max_steps: 400 -> 60 (how long the run goes on" in rest.stderr
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["training"]["learning_rate"], config["training"]["max_steps"]) == (1e-3, 60)
+    attempts = read_json(run / "run_metadata.json")["attempts"]
+    rate = {"training.learning_rate": "0.001"}
+    assert [attempt["allowed"] for attempt in attempts] == [{}, rate, rate]
+
+
+@pytest.mark.multiprocess
+def test_forge_resume_brings_back_the_exit_code_of_two_ranks(config_file: Path, tmp_path: Path) -> None:
+    """The same rows a step on two ranks as on one: nothing has to be allowed."""
+    run = tmp_path / "outputs" / "tiny" / "r"
+    assert (
+        ended_at("step 5/400", signal.SIGTERM, "--config", config_file, "--max_steps", "400", "--run_name", "r") == 75
+    )
+    command = ("resume", run, "--processes", "2")
+    assert ended_at("step 12/400", signal.SIGUSR1, *command, entry=("-m", "forge.cli")) == 75
+    attempts = read_json(run / "run_metadata.json")["attempts"]
+    assert [(attempt["ranks"], attempt["changes"]) for attempt in attempts] == [(1, []), (2, [])]
+
+
+def ended_at(words: str, number: int, *arguments: object, entry: tuple[str, ...] = ("forge.py",)) -> int:
+    """The exit code of a command that gets a signal as soon as its log says these words."""
+    command = [sys.executable, *entry, *map(str, arguments)]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if words in line and number:
+                process.send_signal(number)
+                number = 0
+        assert number == 0, said
+        return process.wait(120)
