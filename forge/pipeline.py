@@ -121,7 +121,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
             try:
                 result = _run_stages(trainer, beginning)
             finally:
-                trainer.checkpoints.abandon()
+                trainer.close()
                 callbacks.finished(state)
     finally:
         if lock is not None:

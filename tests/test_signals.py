@@ -218,3 +218,30 @@ def test_the_others_end_when_one_rank_is_killed(config_file: Path, tmp_path: Pat
     assert "another rank has died in training at step" in errors
     assert "this is a bug in forge" not in errors
     assert read_json(run / "training_state.json")["error"] == "another rank has died"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_loader_workers_end_with_the_run(stopped: bool, config_file: Path, tmp_path: Path) -> None:
+    settings = ["--set", "training.num_workers=2", "--run_name", "long"]
+    settings += ["--max_steps", "200000", "--set", "checkpoint.every_steps=100000"] if stopped else []
+    with started([sys.executable, "forge.py", "--config", str(config_file), *settings]) as process:
+        wait_for(process, "step 6/" if not stopped else "step 40/")
+        workers = psutil.Process(process.pid).children(recursive=True)
+        if stopped:
+            os.killpg(process.pid, signal.SIGTERM)  # the workers too, as a scheduler may do
+        gone, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == (75 if stopped else 0), errors
+    if stopped:
+        assert "go on from checkpoint-" in errors
+
+
+def test_loader_workers_end_with_a_parent_that_is_killed(config_file: Path, tmp_path: Path) -> None:
+    settings = ["--set", "training.num_workers=2", *map(str, LONG)]
+    with started([sys.executable, "forge.py", "--config", str(config_file), *settings]) as process:
+        wait_for(process, "step 40/")
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        gone, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive

@@ -89,13 +89,16 @@ def parent_command() -> str:
 
 def in_loader_worker(_: int) -> None:
     """A loader's worker outlives no parent, and leaves the signals to it: one sent to the whole group must not take
-    the rows away from a run that is about to commit."""
+    the rows away from a run that is about to commit. A TERM, by which multiprocessing ends what is left over, ends it
+    too, but only after the time that a stop may take."""
+    ends_at: list[float] = []
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: ends_at.append(time.monotonic() + ORPHAN_GRACE_S))
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and not (ends_at and time.monotonic() > ends_at[0]):
             time.sleep(WATCH_EVERY_S)
         os._exit(EXIT_FAILED)
 

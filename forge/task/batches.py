@@ -112,6 +112,10 @@ class StepBatches:
         """The micro-batches of the next optimizer step, on the CPU."""
         return [next(self._loaded) for _ in range(self.micro_batches)]
 
+    def close(self) -> None:
+        """Ends the worker processes, which would go on preparing batches for ever."""
+        self._loaded = iter(())  # nothing else holds the loader's iterator, whose end is theirs
+
     def samples_at(self, step: int) -> int:
         """Rows trained on, over all ranks and epochs, once `step` steps are taken."""
         place = self._place(step)

@@ -152,8 +152,14 @@ class FinetuningTrainer:
                     self.checkpoints.finish(state)
                 if saves:
                     self._save()
+        self.batches.close()
         self.checkpoints.finish(state)
         self.callbacks.training_ended(state)
+
+    def close(self) -> None:
+        """However training ended: no process and no thread of it is left, and no half-written checkpoint."""
+        self.batches.close()
+        self.checkpoints.abandon()
 
     def train_step(self, micro_batches: list[Batch], rate: float) -> None:
         """One optimizer update at the given rate. Nothing here waits for the device, but for fp16's scaler."""
