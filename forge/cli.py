@@ -1,4 +1,4 @@
-"""The `forge` command: train, resume, runs, config."""
+"""The `forge` command: train, resume, prove-resume, runs, config."""
 
 import argparse
 import json
@@ -91,12 +91,30 @@ def _parser() -> argparse.ArgumentParser:
     command = config.add_parser("schema", help="the JSON schema of a config, for editors")
     command.set_defaults(run=_schema)
 
+    command = commands.add_parser(
+        "prove-resume",
+        help="kill a run again and again, and compare its end with the unbroken run's",
+        epilog="Exit codes: 0 identical to the last bit; 1 different, or a run failed; 2 usage or config error.",
+    )
+    command.add_argument("config", metavar="X.yaml")
+    command.add_argument("--kills", type=int, default=10, metavar="N", help="how often the run is killed (10)")
+    command.add_argument("--processes", type=int, default=1, metavar="P", help="ranks on this machine (1)")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="draws the instants of the kills (0)")
+    add_config_arguments(command)
+    command.set_defaults(run=_prove_resume)
+
     command = commands.add_parser("runs", help="list runs")
     command.add_argument("--incomplete", action="store_true", help="only those that can go on, with the command for it")
     command.add_argument("--json", action="store_true", help="one JSON list, for scripts")
     _add_output_root(command)
     command.set_defaults(run=_runs)
     return parser
+
+
+def _prove_resume(args: argparse.Namespace) -> int:
+    from forge.prove_resume import prove_resume
+
+    return prove_resume(args)
 
 
 def _add_output_root(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ConfigError, ForgeError, UsageError
+from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, AlreadyComplete, ConfigError, ForgeError, UsageError
 
 if TYPE_CHECKING:
     from forge.config.loader import LoadedConfig
@@ -94,6 +94,7 @@ def train(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     """The heavy imports wait until the config holds."""
     from forge.cluster.signals import StopRequest
+    from forge.run.directory import complete_message
     from forge.run.log import start_logging
     from forge.run.state import TrainingState
 
@@ -106,7 +107,7 @@ def _train(args: argparse.Namespace) -> int:
         loaded, resumed = _loaded(args)
         if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
             asked = " (what else the command line asks for was not done)" if _overrides(args) else ""
-            logger.info("%s is complete; its model is in %s%s", resumed.path, resumed.final, asked)
+            logger.info("%s%s", complete_message(resumed), asked)
             return EXIT_COMPLETE
         os.environ.setdefault(
             "TOKENIZERS_PARALLELISM", "false" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "true"
@@ -119,6 +120,9 @@ def _train(args: argparse.Namespace) -> int:
         if rank == 0:
             _print_summary(result)
         return EXIT_COMPLETE
+    except AlreadyComplete as error:
+        logger.info("%s", error)
+        return error.exit_code
     except ForgeError as error:
         if rank == 0:
             for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
@@ -127,7 +131,10 @@ def _train(args: argparse.Namespace) -> int:
     except OSError as error:
         logger.error("stopped by the system: %s", error)
         return EXIT_FAILED
-    except Exception:
+    except Exception as error:
+        if "forge.cluster.ranks" in sys.modules and sys.modules["forge.cluster.ranks"].lost_rank(error):
+            logger.error("another rank has died before the first stage; its own messages, or the system's log, say why")
+            return EXIT_FAILED
         logger.exception("forge failed; this is a bug in forge or in what it calls, and the traceback says where")
         return EXIT_FAILED
     finally:

@@ -30,6 +30,12 @@ class BaseConfigError(ConfigError):
     """Nothing is wrong with the config but that it names neither task nor model: others inherit it."""
 
 
+class AlreadyComplete(ForgeError):
+    """There is nothing to do."""
+
+    exit_code = EXIT_COMPLETE
+
+
 class Stopped(ForgeError):
     """A signal asked the run to stop, and all ranks do so at the same place; the run can go on."""
 

@@ -23,12 +23,12 @@ from forge.config.explain import effective, to_yaml
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.placing import config_name, located
 from forge.config.schema import Config
-from forge.errors import ForgeError, Stopped, Superseded, TrainingError, UsageError
+from forge.errors import AlreadyComplete, ForgeError, Stopped, Superseded, TrainingError, UsageError
 from forge.model.card import compare, model_card
 from forge.model.export import export_model
 from forge.model.load import LoadedModel, check_fits, load_classifier
 from forge.model.source import find_model, load_tokenizer
-from forge.run.directory import RunDirectory, check_run_name, check_writable
+from forge.run.directory import RunDirectory, check_run_name, check_writable, complete_message
 from forge.run.files import publish_folder, read_json, read_json_lines, write_atomically
 from forge.run.lock import RunLock
 from forge.run.log import RunLog
@@ -197,8 +197,11 @@ def _begin(request: Request, lock: RunLock | None, ranks: int, precision: str) -
         return Beginning()
     run, config = request.resumed, request.loaded.config
     attempt = lock.take(take_over=request.take_over)
+    state = TrainingState.load(run.state_file)
+    if state.pipeline_complete:  # by an attempt that was alive when this process began
+        raise AlreadyComplete(complete_message(run))
     remove_leftovers(run)
-    selected = select(run, TrainingState.load(run.state_file))
+    selected = select(run, state)
     checkpoint, manifest = selected if selected is not None else (None, None)
     metadata = read_json(run.metadata_file)
     found = changes(

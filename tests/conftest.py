@@ -164,6 +164,7 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
     """Builds a FinetuningTrainer in this process: build_trainer("training.seed=1", …)."""
     from dataclasses import replace
 
+    import torch
     from accelerate.state import AcceleratorState, GradientState
 
     from forge.cluster.ranks import build_accelerator
@@ -195,7 +196,8 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         config = load_config(config_file, settings).config
-        accelerator = build_accelerator(config.training.mixed_precision, config.training.seed)
+        training = config.training
+        accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
         task = _load_task(config)
         loaded = _load_model(config, task)
         if mutate is not None:
@@ -208,5 +210,6 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         return FinetuningTrainer(config, accelerator, task, loaded.model, run, state, Recorder(), lock, StopRequest())
 
     yield build
+    torch.use_deterministic_algorithms(False)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

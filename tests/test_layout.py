@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("report", "checkpoint", "teacher"), 3),
     "trainer": 4,
     "pipeline": 5,
-    "command": 6,
+    **dict.fromkeys(("command", "prove_resume"), 6),
     **dict.fromkeys(("train", "cli"), 7),
 }
 ENTRIES = {"forge.py": {"train"}}  # who may import from the top floor, and what

@@ -229,7 +229,7 @@ def test_loader_workers_end_with_the_run(stopped: bool, config_file: Path, tmp_p
         workers = psutil.Process(process.pid).children(recursive=True)
         if stopped:
             os.killpg(process.pid, signal.SIGTERM)  # the workers too, as a scheduler may do
-        gone, alive = psutil.wait_procs(workers, timeout=20)
+        _, alive = psutil.wait_procs(workers, timeout=20)
         assert not alive
         _, errors = process.communicate(timeout=20)
     assert process.returncode == (75 if stopped else 0), errors
@@ -243,5 +243,5 @@ def test_loader_workers_end_with_a_parent_that_is_killed(config_file: Path, tmp_
         wait_for(process, "step 40/")
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-        gone, alive = psutil.wait_procs(workers, timeout=20)
+        _, alive = psutil.wait_procs(workers, timeout=20)
         assert not alive

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from forge.cluster.signals import StopRequest, parent_command
-from forge.errors import ForgeError, Stopped, Superseded, UsageError
+from forge.errors import AlreadyComplete, ForgeError, Stopped, Superseded, UsageError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -148,7 +148,7 @@ def _raise_agreed(error: Exception | None) -> None:
         raise error
     if first is not None:
         name, text, exit_code = first
-        for kind in (UsageError, Stopped, Superseded):
+        for kind in (UsageError, AlreadyComplete, Stopped, Superseded):
             if name == kind.__name__ or (kind is UsageError and exit_code == UsageError.exit_code):
                 raise kind(text)
         raise ForgeError(f"another rank failed with {name}: {text}")

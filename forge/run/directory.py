@@ -127,6 +127,11 @@ def check_run_name(output_root: Path, config_name: Path, run_name: str) -> None:
         raise UsageError(_taken(run))
 
 
+def complete_message(run: RunDirectory) -> str:
+    """What a resume says of a run that has nothing left to do."""
+    return f"{run.path} is complete; its model is in {run.final}"
+
+
 def valid_run_name(name: str) -> bool:
     """May it be one folder's name on every system, on every command line, with no quotes?"""
     return bool(name) and name[0] not in ".-" and NAME_CHARACTERS.issuperset(name)

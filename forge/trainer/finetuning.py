@@ -85,6 +85,7 @@ class FinetuningTrainer:
             pin_memory=accelerator.device.type == "cuda",
             worker_init=in_loader_worker,
         )
+        state.step_sizes = self.batches.step_sizes
         self._note_total()
         self.meter = StepMeter(accelerator)
         self.vote = StopVote(accelerator, stop)

@@ -1,0 +1,127 @@
+"""A command with all the processes that it starts in turn: found wherever they are, and killed at once."""
+
+import os
+import secrets
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from forge.cluster.launch import OUTCOME
+from forge.cluster.signals import PARENT_VARIABLE
+from forge.errors import ForgeError
+
+# In the environment of every process of one start: accelerate's launcher gives each rank a session of its own, and
+# an orphan has another parent, but both keep their environment.
+MARK = "FORGE_STARTED_BY"
+POLL_S = 0.05
+KILL_TIMEOUT_S = 60.0
+
+
+class Processes:
+    """One start of a command, in a session of its own: a Ctrl-C at the terminal does not reach it."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]):
+        self._mark = secrets.token_hex(8)
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
+        self._known: list[psutil.Process] = []
+        self._outcome = tempfile.TemporaryDirectory(prefix="forge-")
+        marks = {MARK: self._mark, PARENT_VARIABLE: str(os.getpid()), OUTCOME: str(self._outcome_file)}
+        self._leader = subprocess.Popen(
+            command,
+            env=environment | marks,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill_all()
+        self._output.close()
+        self._outcome.cleanup()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the command itself; None while it runs."""
+        return self._leader.poll()
+
+    @property
+    def forge_exit_code(self) -> int | None:
+        """What forge itself ended with: the launcher's code is 1 whatever that was. None while the command runs."""
+        if self.exit_code is not None and self._outcome_file.is_file():
+            return int(self._outcome_file.read_text())
+        return self.exit_code
+
+    @property
+    def _outcome_file(self) -> Path:
+        return Path(self._outcome.name) / "outcome"
+
+    def output(self) -> str:
+        """All that the processes have printed so far."""
+        size = os.fstat(self._output.fileno()).st_size
+        return os.pread(self._output.fileno(), size, 0).decode(errors="replace")
+
+    def learn(self) -> None:
+        """Looks for the processes now, so that a kill needs no search. Takes milliseconds."""
+        self._known = self._alive()
+
+    def kill_rank(self, rank: int) -> bool:
+        """SIGKILL to one rank alone. False where no such rank is known: see learn()."""
+        for process in self._known:
+            with suppress(psutil.Error):
+                if process.ppid() == self._leader.pid and process.environ().get("RANK") == str(rank):
+                    process.kill()
+                    return True
+        return False
+
+    def kill_launcher(self) -> None:
+        """SIGKILL to the command itself alone; what it started is told nothing."""
+        self._leader.kill()
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process, and to those that they start meanwhile; returns when all are gone.
+
+        Raises ForgeError where the system does not end one: it may wait for a disk or a network that is gone.
+        """
+        with suppress(ProcessLookupError):
+            if self._leader.poll() is None:
+                os.killpg(self._leader.pid, signal.SIGKILL)
+        for process in self._known:
+            with suppress(psutil.Error):
+                process.kill()
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        while alive := self._alive():
+            if time.monotonic() > deadline:
+                raise ForgeError(f"process {alive[0].pid} was killed and does not end; see what it waits for")
+            for process in alive:
+                with suppress(psutil.Error):
+                    process.kill()
+            time.sleep(POLL_S)
+        self._leader.wait()
+
+    def ended_within(self, timeout_s: float) -> bool:
+        """Waits until no process is left; False if some are after timeout_s."""
+        deadline = time.monotonic() + timeout_s
+        while self._leader.poll() is None or self._alive():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return True
+
+    def _alive(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):  # of other users, or ended since; a zombie has no environment
+                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found

@@ -1,0 +1,82 @@
+"""On one CUDA device: what CPU tests cannot show of precision, random numbers, hidden waits and saves."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import stop_at, trajectory
+
+from forge.errors import Stopped
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+Build = Callable[..., Any]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_run_stopped_on_the_gpu_ends_with_the_bits_of_the_unbroken_one(precision: str, build_trainer: Build) -> None:
+    """With dropout, drawn by the device, and with fp16's scaler, which left out steps before the stop."""
+    settings = (f"training.mixed_precision={precision}", "model.dropout=0.1", "logging.every_steps=4")
+    settings += ("training.max_steps=12", "training.deterministic=true")
+    unbroken = build_trainer(*settings)
+    assert unbroken.model.device.type == "cuda"
+    losses, weights = trajectory(unbroken)
+
+    stopped = build_trainer(*settings)
+    stop_at(stopped, 7)
+    with pytest.raises(Stopped):
+        stopped.train()
+    before = [report["loss"] for report in stopped.callbacks.reports]
+    scale = None if stopped.accelerator.scaler is None else stopped.accelerator.scaler.get_scale()
+    run = stopped.run
+
+    resumed = build_trainer(*settings)
+    resumed.restore(run.path / "checkpoint-7")
+    if scale is not None:
+        assert resumed.accelerator.scaler.get_scale() == scale
+    more, resumed_weights = trajectory(resumed)
+    assert before + more == losses
+    assert resumed_weights == weights
+
+
+def test_bf16_on_the_gpu_learns_what_can_be_learned(build_trainer: Build) -> None:
+    trainer = build_trainer("training.max_steps=150", "training.mixed_precision=auto")
+    assert trainer.accelerator.mixed_precision == "bf16"
+    trainer.train()
+    assert trainer.evaluate("final")["matched/accuracy"] == 1.0
+
+
+def test_a_step_waits_nowhere_for_the_gpu(build_trainer: Build) -> None:
+    trainer = build_trainer("training.mixed_precision=bf16", "training.per_device_batch_size=4")
+    trainer.batches.start_at(0)
+    trainer.train_step(trainer.batches.next_step(), 1e-3)  # the first one allocates
+    step = trainer.batches.next_step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train_step(step, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places = {f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)}
+    # Not ours: transformers asks of each batch whether its mask masks anything at all.
+    assert not [place for place in places if "masking_utils" not in place], places
+
+
+def test_an_asynchronous_save_holds_what_the_synchronous_one_does(build_trainer: Build) -> None:
+    from safetensors.torch import load_file
+
+    settings = ("checkpoint.every_steps=3", "training.deterministic=true", "model.dropout=0.1")
+    saved = []
+    for asynchronous in ("false", "true"):
+        trainer = build_trainer(*settings, f"checkpoint.asynchronous={asynchronous}")
+        trainer.train()
+        saved.append(trainer.run.path / "checkpoint-3")
+    plain, other = (load_file(folder / "model.safetensors") for folder in saved)
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+    moments = [torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]["state"] for folder in saved]
+    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
