@@ -1,0 +1,258 @@
+"""The fused CUDA path of the distillation loss: one product of logit differences, and one kernel for every loss.
+
+Needs triton, so it is imported only where the path is taken. The algorithm and its numbers are in docs/kernels.md.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from forge.losses import kd_kernels
+from forge.losses.kd_settings import TAIL_FLOOR, Chunks, Inputs, Needs, Outputs, Settings, row_pitch
+from forge.losses.linear_kd_plain import stored
+
+INTERPRETED = triton.knobs.runtime.interpret
+# Measured on an H100: 128 x 256 tiles of 64, eight warps and three stages reach cuBLAS's speed; smaller tiles 15 % less.
+TILE_M, TILE_N, TILE_K, GROUP = (16, 32, 16, 2) if INTERPRETED else (128, 256, 64, 16)
+BLOCK, ROW_WARPS = (32, 4) if INTERPRETED else (2048, 16)
+
+
+def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Chunks, precision: str) -> Outputs:
+    """The sums and gradients of forge.losses.linear_kd on one CUDA device, without a host sync.
+
+    precision: difference (float16 teacher logits, float16 differences), fp32 (both models' logits in float32) or bf16
+    (both in the inputs' dtype). All reductions are in float32 and in a fixed order.
+    """
+    N, V = inputs.hidden.shape[0], inputs.head.shape[0]
+    device, dtype = inputs.hidden.device, inputs.dtype
+    pitch = row_pitch(V)
+    hidden, head = inputs.hidden.to(dtype), inputs.head.to(dtype)
+    one_pass = chunks.wide >= N
+    sums = torch.zeros(2, N, dtype=torch.float32, device=device)
+    d_hidden = torch.empty_like(hidden if needs.hidden else hidden[:0])
+    d_head_dtype = stored(inputs.head.dtype) if one_pass else torch.float32
+    d_head = torch.empty(head.shape if needs.head else 0, dtype=d_head_dtype, device=device)
+    d_bias = torch.zeros(V if needs.bias else 0, dtype=torch.float32, device=device)
+
+    # dW is written last when there is one pass, so its memory can hold logits until then.
+    free = d_head if one_pass and d_head.is_contiguous() else d_head[:0]
+    difference = precision == "difference"
+    narrow = torch.float16 if difference else torch.float32 if precision == "fp32" else dtype
+    gradients = torch.empty(chunks.wide if needs.any or difference else chunks.rows, pitch, dtype=dtype, device=device)
+    teacher = student = gradients
+    if difference:
+        teacher = scratch(free, (chunks.rows, pitch), narrow)
+    else:
+        if narrow != dtype:
+            student = scratch(free, (chunks.rows, pitch), narrow)
+            free = free[:0]
+        if inputs.teacher_head is not None:
+            teacher = torch.empty(chunks.rows, pitch, dtype=narrow, device=device)
+
+    for wide_start in range(0, N, chunks.wide):
+        wide_stop = min(N, wide_start + chunks.wide)
+        for start in range(wide_start, wide_stop, chunks.rows):
+            stop = min(wide_stop, start + chunks.rows)
+            d_logits = gradients[start - wide_start : stop - wide_start] if needs.any else gradients[: stop - start]
+            t_logits = teacher[: stop - start]
+            s_logits = d_logits if student is gradients else student[: stop - start]
+            part = slice(start, stop)
+            if difference:
+                s_logits = d_logits.view(torch.float16)
+                difference_product(inputs, hidden, head, settings, part, t_logits, s_logits)
+            else:
+                product(hidden[part], head.T, s_logits[:, :V])
+                if inputs.teacher_hidden is not None and inputs.teacher_head is not None:
+                    teacher_hidden = inputs.teacher_hidden[part].to(inputs.teacher_dtype)
+                    teacher_head = inputs.teacher_head[: inputs.shared].to(inputs.teacher_dtype)
+                    product(teacher_hidden, teacher_head.T, t_logits[:, : inputs.shared])
+            loss_rows(inputs, settings, part, t_logits, s_logits, d_logits, sums[:, part], needs.any, difference)
+        if not needs.any:
+            continue
+        d_logits = gradients[: wide_stop - wide_start, :V]
+        if needs.hidden:
+            product(d_logits, head, d_hidden[wide_start:wide_stop])
+        if needs.head:
+            product(d_logits.T, hidden[wide_start:wide_stop], d_head, add=wide_start > 0)
+        if needs.bias:
+            d_bias += d_logits.sum(0, dtype=torch.float32)
+
+    d_head = d_head.to(stored(inputs.head.dtype))
+    d_bias = d_bias if inputs.bias is None else d_bias.to(stored(inputs.bias.dtype))
+    ce_sum, kl_sum = sums.sum(1)
+    return Outputs(ce_sum, kl_sum.clone(), d_hidden.to(inputs.hidden.dtype), d_head, d_bias)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in float32 and rounded once: factor stays on the device, and gradient as it was."""
+    gradient = gradient.contiguous()
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    size, block = gradient.numel(), 64 if INTERPRETED else 4096
+    if size:
+        kd_kernels.scale[(triton.cdiv(size, block),)](gradient, factor.float(), out, size, BLOCK=block, num_warps=8)
+    return out
+
+
+def refusal_of_difference(inputs: Inputs, settings: Settings) -> str | None:
+    """Why the difference form cannot run on these inputs, or None where it can."""
+    if inputs.teacher_head is None:
+        return "it needs a teacher's hidden states and head"
+    if inputs.dtype != torch.bfloat16 or inputs.teacher_dtype != torch.bfloat16:
+        return "both models must be in bfloat16"
+    if inputs.bias is not None or inputs.teacher_bias is not None or settings.softcap or settings.teacher_softcap:
+        return "a bias or a softcap stands between hidden states and logits"
+    if settings.logit_scale == 0.0:
+        return "logit_scale is 0"
+    if not INTERPRETED and torch.cuda.get_device_capability(inputs.hidden.device) < (9, 0):
+        return "the GPU is older than sm_90"
+    for name in ("head", "teacher_head"):
+        weight = getattr(inputs, name)
+        if weight.stride(1) != 1 or weight.stride(0) * 2 % 16 or weight.data_ptr() % 16:
+            return f"the rows of the {name.replace('_', ' ')} are not 16-byte aligned"
+    return None
+
+
+def scratch(free: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor, in memory of `free` if that is large enough."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    if free.numel() * free.element_size() < size:
+        return torch.empty(shape, dtype=dtype, device=free.device)
+    return free.view(-1).view(torch.uint8)[:size].view(dtype).view(shape)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b: sums in float32, rounded once to out's dtype."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda and out.dtype == torch.float32:
+        if add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        result = a.float() @ b.float()
+        out.copy_(out + result if add else result)
+
+
+def difference_product(
+    inputs: Inputs, hidden: Tensor, head: Tensor, settings: Settings, part: slice, teacher: Tensor, difference: Tensor
+) -> None:
+    """Writes the teacher's logits and student - teacher, both float16, for the positions of part.
+
+    One accumulator takes both products, so that the difference is rounded and not its operands.
+    """
+    assert inputs.teacher_hidden is not None
+    assert inputs.teacher_head is not None
+    V, shared = head.shape[0], inputs.shared
+    teacher_hidden = aligned(inputs.teacher_hidden[part].to(inputs.teacher_dtype))
+    teacher_head = inputs.teacher_head[:shared].to(inputs.teacher_dtype)
+    student_hidden = aligned(hidden[part])
+    rows = student_hidden.shape[0]
+    tiles = triton.cdiv(rows, TILE_M) * triton.cdiv(V, TILE_N)
+    programs = min(tiles, 3 if INTERPRETED else multiprocessors(hidden.device))
+    describe = TensorDescriptor.from_tensor
+    kd_kernels.difference_product[(programs,)](
+        describe(teacher_hidden, [TILE_M, TILE_K]),
+        describe(teacher_head, [TILE_N, TILE_K]),
+        describe(student_hidden, [TILE_M, TILE_K]),
+        describe(head, [TILE_N, TILE_K]),
+        teacher,
+        difference,
+        rows,
+        V,
+        shared,
+        teacher_hidden.shape[1],
+        student_hidden.shape[1],
+        teacher.stride(0),
+        settings.teacher_logit_scale,
+        settings.logit_scale,
+        PADDED=shared < V,
+        SCALED=settings.logit_scale != 1.0 or settings.teacher_logit_scale != 1.0,
+        TILE_M=TILE_M,
+        TILE_N=TILE_N,
+        TILE_K=TILE_K,
+        GROUP=GROUP,
+        PROGRAMS=programs,
+        FLATTEN=not INTERPRETED,
+        num_warps=8,
+        num_stages=3,
+    )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, copied if its rows do not lie as the tensor memory accelerator reads them."""
+    fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.contiguous()
+
+
+def multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def loss_rows(
+    inputs: Inputs,
+    settings: Settings,
+    part: slice,
+    teacher: Tensor,
+    student: Tensor,
+    d_logits: Tensor,
+    sums: Tensor,
+    gradient: bool,
+    difference: bool,
+) -> None:
+    """Writes each row's CE and D into sums (2, rows), and the gradient of its logits into d_logits."""
+    rows, pitch = d_logits.shape
+    V, shared = inputs.head.shape[0], inputs.shared
+    sparse = inputs.top_log_probs is not None
+    dense = inputs.teacher_head is not None
+    log_q = inputs.top_log_probs[part].contiguous() if inputs.top_log_probs is not None else sums
+    indices = inputs.top_indices[part].contiguous() if inputs.top_indices is not None else inputs.labels
+    T = settings.temperature
+    power = int(T) if T in (1.0, 2.0) and shared == V else 0
+    kd_kernels.loss_rows[(rows,)](
+        teacher,
+        student,
+        d_logits,
+        inputs.labels[part].contiguous(),
+        sums,
+        sums.stride(0),
+        teacher.stride(0),
+        student.stride(0),
+        d_logits.stride(0),
+        inputs.bias if inputs.bias is not None else sums,
+        inputs.teacher_bias if inputs.teacher_bias is not None else sums,
+        log_q,
+        indices,
+        V,
+        shared,
+        log_q.shape[1] if sparse else 0,
+        1.0 / T,
+        1.0 - settings.alpha,
+        settings.alpha * T,
+        settings.mix,
+        settings.logit_scale,
+        settings.softcap,
+        settings.teacher_logit_scale,
+        settings.teacher_softcap,
+        settings.ignore_index,
+        TEACHER="dense" if dense else "sparse" if sparse else "none",
+        DIVERGENCE="forward_kl" if settings.divergence == "skew_kl" and settings.mix == 0.0 else settings.divergence,
+        MISSING=settings.missing_mass,
+        DIFFERENCE=difference,
+        GRADIENT=gradient,
+        POWER=power,
+        PADDED=shared < V,
+        RAGGED=pitch != V,
+        BIAS=inputs.bias is not None,
+        TEACHER_BIAS=inputs.teacher_bias is not None,
+        SCALE=settings.logit_scale != 1.0,
+        TEACHER_SCALE=settings.teacher_logit_scale != 1.0,
+        CAP=settings.softcap > 0.0,
+        TEACHER_CAP=settings.teacher_softcap > 0.0,
+        PITCH=pitch,
+        K_BLOCK=triton.next_power_of_2(log_q.shape[1]) if sparse else 1,
+        FLOOR=TAIL_FLOOR,
+        BLOCK=min(BLOCK, triton.next_power_of_2(V)),
+        num_warps=ROW_WARPS,
+    )
