@@ -30,6 +30,7 @@ def difference_product(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """The teacher's K loop, its tile stored, its negative kept, and the student's K loop on top of that."""
     tiles_m = tl.cdiv(rows, TILE_M)
@@ -45,6 +46,8 @@ def difference_product(
         for k in range(0, tl.cdiv(teacher_width, TILE_K)):
             a = teacher_hidden.load([m, k * TILE_K])
             b = teacher_head.load([n, k * TILE_K])
+            if WIDEN:  # the interpreter multiplies the bits of bfloat16 as integers
+                a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b.T, total)
         row = m + tl.arange(0, TILE_M)
         column = n + tl.arange(0, TILE_N)
@@ -59,6 +62,8 @@ def difference_product(
         for k in range(0, tl.cdiv(student_width, TILE_K)):
             a = student_hidden.load([m, k * TILE_K])
             b = student_head.load([n, k * TILE_K])
+            if WIDEN:  # the interpreter multiplies the bits of bfloat16 as integers
+                a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b.T, total)
         if SCALED:
             total = total * student_scale

@@ -175,6 +175,7 @@ def difference_product(
         GROUP=GROUP,
         PROGRAMS=programs,
         FLATTEN=not INTERPRETED,
+        WIDEN=INTERPRETED,
         num_warps=8,
         num_stages=3,
     )
