@@ -156,7 +156,3 @@ def sparse_rows(student: Tensor, log_q: Tensor, indices: Tensor, settings: Setti
 def weighted(probability: Tensor, score: Tensor) -> Tensor:
     """probability * score, and 0 where the probability is 0 whatever the score: 0 * inf counts for nothing."""
     return torch.where(probability > 0, probability * score, 0.0)
-
-
-
-

@@ -15,7 +15,7 @@ from forge.losses.linear_kd_plain import stored
 INTERPRETED = triton.knobs.runtime.interpret
 # Measured on an H100: 128 x 256 tiles of 64, eight warps and three stages reach cuBLAS's speed; smaller tiles 15 % less.
 TILE_M, TILE_N, TILE_K, GROUP = (16, 32, 16, 2) if INTERPRETED else (128, 256, 64, 16)
-BLOCK, ROW_WARPS = (32, 4) if INTERPRETED else (2048, 16)
+BLOCK, ROW_WARPS = (32, 4) if INTERPRETED else (1024, 8)
 
 
 def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Chunks, precision: str) -> Outputs:
@@ -26,7 +26,7 @@ def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Ch
     """
     N, V = inputs.hidden.shape[0], inputs.head.shape[0]
     device, dtype = inputs.hidden.device, inputs.dtype
-    pitch = row_pitch(V)
+    chunks = Chunks(min(chunks.rows, chunks.wide, N), min(chunks.wide, N))
     hidden, head = inputs.hidden.to(dtype), inputs.head.to(dtype)
     one_pass = chunks.wide >= N
     sums = torch.zeros(2, N, dtype=torch.float32, device=device)
@@ -34,54 +34,93 @@ def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Ch
     d_head_dtype = stored(inputs.head.dtype) if one_pass else torch.float32
     d_head = torch.empty(head.shape if needs.head else 0, dtype=d_head_dtype, device=device)
     d_bias = torch.zeros(V if needs.bias else 0, dtype=torch.float32, device=device)
-
     # dW is written last when there is one pass, so its memory can hold logits until then.
-    free = d_head if one_pass and d_head.is_contiguous() else d_head[:0]
-    difference = precision == "difference"
-    narrow = torch.float16 if difference else torch.float32 if precision == "fp32" else dtype
-    gradients = torch.empty(chunks.wide if needs.any or difference else chunks.rows, pitch, dtype=dtype, device=device)
-    teacher = student = gradients
-    if difference:
-        teacher = scratch(free, (chunks.rows, pitch), narrow)
-    else:
-        if narrow != dtype:
-            student = scratch(free, (chunks.rows, pitch), narrow)
-            free = free[:0]
-        if inputs.teacher_head is not None:
-            teacher = torch.empty(chunks.rows, pitch, dtype=narrow, device=device)
+    buffers = Buffers(inputs, chunks, precision, needs.any, free=d_head if one_pass else d_head[:0])
 
     for wide_start in range(0, N, chunks.wide):
         wide_stop = min(N, wide_start + chunks.wide)
-        for start in range(wide_start, wide_stop, chunks.rows):
-            stop = min(wide_stop, start + chunks.rows)
-            d_logits = gradients[start - wide_start : stop - wide_start] if needs.any else gradients[: stop - start]
-            t_logits = teacher[: stop - start]
-            s_logits = d_logits if student is gradients else student[: stop - start]
-            part = slice(start, stop)
-            if difference:
-                s_logits = d_logits.view(torch.float16)
-                difference_product(inputs, hidden, head, settings, part, t_logits, s_logits)
-            else:
-                product(hidden[part], head.T, s_logits[:, :V])
-                if inputs.teacher_hidden is not None and inputs.teacher_head is not None:
-                    teacher_hidden = inputs.teacher_hidden[part].to(inputs.teacher_dtype)
-                    teacher_head = inputs.teacher_head[: inputs.shared].to(inputs.teacher_dtype)
-                    product(teacher_hidden, teacher_head.T, t_logits[:, : inputs.shared])
-            loss_rows(inputs, settings, part, t_logits, s_logits, d_logits, sums[:, part], needs.any, difference)
+        loss_chunks(inputs, hidden, head, settings, wide_start, wide_stop, buffers, sums)
         if not needs.any:
             continue
-        d_logits = gradients[: wide_stop - wide_start, :V]
-        if needs.hidden:
-            product(d_logits, head, d_hidden[wide_start:wide_stop])
-        if needs.head:
-            product(d_logits.T, hidden[wide_start:wide_stop], d_head, add=wide_start > 0)
-        if needs.bias:
-            d_bias += d_logits.sum(0, dtype=torch.float32)
+        head_gradients(
+            buffers.gradients[: wide_stop - wide_start, :V], hidden, head, wide_start, d_hidden, d_head, d_bias
+        )
 
+    del buffers  # before the cast asks for memory
     d_head = d_head.to(stored(inputs.head.dtype))
     d_bias = d_bias if inputs.bias is None else d_bias.to(stored(inputs.bias.dtype))
     ce_sum, kl_sum = sums.sum(1)
     return Outputs(ce_sum, kl_sum.clone(), d_hidden.to(inputs.hidden.dtype), d_head, d_bias)
+
+
+def head_gradients(
+    d_logits: Tensor, hidden: Tensor, head: Tensor, start: int, d_hidden: Tensor, d_head: Tensor, d_bias: Tensor
+) -> None:
+    """Writes the rows of d_hidden that begin at start, and adds to d_head and d_bias; an empty one is not wanted."""
+    part = slice(start, start + d_logits.shape[0])
+    if d_hidden.numel():
+        product(d_logits, head, d_hidden[part])
+    if d_head.numel():
+        product(d_logits.T, hidden[part], d_head, add=start > 0)
+    if d_bias.numel():
+        d_bias += d_logits.sum(0, dtype=torch.float32)
+
+
+class Buffers:
+    """The scratch memory of one call: logits of chunks.rows positions, and gradients of chunks.wide."""
+
+    def __init__(self, inputs: Inputs, chunks: Chunks, precision: str, gradient: bool, free: Tensor) -> None:
+        device, dtype = inputs.hidden.device, inputs.dtype
+        pitch = row_pitch(inputs.head.shape[0])
+        self.rows = chunks.rows
+        self.difference = precision == "difference"
+        self.gradient = gradient
+        narrow = torch.float16 if self.difference else torch.float32 if precision == "fp32" else dtype
+        held = chunks.wide if gradient else chunks.rows
+        self.gradients = torch.empty(held, pitch, dtype=dtype, device=device)
+        # Differences, and student logits of the gradients' own dtype, stand where their gradients will.
+        self.student = self.teacher = None
+        if self.difference:
+            self.teacher = scratch(free, (chunks.rows, pitch), narrow)
+        else:
+            if narrow != dtype:
+                self.student = scratch(free, (chunks.rows, pitch), narrow)
+            if inputs.teacher_head is not None:
+                self.teacher = torch.empty(chunks.rows, pitch, dtype=narrow, device=device)
+
+    def of(self, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the teacher's logits, the student's or the differences, and the gradients are; start counts in wide."""
+        place = start if self.gradient else 0
+        d_logits = self.gradients[place : place + rows]
+        student = d_logits if self.student is None else self.student[:rows]
+        if self.difference:
+            student = student.view(torch.float16)
+        return student if self.teacher is None else self.teacher[:rows], student, d_logits
+
+
+def loss_chunks(
+    inputs: Inputs,
+    hidden: Tensor,
+    head: Tensor,
+    settings: Settings,
+    first: int,
+    last: int,
+    buffers: Buffers,
+    sums: Tensor,
+) -> None:
+    """Logits, losses and gradients of the positions from first to last, buffers.rows at a time."""
+    for start in range(first, last, buffers.rows):
+        part = slice(start, min(last, start + buffers.rows))
+        teacher, student, d_logits = buffers.of(start - first, part.stop - part.start)
+        if buffers.difference:
+            difference_product(inputs, hidden, head, settings, part, teacher, student)
+        else:
+            product(hidden[part], head.T, student[:, : head.shape[0]])
+            if inputs.teacher_hidden is not None and inputs.teacher_head is not None:
+                teacher_hidden = inputs.teacher_hidden[part].to(inputs.teacher_dtype)
+                teacher_head = inputs.teacher_head[: inputs.shared].to(inputs.teacher_dtype)
+                product(teacher_hidden, teacher_head.T, teacher[:, : inputs.shared])
+        loss_rows(inputs, settings, part, teacher, student, d_logits, sums[:, part], buffers)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,8 +238,7 @@ def loss_rows(
     student: Tensor,
     d_logits: Tensor,
     sums: Tensor,
-    gradient: bool,
-    difference: bool,
+    buffers: Buffers,
 ) -> None:
     """Writes each row's CE and D into sums (2, rows), and the gradient of its logits into d_logits."""
     rows, pitch = d_logits.shape
@@ -240,8 +278,8 @@ def loss_rows(
         TEACHER="dense" if dense else "sparse" if sparse else "none",
         DIVERGENCE="forward_kl" if settings.divergence == "skew_kl" and settings.mix == 0.0 else settings.divergence,
         MISSING=settings.missing_mass,
-        DIFFERENCE=difference,
-        GRADIENT=gradient,
+        DIFFERENCE=buffers.difference,
+        GRADIENT=buffers.gradient,
         POWER=power,
         PADDED=shared < V,
         RAGGED=pitch != V,
