@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from forge.losses.linear_kd_plain import plain_linear_kd, stored
 logger = logging.getLogger(__name__)
 
 
-class Parts(NamedTuple):
+@dataclasses.dataclass
+class Parts:
     """What the loss is made of: float scalars on the device, detached, summed over the counted positions."""
 
     ce_sum: Tensor  # () cross-entropy in nats
@@ -60,9 +60,9 @@ def linear_kd(
     student_hidden: (N, Hs), student_head: (V, Hs), student_bias: (V,); one float dtype, or under autocast any.
     labels: (N,) int64, already shifted; positions with ignore_index count neither in CE nor in D.
     teacher_hidden: (N, Ht), teacher_head: (Vt, Ht), teacher_bias: (Vt,); never given a gradient.
-    teacher_log_probs, teacher_indices: (N, K) instead of those, for forward_kl: the teacher's top k at this temperature,
-        indices distinct within a row, -inf for an absent entry. missing_mass says what becomes of the probability that
-        they lack: tail, renormalise or zero; see linear_kd_plain.sparse_rows.
+    teacher_log_probs, teacher_indices: (N, K) instead of those, for forward_kl: the teacher's top k at this
+        temperature, indices distinct within a row, -inf for an absent entry. missing_mass says what becomes of the
+        probability that they lack: tail, renormalise or zero; see linear_kd_plain.sparse_rows.
     alpha: in [0, 1]. At 0 no teacher is needed, and one that is given is not touched; at 1 CE is still reported.
     divergence: forward_kl, reverse_kl, jsd (with beta) or skew_kl (with skew); beta and skew are the teacher's share of
         the mixture.
@@ -71,8 +71,8 @@ def linear_kd(
         for those of this call, at least 1.
     compact: leave ignored rows out of the products. It waits once for the device, to learn how many are left.
     precision: of the logits between product and loss, on the fused path: "difference" (float16 teacher logits and
-        float16 differences), "fp32" or "bf16" (the inputs' dtype: fast, and wrong near convergence); None for difference
-        where it can run, else fp32. What cannot run falls back to fp32 with one warning.
+        float16 differences), "fp32" or "bf16" (the inputs' dtype: fast, and wrong near convergence); None for the
+        difference where it can run, else fp32. What cannot run falls back to fp32 with one warning.
     memory_budget, low_memory: scratch bytes and a smaller plan, see kd_settings.plan_chunks; chunks overrides both.
 
     Returns the loss, a float32 scalar (float64 for float64 inputs), differentiable in student_hidden, student_head and
