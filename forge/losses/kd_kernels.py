@@ -16,6 +16,7 @@ def difference_product(
     student_head,
     teacher_out,
     difference_out,
+    tops,
     rows,
     V,
     shared,
@@ -33,8 +34,12 @@ def difference_product(
     PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
     WIDEN: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
-    """The teacher's K loop, its tile stored, its negative kept, and the student's K loop on top of that."""
+    """The teacher's K loop, its tile stored, its negative kept, and the student's K loop on top of that.
+
+    teacher_out: the teacher's logits less the largest of their row in the tile, which goes to tops (rows, tiles).
+    """
     tiles_m = tl.cdiv(rows, TILE_M)
     tiles_n = tl.cdiv(V, TILE_N)
     group_tiles = GROUP * tiles_n
@@ -57,14 +62,23 @@ def difference_product(
         inside = (row[:, None] < rows) & (column[None, :] < V)
         if SCALED:
             total = total * teacher_scale
-        tl.store(teacher_out + place, total.to(tl.float16), mask=inside)
+        # Near the tile's largest logit, where the probability is, float16 is finest.
+        known = total
+        if RAGGED:
+            known = tl.where(column[None, :] < shared, total, float("-inf"))
+        top = tl.max(known, 1)
+        if PADDED:
+            top = tl.where(top == float("-inf"), 0.0, top)  # a tile that the teacher does not reach
+        coarse = (total - top[:, None]).to(tl.float16)
+        tl.store(teacher_out + place, coarse, mask=inside)
+        tl.store(tops + row.to(tl.int64) * tiles_n + n // TILE_N, top, mask=row < rows)
         total = -total
         if SCALED:
             total = total / student_scale
         for k in range(0, tl.cdiv(student_width, TILE_K)):
             a = student_hidden.load([m, k * TILE_K])
             b = student_head.load([n, k * TILE_K])
-            if WIDEN:  # the interpreter multiplies the bits of bfloat16 as integers
+            if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b.T, total)
         if SCALED:
@@ -72,9 +86,10 @@ def difference_product(
         if PADDED:
             # Columns the teacher lacks: total is the student's logit alone, kept as a rounded part and the rest.
             alone = column[None, :] >= shared
-            coarse = total.to(tl.float16)
+            rest = total - top[:, None]
+            coarse = rest.to(tl.float16)
             tl.store(teacher_out + place, coarse, mask=inside & alone)
-            total = tl.where(alone, total - coarse.to(tl.float32), total)
+            total = tl.where(alone, rest - coarse.to(tl.float32), total)
         tl.store(difference_out + place, total.to(tl.float16), mask=inside)
 
 
@@ -83,6 +98,7 @@ def loss_rows(
     teacher,
     student,
     d_logits,
+    tops,
     labels,
     sums,
     sums_stride,
@@ -122,43 +138,45 @@ def loss_rows(
     PITCH: tl.constexpr,
     K_BLOCK: tl.constexpr,
     FLOOR: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row: statistics, then CE, D and the logits' gradient, which may overwrite the student's logits.
 
-    teacher, student: (rows, pitch) logits, or with DIFFERENCE the teacher's and student - teacher. sums: CE and D of
-    each row, sums_stride apart. POWER is T where exp at 1 is that power of exp at T, else 0. Statistics come from the
-    rounded logits that the gradient is made of: from unrounded ones the sum of p would not be 1.
+    teacher, student: (rows, pitch) logits, or with DIFFERENCE what difference_product writes, with its tops. sums: CE
+    and D of each row, sums_stride apart. POWER is T where exp at 1 is that power of exp at T, else 0. Statistics come
+    from the rounded logits that the gradient is made of: from unrounded ones the sum of p would not be 1.
     """
     row = tl.program_id(0).to(tl.int64)
     teacher += row * teacher_pitch
     student += row * student_pitch
     d_logits += row * gradient_pitch
     label = tl.load(labels + row)
-    lane = tl.arange(0, BLOCK)
+    tops += row * tl.cdiv(V, TILE)
+    lane = tl.arange(0, BLOCK // TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    nothing = tl.zeros([BLOCK // TILE, TILE], tl.float32)
     blocks = tl.cdiv(V, BLOCK)
     if label == ignore_index:
         if GRADIENT:
             for i in range(0, blocks):
                 column = i * BLOCK + lane
-                nothing = tl.zeros([BLOCK], tl.float32).to(d_logits.dtype.element_ty)
-                tl.store(d_logits + column, nothing, mask=column < PITCH)
+                tl.store(d_logits + column, nothing.to(d_logits.dtype.element_ty), mask=column < PITCH)
         tl.store(sums + row, 0.0)
         tl.store(sums + sums_stride + row, 0.0)
         return
 
     # Pass 1: a maximum and a sum per lane, reduced across lanes only once.
-    top = tl.full([BLOCK], LOWEST, tl.float32)
-    sum_1 = tl.zeros([BLOCK], tl.float32)
+    top = nothing + LOWEST
+    sum_1 = nothing
     sum_s = sum_1
     sum_t = sum_1
     top_s = top
     top_t = top
     for i in range(0, blocks):
         x, x_shared, z, d = load_logits(
-            teacher, student, bias, teacher_bias, i * BLOCK + lane, V, shared, scale, cap, teacher_scale, teacher_cap,
+            teacher, student, tops, bias, teacher_bias, i, lane, V, shared, scale, cap, teacher_scale, teacher_cap,
             TEACHER, DIFFERENCE, PADDED, RAGGED, BIAS, TEACHER_BIAS, SCALE, TEACHER_SCALE, CAP, TEACHER_CAP, PITCH,
-            "evict_last",
+            TILE, BLOCK, "evict_last",
         )  # fmt: skip
         a = x - top
         if POWER != 0 and TEACHER != "none":
@@ -179,24 +197,25 @@ def loss_rows(
             e_t = tl.exp(-tl.abs(a) * inv_t)
             sum_t = tl.where(a > 0.0, sum_t * e_t + 1.0, sum_t + e_t)
             top_t = tl.maximum(top_t, z)
-    row_top = tl.max(top, 0)
-    log_1 = row_top + tl.log(tl.sum(sum_1 * tl.exp(top - row_top), 0))
+    row_top = tl.max(top)
+    log_1 = row_top + tl.log(tl.sum(sum_1 * tl.exp(top - row_top)))
     log_s = 0.0
     log_t = 0.0
     if TEACHER != "none":
         if POWER != 0:
             top_s = top
-        row_top = tl.max(top_s, 0)
-        log_s = row_top * inv_t + tl.log(tl.sum(sum_s * tl.exp((top_s - row_top) * inv_t), 0))
+        row_top = tl.max(top_s)
+        log_s = row_top * inv_t + tl.log(tl.sum(sum_s * tl.exp((top_s - row_top) * inv_t)))
     if TEACHER == "dense":
-        row_top = tl.max(top_t, 0)
-        log_t = row_top * inv_t + tl.log(tl.sum(sum_t * tl.exp((top_t - row_top) * inv_t), 0))
+        row_top = tl.max(top_t)
+        log_t = row_top * inv_t + tl.log(tl.sum(sum_t * tl.exp((top_t - row_top) * inv_t)))
 
     # Before anything is overwritten. A label outside the vocabulary gives NaN, not a read out of bounds.
     known = (label >= 0) & (label < V)
     raw = tl.load(student + label, mask=known, other=float("nan")).to(tl.float32)
     if DIFFERENCE:
         label_logit = raw + tl.load(teacher + label, mask=known, other=0.0).to(tl.float32)
+        label_logit += tl.load(tops + label // TILE, mask=known, other=0.0)
     else:
         label_logit = head_logit(raw, bias, label, known, scale, cap, BIAS, SCALE, CAP)
     tl.store(sums + row, tl.where(known, log_1 - label_logit, float("nan")))
@@ -204,20 +223,20 @@ def loss_rows(
 
     # Every divergence but forward KL needs one number of the row, sum p g, before its gradient.
     pulled = 0.0
-    kl = tl.zeros([BLOCK], tl.float32)
+    kl = nothing
     if TEACHER == "dense" and DIVERGENCE != "forward_kl":
-        pull_sum = tl.zeros([BLOCK], tl.float32)
+        pull_sum = nothing
         for i in range(0, blocks):
             x, x_shared, z, d = load_logits(
-                teacher, student, bias, teacher_bias, (blocks - 1 - i) * BLOCK + lane, V, shared, scale, cap,
+                teacher, student, tops, bias, teacher_bias, blocks - 1 - i, lane, V, shared, scale, cap,
                 teacher_scale, teacher_cap, TEACHER, DIFFERENCE, PADDED, RAGGED, BIAS, TEACHER_BIAS, SCALE,
-                TEACHER_SCALE, CAP, TEACHER_CAP, PITCH, "evict_last",
+                TEACHER_SCALE, CAP, TEACHER_CAP, PITCH, TILE, BLOCK, "evict_last",
             )  # fmt: skip
             p, q, delta = probabilities(x_shared, z, d, inv_t, log_s, log_t, shift, DIFFERENCE)
             value, pull = pull_of(p, q, delta, mix, DIVERGENCE)
             kl += value
             pull_sum += pull
-        pulled = tl.sum(pull_sum, 0)
+        pulled = tl.sum(pull_sum)
 
     if TEACHER == "sparse":
         k = tl.arange(0, K_BLOCK)
@@ -246,16 +265,16 @@ def loss_rows(
     if GRADIENT or (TEACHER == "dense" and DIVERGENCE == "forward_kl"):
         tl.debug_barrier()  # no thread may overwrite a logit of the label or the top k before all have read them
         for i in range(0, blocks):
-            if TEACHER == "dense" and DIVERGENCE != "forward_kl":
-                column = i * BLOCK + lane
-            else:
-                column = (blocks - 1 - i) * BLOCK + lane  # backwards: what was read last is still in L2
+            block = i
+            if TEACHER != "dense" or DIVERGENCE == "forward_kl":
+                block = blocks - 1 - i  # backwards: what was read last is still in L2
+            column = block * BLOCK + lane
             x, x_shared, z, d = load_logits(
-                teacher, student, bias, teacher_bias, column, V, shared, scale, cap, teacher_scale, teacher_cap,
-                TEACHER, DIFFERENCE, PADDED, RAGGED, BIAS, TEACHER_BIAS, SCALE, TEACHER_SCALE, CAP, TEACHER_CAP, PITCH,
-                "evict_first",
+                teacher, student, tops, bias, teacher_bias, block, lane, V, shared, scale, cap, teacher_scale,
+                teacher_cap, TEACHER, DIFFERENCE, PADDED, RAGGED, BIAS, TEACHER_BIAS, SCALE, TEACHER_SCALE, CAP,
+                TEACHER_CAP, PITCH, TILE, BLOCK, "evict_first",
             )  # fmt: skip
-            gradient = tl.zeros([BLOCK], tl.float32)
+            gradient = nothing
             if TEACHER == "dense":
                 p, q, delta = probabilities(x_shared, z, d, inv_t, log_s, log_t, shift, DIFFERENCE)
                 if DIVERGENCE == "forward_kl":
@@ -294,17 +313,18 @@ def loss_rows(
             tl.store(d_logits + column_k, fixed.to(d_logits.dtype.element_ty), mask=present)
         tl.store(sums + sums_stride + row, row_kl)
     else:
-        tl.store(sums + sums_stride + row, tl.sum(kl, 0))
+        tl.store(sums + sums_stride + row, tl.sum(kl))
 
 
 @triton.jit
 def load_logits(
-    teacher, student, bias, teacher_bias, column, V, shared, scale, cap, teacher_scale, teacher_cap,
+    teacher, student, tops, bias, teacher_bias, block, lane, V, shared, scale, cap, teacher_scale, teacher_cap,
     TEACHER: tl.constexpr, DIFFERENCE: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, SCALE: tl.constexpr, TEACHER_SCALE: tl.constexpr, CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr, PITCH: tl.constexpr, EVICTION: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, PITCH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Student logits, those of columns both models know, the teacher's, and student - teacher; -inf where none is."""
+    column = block * BLOCK + lane
     stored = column < PITCH  # a multiple of the vector width, unlike V
     if DIFFERENCE:
         z = tl.load(teacher + column, mask=stored, other=float("-inf"), eviction_policy=EVICTION).to(tl.float32)
@@ -312,6 +332,8 @@ def load_logits(
         if RAGGED:
             z = tl.where(column < V, z, float("-inf"))
             d = tl.where(column < V, d, 0.0)
+        tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
+        z += tl.load(tops + tile, mask=tile < tl.cdiv(V, TILE), other=0.0)[:, None]
         x = z + d
         x_shared = x
         if PADDED:

@@ -21,9 +21,9 @@ def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int)
         teacher_head = inputs.teacher_head[: inputs.shared].to(inputs.teacher_dtype).to(work)
     ce_sum = head.new_zeros(())
     kl_sum = head.new_zeros(())
-    d_hidden = torch.zeros_like(inputs.hidden if needs.hidden else head.new_empty(0))
-    d_head = torch.zeros_like(head if needs.head else head.new_empty(0))
-    d_bias = torch.zeros_like(head[:, 0] if needs.bias else head.new_empty(0))
+    d_hidden = inputs.hidden.new_zeros(inputs.hidden.shape if needs.hidden else 0)
+    d_head = head.new_zeros(head.shape if needs.head else 0)
+    d_bias = head.new_zeros(head.shape[0] if needs.bias else 0)
 
     for start in range(0, N, rows):
         part = slice(start, start + rows)

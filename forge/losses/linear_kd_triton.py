@@ -3,6 +3,8 @@
 Needs triton, so it is imported only where the path is taken. The algorithm and its numbers are in docs/kernels.md.
 """
 
+import dataclasses
+
 import torch
 import triton
 from torch import Tensor
@@ -13,9 +15,9 @@ from forge.losses.kd_settings import TAIL_FLOOR, Chunks, Inputs, Needs, Outputs,
 from forge.losses.linear_kd_plain import stored
 
 INTERPRETED = triton.knobs.runtime.interpret
-# Measured on an H100: with eight warps and three stages these tiles reach cuBLAS's speed; 128 x 128 gives 15 % less.
+# Measured on an H100: with eight warps and four stages these tiles reach cuBLAS's speed; 128 x 128 gives 15 % less.
 TILE_M, TILE_N, TILE_K, GROUP = (16, 64, 32, 2) if INTERPRETED else (128, 256, 64, 16)
-BLOCK, ROW_WARPS = (64, 4) if INTERPRETED else (1024, 8)
+BLOCK, ROW_WARPS = (128, 4) if INTERPRETED else (1024, 8)
 
 
 def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Chunks, precision: str) -> Outputs:
@@ -25,43 +27,58 @@ def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Ch
     (both in the inputs' dtype). All reductions are in float32 and in a fixed order.
     """
     N, V = inputs.hidden.shape[0], inputs.head.shape[0]
-    device, dtype = inputs.hidden.device, inputs.dtype
+    device, hidden_dtype, head_dtype = inputs.hidden.device, inputs.hidden.dtype, inputs.head.dtype
+    inputs = in_product_dtype(inputs)
     chunks = Chunks(min(chunks.rows, chunks.wide, N), min(chunks.wide, N))
-    hidden, head = inputs.hidden.to(dtype), inputs.head.to(dtype)
     one_pass = chunks.wide >= N
     sums = torch.zeros(2, N, dtype=torch.float32, device=device)
-    d_hidden = torch.empty_like(hidden if needs.hidden else hidden[:0])
-    d_head_dtype = stored(inputs.head.dtype) if one_pass else torch.float32
-    d_head = torch.empty(head.shape if needs.head else 0, dtype=d_head_dtype, device=device)
+    d_hidden = torch.empty(inputs.hidden.shape if needs.hidden else 0, dtype=inputs.dtype, device=device)
+    d_head_dtype = stored(head_dtype) if one_pass else torch.float32
+    d_head = torch.empty(inputs.head.shape if needs.head else 0, dtype=d_head_dtype, device=device)
     d_bias = torch.zeros(V if needs.bias else 0, dtype=torch.float32, device=device)
     # dW is written last when there is one pass, so its memory can hold logits until then.
     buffers = Buffers(inputs, chunks, precision, needs.any, free=d_head if one_pass else d_head[:0])
 
     for wide_start in range(0, N, chunks.wide):
         wide_stop = min(N, wide_start + chunks.wide)
-        loss_chunks(inputs, hidden, head, settings, wide_start, wide_stop, buffers, sums)
+        loss_chunks(inputs, settings, wide_start, wide_stop, buffers, sums)
         if not needs.any:
             continue
-        head_gradients(
-            buffers.gradients[: wide_stop - wide_start, :V], hidden, head, wide_start, d_hidden, d_head, d_bias
-        )
+        d_logits = buffers.gradients[: wide_stop - wide_start, :V]
+        head_gradients(d_logits, inputs, wide_start, d_hidden, d_head, d_bias)
+        del d_logits
 
     del buffers  # before the cast asks for memory
-    d_head = d_head.to(stored(inputs.head.dtype))
+    d_head = d_head.to(stored(head_dtype))
     d_bias = d_bias if inputs.bias is None else d_bias.to(stored(inputs.bias.dtype))
     ce_sum, kl_sum = sums.sum(1)
-    return Outputs(ce_sum, kl_sum.clone(), d_hidden.to(inputs.hidden.dtype), d_head, d_bias)
+    return Outputs(ce_sum, kl_sum.clone(), d_hidden.to(hidden_dtype), d_head, d_bias)
+
+
+def in_product_dtype(inputs: Inputs) -> Inputs:
+    """The inputs in the dtypes of their products, which copies them under autocast, and the teacher's head unpadded."""
+    teacher_hidden, teacher_head = inputs.teacher_hidden, inputs.teacher_head
+    if teacher_hidden is not None and teacher_head is not None:
+        teacher_hidden = teacher_hidden.to(inputs.teacher_dtype)
+        teacher_head = teacher_head[: inputs.shared].to(inputs.teacher_dtype)
+    return dataclasses.replace(
+        inputs,
+        hidden=inputs.hidden.to(inputs.dtype),
+        head=inputs.head.to(inputs.dtype),
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+    )
 
 
 def head_gradients(
-    d_logits: Tensor, hidden: Tensor, head: Tensor, start: int, d_hidden: Tensor, d_head: Tensor, d_bias: Tensor
+    d_logits: Tensor, inputs: Inputs, start: int, d_hidden: Tensor, d_head: Tensor, d_bias: Tensor
 ) -> None:
     """Writes the rows of d_hidden that begin at start, and adds to d_head and d_bias; an empty one is not wanted."""
     part = slice(start, start + d_logits.shape[0])
     if d_hidden.numel():
-        product(d_logits, head, d_hidden[part])
+        product(d_logits, inputs.head, d_hidden[part])
     if d_head.numel():
-        product(d_logits.T, hidden[part], d_head, add=start > 0)
+        product(d_logits.T, inputs.hidden[part], d_head, add=start > 0)
     if d_bias.numel():
         d_bias += d_logits.sum(0, dtype=torch.float32)
 
@@ -80,6 +97,8 @@ class Buffers:
         self.gradients = torch.empty(held, pitch, dtype=dtype, device=device)
         # Differences, and student logits of the gradients' own dtype, stand where their gradients will.
         self.student = self.teacher = None
+        tiles = triton.cdiv(inputs.head.shape[0], TILE_N)
+        self.tops = torch.empty(chunks.rows, tiles if self.difference else 0, dtype=torch.float32, device=device)
         if self.difference:
             self.teacher = scratch(free, (chunks.rows, pitch), narrow)
         else:
@@ -100,8 +119,6 @@ class Buffers:
 
 def loss_chunks(
     inputs: Inputs,
-    hidden: Tensor,
-    head: Tensor,
     settings: Settings,
     first: int,
     last: int,
@@ -113,13 +130,11 @@ def loss_chunks(
         part = slice(start, min(last, start + buffers.rows))
         teacher, student, d_logits = buffers.of(start - first, part.stop - part.start)
         if buffers.difference:
-            difference_product(inputs, hidden, head, settings, part, teacher, student)
+            difference_product(inputs, settings, part, teacher, student, buffers.tops)
         else:
-            product(hidden[part], head.T, student[:, : head.shape[0]])
+            product(inputs.hidden[part], inputs.head.T, student[:, : inputs.head.shape[0]])
             if inputs.teacher_hidden is not None and inputs.teacher_head is not None:
-                teacher_hidden = inputs.teacher_hidden[part].to(inputs.teacher_dtype)
-                teacher_head = inputs.teacher_head[: inputs.shared].to(inputs.teacher_dtype)
-                product(teacher_hidden, teacher_head.T, teacher[:, : inputs.shared])
+                product(inputs.teacher_hidden[part], inputs.teacher_head.T, teacher[:, : inputs.shared])
         loss_rows(inputs, settings, part, teacher, student, d_logits, sums[:, part], buffers)
 
 
@@ -175,29 +190,29 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 def difference_product(
-    inputs: Inputs, hidden: Tensor, head: Tensor, settings: Settings, part: slice, teacher: Tensor, difference: Tensor
+    inputs: Inputs, settings: Settings, part: slice, teacher: Tensor, difference: Tensor, tops: Tensor
 ) -> None:
-    """Writes the teacher's logits and student - teacher, both float16, for the positions of part.
+    """Writes the teacher's logits less tops, and student - teacher, both float16, for the positions of part.
 
-    One accumulator takes both products, so that the difference is rounded and not its operands.
+    tops: (rows, tiles) float32, the teacher's largest logit of each row in each tile of TILE_N columns. One accumulator
+    takes both products, so that the difference is rounded and not its operands.
     """
     assert inputs.teacher_hidden is not None
     assert inputs.teacher_head is not None
-    V, shared = head.shape[0], inputs.shared
-    teacher_hidden = aligned(inputs.teacher_hidden[part].to(inputs.teacher_dtype))
-    teacher_head = inputs.teacher_head[:shared].to(inputs.teacher_dtype)
-    student_hidden = aligned(hidden[part])
+    V, shared = inputs.head.shape[0], inputs.shared
+    teacher_hidden, student_hidden = aligned(inputs.teacher_hidden[part]), aligned(inputs.hidden[part])
     rows = student_hidden.shape[0]
     tiles = triton.cdiv(rows, TILE_M) * triton.cdiv(V, TILE_N)
-    programs = min(tiles, 3 if INTERPRETED else multiprocessors(hidden.device))
+    programs = min(tiles, 3 if INTERPRETED else multiprocessors(teacher.device))
     describe = TensorDescriptor.from_tensor
     kd_kernels.difference_product[(programs,)](
         describe(teacher_hidden, [TILE_M, TILE_K]),
-        describe(teacher_head, [TILE_N, TILE_K]),
+        describe(inputs.teacher_head, [TILE_N, TILE_K]),
         describe(student_hidden, [TILE_M, TILE_K]),
-        describe(head, [TILE_N, TILE_K]),
+        describe(inputs.head, [TILE_N, TILE_K]),
         teacher,
         difference,
+        tops,
         rows,
         V,
         shared,
@@ -215,8 +230,9 @@ def difference_product(
         PROGRAMS=programs,
         FLATTEN=not INTERPRETED,
         WIDEN=INTERPRETED,
+        RAGGED=shared % TILE_N != 0 or V % TILE_N != 0,
         num_warps=8,
-        num_stages=3,
+        num_stages=4,
     )
 
 
@@ -248,11 +264,11 @@ def loss_rows(
     log_q = inputs.top_log_probs[part].contiguous() if inputs.top_log_probs is not None else sums
     indices = inputs.top_indices[part].contiguous() if inputs.top_indices is not None else inputs.labels
     T = settings.temperature
-    power = int(T) if T in (1.0, 2.0) and shared == V else 0
     kd_kernels.loss_rows[(rows,)](
         teacher,
         student,
         d_logits,
+        buffers.tops,
         inputs.labels[part].contiguous(),
         sums,
         sums.stride(0),
@@ -280,7 +296,7 @@ def loss_rows(
         MISSING=settings.missing_mass,
         DIFFERENCE=buffers.difference,
         GRADIENT=buffers.gradient,
-        POWER=power,
+        POWER=int(T) if T in (1.0, 2.0) and shared == V else 0,
         PADDED=shared < V,
         RAGGED=pitch != V,
         BIAS=inputs.bias is not None,
@@ -292,6 +308,7 @@ def loss_rows(
         PITCH=pitch,
         K_BLOCK=triton.next_power_of_2(log_q.shape[1]) if sparse else 1,
         FLOOR=TAIL_FLOOR,
-        BLOCK=min(BLOCK, triton.next_power_of_2(V)),
+        TILE=TILE_N if buffers.difference else BLOCK,
+        BLOCK=BLOCK,
         num_warps=ROW_WARPS,
     )
