@@ -6,7 +6,8 @@
 
 Times are of the device, with a cold L2 and a queue that is never empty, as within a training step; the column `host` is
 how long Python takes to enqueue a call. The floor is the four matrix products that no loss can do without, as cuBLAS
-does them in one chunk, in bfloat16, measured in the same run. Peak memory is above the inputs and includes the
+does them in one chunk, in bfloat16. A GPU at its power limit changes its clock from call to call, so each call is
+preceded by one of its floor, and `x floor` is the median of their ratios. Peak memory is above the inputs and includes the
 gradients. Rows of other libraries are printed where they can be imported. Each row's loss is compared with the first
 one's: a fast wrong answer is marked.
 """
@@ -65,34 +66,34 @@ def table(N: int, V: int, Hs: int, Ht: int, device: torch.device, repeats: int, 
     print(f"\nN={N} V={V} Hs={Hs} Ht={Ht}: {products / 1e12:.2f} TFLOP")
     print(f"{'':<44} {'median ms':>9} {'min':>8} {'x floor':>8} {'peak MiB':>9} {'host ms':>8} {'loss':>9}")
     clock = Clock(device, repeats)
-    floor = {}
+    floors = {
+        "both": floor_call(x, True, True),
+        "ce": floor_call(x, False, True),
+        "frozen": floor_call(x, True, False),
+    }
     expected = None
-    for name, needs, make in rows(x, N, device):
+    for name, needs, make in rows(x, device, floors):
         if only and not any(word in name for word in (*only, "floor")):
             continue
         try:
-            call = make()
-            median, least, peak, host, loss = clock.measure(call, x)
+            median, least, ratio, peak, host, loss = clock.measure(make(), floors.get(needs), x)
         except Exception as problem:  # noqa: BLE001 - a row that cannot run must not cost the others
             print(f"{name:<44} not run: {type(problem).__name__}: {str(problem).splitlines()[0][:100]}")
             continue
         finally:
             gc.collect()
             torch.cuda.empty_cache()
-        if name.startswith("floor"):
-            floor[needs] = median
-        ratio = f"{median / floor[needs]:>8.3f}" if needs in floor else f"{'-':>8}"
         verdict = ""
         if loss is not None and needs == "both":
             expected = loss if expected is None else expected
             verdict = f"{loss:>9.4f}" + ("" if abs(loss - expected) < 2e-3 * abs(expected) else "  WRONG")
-        print(f"{name:<44} {median:>9.2f} {least:>8.2f} {ratio} {peak:>9.0f} {host:>8.2f} {verdict}", flush=True)
+        print(f"{name:<44} {median:>9.2f} {least:>8.2f} {ratio:>8} {peak:>9.0f} {host:>8.2f} {verdict}", flush=True)
 
 
 Row = tuple[str, str, Callable[[], Callable[[], Tensor | None]]]
 
 
-def rows(x: dict[str, Tensor], N: int, device: torch.device) -> list[Row]:
+def rows(x: dict[str, Tensor], device: torch.device, floors: dict[str, Callable[[], None]]) -> list[Row]:
     """Name, which floor it is compared with, and what makes the call; the call gives the loss, or None for a floor."""
     T = TEMPERATURE
     half = {**x, "labels": x["labels"].clone()}
@@ -108,9 +109,9 @@ def rows(x: dict[str, Tensor], N: int, device: torch.device) -> list[Row]:
         return ours(student, teacher_log_probs=log_q, teacher_indices=indices)
 
     listed: list[Row] = [
-        ("floor: four products, one chunk", "both", lambda: floor_call(x, True, True)),
-        ("floor: without the teacher's", "ce", lambda: floor_call(x, False, True)),
-        ("floor: without dW", "frozen", lambda: floor_call(x, True, False)),
+        ("floor: four products, one chunk", "both", lambda: floors["both"]),
+        ("floor: without the teacher's", "ce", lambda: floors["ce"]),
+        ("floor: without dW", "frozen", lambda: floors["frozen"]),
     ]
     precisions = ["difference", "fp32", "bf16"] if device.type == "cuda" else [None]
     listed += [(f"forge, {p or 'plain path'}", "both", lambda p=p: ours(precision=p)) for p in precisions]
@@ -147,18 +148,21 @@ class Clock:
         self.flush = torch.empty(2**32 if self.cuda else 1, dtype=torch.int8, device=device)
 
     def measure(
-        self, call: Callable[[], Tensor | None], x: dict[str, Tensor]
-    ) -> tuple[float, float, float, float, float | None]:
-        times, hosts = [], []
+        self, call: Callable[[], Tensor | None], floor: Callable[[], None] | None, x: dict[str, Tensor]
+    ) -> tuple[float, float, str, float, float, float | None]:
+        times, ratios, hosts = [], [], []
         value = None
         for i in range(self.repeats + 3):
             forget(x)
+            least = self.once(floor)[1] if floor is not None else None
             loss, milliseconds, host = self.once(call)
             value = None if loss is None else loss.detach()
             del loss
             if i >= 3:
                 times.append(milliseconds)
                 hosts.append(host)
+                if least is not None:
+                    ratios.append(milliseconds / least)
         forget(x)
         peak = 0.0
         if self.cuda:
@@ -169,8 +173,8 @@ class Clock:
             self.once(call)
             peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         forget(x)
-        number = None if value is None else value.item()
-        return statistics.median(times), min(times), peak, statistics.median(hosts), number
+        ratio = f"{statistics.median(ratios):.3f}" if ratios else "-"
+        return statistics.median(times), min(times), ratio, peak, statistics.median(hosts), value and value.item()
 
     def once(self, call: Callable[[], Tensor | None]) -> tuple[Tensor | None, float, float]:
         if not self.cuda:
@@ -204,7 +208,7 @@ def forget(x: dict[str, Tensor]) -> None:
 def floor_call(x: dict[str, Tensor], teacher: bool, head_gradient: bool) -> Callable[[], None]:
     """The products alone: random gradients of logits stand for those that a loss would make."""
     hidden, head = x["student_hidden"].detach(), x["student_head"].detach()
-    logits = torch.randn(hidden.shape[0], head.shape[0], device=hidden.device, dtype=torch.bfloat16)
+    logits = torch.empty(hidden.shape[0], head.shape[0], device=hidden.device, dtype=torch.bfloat16).normal_()
     out = torch.empty_like(logits)
 
     def call() -> None:
