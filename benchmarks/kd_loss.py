@@ -7,9 +7,9 @@
 Times are of the device, with a cold L2 and a queue that is never empty, as within a training step; the column `host` is
 how long Python takes to enqueue a call. The floor is the four matrix products that no loss can do without, as cuBLAS
 does them in one chunk, in bfloat16. A GPU at its power limit changes its clock from call to call, so each call is
-preceded by one of its floor, and `x floor` is the median of their ratios. Peak memory is above the inputs and includes the
-gradients. Rows of other libraries are printed where they can be imported. Each row's loss is compared with the first
-one's: a fast wrong answer is marked.
+preceded by one of its floor, and `x floor` is the median of their ratios. Peak memory is above the inputs and includes
+the gradients. Rows of other libraries are printed where they can be imported. Each row's loss is compared with the
+first one's: a fast wrong answer is marked.
 """
 
 import argparse
@@ -174,7 +174,8 @@ class Clock:
             peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         forget(x)
         ratio = f"{statistics.median(ratios):.3f}" if ratios else "-"
-        return statistics.median(times), min(times), ratio, peak, statistics.median(hosts), value and value.item()
+        number = None if value is None else value.item()
+        return statistics.median(times), min(times), ratio, peak, statistics.median(hosts), number
 
     def once(self, call: Callable[[], Tensor | None]) -> tuple[Tensor | None, float, float]:
         if not self.cuda:
