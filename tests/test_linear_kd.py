@@ -11,6 +11,7 @@ from torch.nn import functional
 from forge.losses import linear_kd as module
 from forge.losses.kd_settings import Chunks, plan_chunks, row_pitch
 from forge.losses.linear_kd import linear_kd
+from forge.losses.logits_kd import logits_kd
 
 IGNORE = -100
 DIVERGENCES = [("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.3), ("skew_kl", 0.2)]
@@ -499,6 +500,23 @@ def test_the_operator_declares_what_it_does() -> None:
         rest = ("forward_kl", "tail", IGNORE, torch.float64, torch.float64, wanted, False, None, None, False, None)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.forge.linear_kd.default, (*call, *rest), test_utils=tests)
+
+
+@pytest.mark.parametrize(("divergence", "mix"), DIVERGENCES)
+def test_from_the_logits_of_three_classes_it_is_the_same_loss(divergence: str, mix: float) -> None:
+    x = cast(problem(V=3), torch.float64)
+    settings: dict[str, Any] = {"alpha": 0.4, "temperature": 2.0, "divergence": divergence, "beta": mix, "skew": mix}
+    student, teacher = (x[f"{whose}_hidden"] @ x[f"{whose}_head"].T for whose in ("student", "teacher"))
+    loss, parts = logits_kd(student, teacher, x["labels"], **settings)
+    expected, ce, kl, expected_gradients = oracle(x, 0.4, 2.0, divergence, mix)
+
+    assert loss.item() == pytest.approx(expected)
+    assert (parts.ce_sum.item(), parts.kl_sum.item()) == (pytest.approx(ce), pytest.approx(kl))
+    assert all(error(g, expected_gradients[name]) < 1e-12 for name, g in gradients(loss, x).items())
+    alone, _ = logits_kd(student, None, x["labels"], alpha=0.0)
+    assert alone.item() == pytest.approx(ce / 9)
+    with pytest.raises(ValueError, match="alpha > 0 needs teacher_logits"):
+        logits_kd(student, None, x["labels"])
 
 
 def test_what_makes_no_sense_is_refused_in_one_sentence() -> None:
