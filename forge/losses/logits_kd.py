@@ -24,9 +24,9 @@ def logits_kd(
 ) -> tuple[Tensor, Parts]:
     """((1 - alpha) * CE + alpha * T^2 * D(teacher || student)) / normalizer, as forge.losses.linear_kd defines it.
 
-    student_logits, teacher_logits: (N, V) in any float dtype, computed in at least float32; the teacher is never given a
-    gradient, and may be None where alpha is 0. labels: (N,) int64; normalizer: () on the device, None for the number of
-    counted labels, at least 1. Returns the loss, differentiable in student_logits, and its detached sums.
+    student_logits, teacher_logits: (N, V) in any float dtype, computed in at least float32; the teacher is never given
+    a gradient, and may be None where alpha is 0. labels: (N,) int64; normalizer: () on the device, None for the number
+    of counted labels, at least 1. Returns the loss, differentiable in student_logits, and its detached sums.
 
     Raises ValueError for shapes that disagree, and for a setting without a meaning.
     """
