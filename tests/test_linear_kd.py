@@ -332,6 +332,8 @@ def test_the_teacher_gets_no_graph() -> None:
     linear_kd(**x, alpha=0.5)[0].backward()
     assert x["teacher_hidden"].grad is None
     assert x["teacher_head"].grad is None
+    frozen = {name: t.detach() if name.startswith("student") else t for name, t in x.items()}
+    assert not linear_kd(**frozen, alpha=0.5)[0].requires_grad
 
 
 def test_a_frozen_head_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
