@@ -1,8 +1,11 @@
 """The fused kernels against float64: compiled on a GPU, and in Triton's interpreter where there is none."""
 
 import dataclasses
+import importlib.util
 import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,38 +19,36 @@ from forge.losses.kd_settings import Chunks, Inputs, Needs, Outputs, Settings
 from forge.losses.linear_kd import linear_kd
 from forge.losses.linear_kd_plain import plain_linear_kd
 
-GPU = torch.cuda.is_available()
+REPOSITORY = Path(__file__).resolve().parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 BF16 = torch.bfloat16
 needs_gpu = pytest.mark.skipif(not GPU, reason="there is no CUDA device")
 
 
-def kernels() -> ModuleType:
-    """The fused path, interpreted where there is no GPU."""
-    pytest.importorskip("triton", reason="triton is not installed, so the kernels cannot even be interpreted")
-    return sys.modules["forge.losses.linear_kd_triton"]
+@pytest.mark.slow
+def test_the_kernels_in_tritons_interpreter() -> None:
+    """The rest of this file, in a process of its own: triton must be told to interpret before anybody imports it."""
+    if GPU or INTERPRETED:
+        pytest.skip("the kernels run in this process")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed, so the kernels cannot even be interpreted")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")  # other tests of this process go on without
+def _somewhere_to_run(request: pytest.FixtureRequest) -> None:
+    if not (GPU or INTERPRETED) and request.function is not test_the_kernels_in_tritons_interpreter:
+        pytest.skip("runs on a GPU, or in the process that test_the_kernels_in_tritons_interpreter starts")
 
 
-def _import_kernels() -> None:
-    """Before any test can import triton, which reads the variable while it is imported."""
-    if not GPU:
-        assert "triton" not in sys.modules, "triton was imported before it could be told to interpret"
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import forge.losses.linear_kd_triton  # noqa: F401
-    except ImportError:
-        return
-    finally:
-        os.environ.pop("TRITON_INTERPRET", None)
-
-
-_import_kernels()
+def kernels() -> ModuleType:
+    return importlib.import_module("forge.losses.linear_kd_triton")
 
 
 def inputs_of(x: dict[str, Tensor], alpha: float = 0.5) -> Inputs:
