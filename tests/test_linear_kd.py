@@ -1,6 +1,11 @@
 """The distillation loss against a float64 oracle built from hidden states, on the plain path."""
 
+import importlib.util
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -587,3 +592,18 @@ def test_the_plan_keeps_its_budget_and_does_not_grow_with_the_batch() -> None:
     assert plan_chunks(30000, V, H, logit_bytes=2) == plan_chunks(200000, V, H, logit_bytes=2)
     assert plan_chunks(8192, V, H, logit_bytes=2, low_memory=True).wide == 2048
     assert plan_chunks(8192, V, H, logit_bytes=2, memory_budget=1) == Chunks(128, 128)  # the least there is
+
+
+@pytest.mark.slow
+def test_the_kernels_in_tritons_interpreter() -> None:
+    """test_linear_kd_triton.py in a process of its own: triton decides at its import whether it interprets."""
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("test_linear_kd_triton.py runs by itself")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed, so the kernels cannot even be interpreted")
+    file = Path(__file__).with_name("test_linear_kd_triton.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=file.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout.splitlines()[-1]

@@ -1,11 +1,8 @@
 """The fused kernels against float64: compiled on a GPU, and in Triton's interpreter where there is none."""
 
 import dataclasses
-import importlib.util
+import importlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +16,6 @@ from forge.losses.kd_settings import Chunks, Inputs, Needs, Outputs, Settings
 from forge.losses.linear_kd import linear_kd
 from forge.losses.linear_kd_plain import plain_linear_kd
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
@@ -27,24 +23,8 @@ BF16 = torch.bfloat16
 needs_gpu = pytest.mark.skipif(not GPU, reason="there is no CUDA device")
 
 
-@pytest.mark.slow
-def test_the_kernels_in_tritons_interpreter() -> None:
-    """The rest of this file, in a process of its own: triton must be told to interpret before anybody imports it."""
-    if GPU or INTERPRETED:
-        pytest.skip("the kernels run in this process")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed, so the kernels cannot even be interpreted")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout.splitlines()[-1]
-
-
-@pytest.fixture(autouse=True)
-def _somewhere_to_run(request: pytest.FixtureRequest) -> None:
-    if not (GPU or INTERPRETED) and request.function is not test_the_kernels_in_tritons_interpreter:
-        pytest.skip("runs on a GPU, or in the process that test_the_kernels_in_tritons_interpreter starts")
+if not (GPU or INTERPRETED):
+    pytest.skip("the kernels run on a GPU, or in a process that test_linear_kd.py starts", allow_module_level=True)
 
 
 def kernels() -> ModuleType:
