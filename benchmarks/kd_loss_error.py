@@ -1,0 +1,88 @@
+"""Prints how far the distillation loss's gradients are from float64, computed from the hidden states.
+
+    python benchmarks/kd_loss_error.py                   on a CUDA device: every precision of the fused path
+    python benchmarks/kd_loss_error.py --device cpu      the plain path, on smaller shapes
+
+The student is its teacher plus noise: logits of standard deviation `std` that differ by `gap` rms. A loss that rounds
+the logits of both models shows nothing in its value and loses its gradient as the gap closes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from forge.losses.linear_kd import linear_kd
+
+DIVERGENCES = (("forward_kl", {}), ("reverse_kl", {}), ("jsd", {"beta": 0.5}), ("skew_kl", {"skew": 0.1}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--shape", default=None, help="N,V,H; 256,32000,1024 on a GPU and 64,2000,128 on a CPU")
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    default = "64,2000,128" if arguments.device == "cpu" else "256,32000,1024"
+    N, V, H = map(int, (arguments.shape or default).split(","))
+    precisions = [None] if arguments.device == "cpu" else ["difference", "fp32", "bf16"]
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
+    print(f"torch {torch.__version__}, {where}; N={N} V={V} H={H} T={arguments.temperature}, bfloat16 inputs")
+    print(f"{'divergence':<11} {'std':>4} {'gap':>5} {'precision':<11} {'D':>8} {'dX':>9} {'dW':>9}   relative errors")
+    for divergence, options in DIVERGENCES:
+        for std, gap in ((3.0, 1.0), (3.0, 3.0), (10.0, 0.1), (10.0, 0.01)):
+            for precision in precisions:
+                worst = [0.0, 0.0, 0.0]
+                for seed in range(arguments.seeds):
+                    tensors = near_pair(N, V, H, std, gap, seed, arguments.device)
+                    settings = {"alpha": 1.0, "temperature": arguments.temperature, "divergence": divergence, **options}
+                    errors = relative_errors(tensors, settings, precision)
+                    worst = [max(pair) for pair in zip(worst, errors, strict=True)]
+                value, d_hidden, d_head = worst
+                print(
+                    f"{divergence:<11} {std:>4.0f} {gap:>5} {precision or 'plain':<11} "
+                    f"{value:>8.1e} {d_hidden:>9.3%} {d_head:>9.3%}",
+                    flush=True,
+                )
+
+
+def near_pair(N: int, V: int, H: int, std: float, gap: float, seed: int, device: str) -> dict[str, Tensor]:
+    """bfloat16 tensors of a teacher and of a student whose logits differ from it by gap."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(N, H, device=device)
+    head = torch.randn(V, H, device=device) * (std / H**0.5)
+    noise = torch.randn(V, H, device=device) * (gap / H**0.5)
+    teacher_head = head.bfloat16()
+    return {
+        "student_hidden": hidden.bfloat16(),
+        "student_head": (teacher_head.float() + noise).bfloat16(),
+        "labels": torch.randint(0, V, (N,), device=device),
+        "teacher_hidden": hidden.bfloat16(),
+        "teacher_head": teacher_head,
+    }
+
+
+def relative_errors(tensors: dict[str, Tensor], settings: dict, precision: str | None) -> list[float]:
+    """Of D, of the gradient in the hidden states and of that in the head."""
+    exact = run({name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}, settings, None)
+    found = run(tensors, settings, precision)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+
+def run(tensors: dict[str, Tensor], settings: dict, precision: str | None) -> list[Tensor]:
+    hidden = tensors["student_hidden"].detach().requires_grad_()
+    head = tensors["student_head"].detach().requires_grad_()
+    loss, parts = linear_kd(
+        **{**tensors, "student_hidden": hidden, "student_head": head}, **settings, precision=precision
+    )
+    loss.backward()
+    return [parts.kl_sum, hidden.grad, head.grad]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What every path of the distillation loss shares: the settings of its formula, its inputs, and its chunk sizes."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+MISSING_MASS = ("tail", "renormalise", "zero")
+PRECISIONS = ("difference", "fp32", "bf16")
+TAIL_FLOOR = 1e-6  # a tail lighter than this is lost in the float32 rounding of 1 - sum(top k), so it counts as none
+DEFAULT_BUDGET = 3 * 2**30  # holds the fastest chunks of 8,192 rows at a vocabulary of 151,936
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The formula: (1 - alpha) * CE + alpha * T^2 * D(teacher || student), D at temperature T on both."""
+
+    alpha: float = 0.5
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    mix: float = 0.0  # the teacher's share of the mixture: beta of jsd, lambda of skew_kl
+    missing_mass: str = "tail"
+    logit_scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    ignore_index: int = -100
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call. A teacher is hidden states with a head, or top-k log-probabilities, or absent."""
+
+    hidden: Tensor  # (N, Hs)
+    head: Tensor  # (V, Hs)
+    labels: Tensor  # (N,) int64
+    bias: Tensor | None = None  # (V,)
+    teacher_hidden: Tensor | None = None  # (N, Ht)
+    teacher_head: Tensor | None = None  # (Vt, Ht)
+    teacher_bias: Tensor | None = None  # (Vt,)
+    top_log_probs: Tensor | None = None  # (N, K) at temperature T
+    top_indices: Tensor | None = None  # (N, K) int64
+    dtype: torch.dtype = torch.float32  # what the student's hidden states and head are multiplied in
+    teacher_dtype: torch.dtype = torch.float32
+
+    @property
+    def shared(self) -> int:
+        """How many columns both models know; the rest is padding of the wider head, which D must not see."""
+        V = self.head.shape[0]
+        return V if self.teacher_head is None else min(V, self.teacher_head.shape[0])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients somebody will ask for."""
+
+    hidden: bool
+    head: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.head or self.bias
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Sums over the counted positions, and the gradients of total; an empty tensor where none was needed."""
+
+    ce_sum: Tensor  # ()
+    kl_sum: Tensor  # ()
+    d_hidden: Tensor  # (N, Hs)
+    d_head: Tensor  # (V, Hs)
+    d_bias: Tensor  # (V,)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Logits exist for `rows` positions at a time; their gradients are collected for `wide` before dX and dW."""
+
+    rows: int
+    wide: int
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ValueError, one sentence, for a number or a word that gives the formula no meaning."""
+    if not 0.0 <= settings.alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], and it is {settings.alpha}.")
+    if not (settings.temperature > 0.0 and math.isfinite(settings.temperature)):
+        raise ValueError(f"temperature must be a positive number, and it is {settings.temperature}.")
+    if settings.divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, and it is {settings.divergence!r}.")
+    if settings.divergence == "jsd" and not 0.0 < settings.mix < 1.0:
+        raise ValueError(
+            f"beta of jsd must lie strictly between 0 and 1, and it is {settings.mix}; "
+            "the limits are called forward_kl and reverse_kl."
+        )
+    if settings.divergence == "skew_kl" and not 0.0 <= settings.mix < 1.0:
+        raise ValueError(f"skew of skew_kl must lie in [0, 1), and it is {settings.mix}.")
+    if settings.missing_mass not in MISSING_MASS:
+        raise ValueError(f"missing_mass must be one of {', '.join(MISSING_MASS)}, and it is {settings.missing_mass!r}.")
+    if settings.softcap < 0.0 or settings.teacher_softcap < 0.0:
+        raise ValueError("A softcap must be positive, or None for none.")
+    if not (math.isfinite(settings.logit_scale) and math.isfinite(settings.teacher_logit_scale)):
+        raise ValueError("A logit scale must be a finite number.")
+
+
+def row_pitch(V: int) -> int:
+    """Elements from one row of logits to the next: whole 128-byte lines, so that an odd vocabulary stays aligned."""
+    return -(-V // 64) * 64
+
+
+def plan_chunks(
+    N: int,
+    V: int,
+    H: int,
+    *,
+    logit_bytes: int,
+    gradient_bytes: int = 2,
+    head_gradient_bytes: int = 2,
+    memory_budget: int | None = None,
+    low_memory: bool = False,
+) -> Chunks:
+    """The fastest chunk sizes whose scratch memory fits the budget; the smallest there are if none does.
+
+    N positions, V columns, H the student's width. logit_bytes: bytes of one column of one row of logits, both models
+    together, gradients excluded. gradient_bytes: of one logit's gradient. head_gradient_bytes: of one element of the
+    head's gradient as it is returned, 0 for a frozen head. memory_budget: bytes of scratch besides the returned
+    gradients; None for 3 GiB. low_memory: never more than 2,048 rows of gradients. Depends on nothing but these.
+    """
+    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    sizes = [(rows, wide) for wide in (N, 16384, 8192, 4096) for rows in (2048, 1024)]
+    sizes = [] if low_memory else [(rows, wide) for rows, wide in sizes if wide <= N]
+    sizes += [(1024, 2048), (1024, 1024), (512, 1024), (512, 512), (256, 256), (128, 128)]
+    for rows, wide in sizes:
+        chunks = Chunks(min(rows, wide, N), min(wide, N))
+        if _scratch(chunks, N, V, H, logit_bytes, gradient_bytes, head_gradient_bytes) <= budget:
+            return chunks
+    return chunks
+
+
+def _scratch(chunks: Chunks, N: int, V: int, H: int, logit_bytes: int, gradient_bytes: int, head_bytes: int) -> int:
+    pitch = row_pitch(V)
+    one_pass = chunks.wide >= N
+    logits = chunks.rows * pitch * logit_bytes
+    # With one pass over dW its memory is free until the end, and holds logits until then.
+    lent = V * H * head_bytes if one_pass else 0
+    accumulator = 0 if one_pass or not head_bytes else V * H * 4
+    return max(0, logits - lent) + chunks.wide * pitch * gradient_bytes + accumulator

@@ -1,0 +1,388 @@
+"""The distillation loss from hidden states and heads, without the full logits of either model."""
+
+import dataclasses
+import importlib.util
+import logging
+
+import torch
+from torch import Tensor
+
+from forge.losses.kd_settings import PRECISIONS, Chunks, Inputs, Needs, Outputs, Settings, check_settings, plan_chunks
+from forge.losses.linear_kd_plain import plain_linear_kd, stored
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Parts:
+    """What the loss is made of: float scalars on the device, detached, summed over the counted positions."""
+
+    ce_sum: Tensor  # () cross-entropy in nats
+    kl_sum: Tensor  # () D(teacher || student) at temperature T, without T^2; 0 where alpha is 0
+    count: Tensor  # () int64
+
+
+def linear_kd(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    labels: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | None = None,
+    teacher_log_probs: Tensor | None = None,
+    teacher_indices: Tensor | None = None,
+    missing_mass: str = "tail",
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    normalizer: Tensor | None = None,
+    ignore_index: int = -100,
+    compact: bool = False,
+    precision: str | None = None,
+    memory_budget: int | None = None,
+    low_memory: bool = False,
+    chunks: Chunks | None = None,
+) -> tuple[Tensor, Parts]:
+    """((1 - alpha) * CE + alpha * T^2 * D(teacher || student)) / normalizer, CE and D summed over counted positions.
+
+    CE is at temperature 1 over the student's V columns; D at temperature T over the columns that both heads have, the
+    rest of the wider head being padding. The divergences are written out in linear_kd_plain.divergence_rows. The factor
+    T^2 keeps the size of D's gradient (Hinton et al. 2015, arXiv 1503.02531).
+
+    student_hidden: (N, Hs), student_head: (V, Hs), student_bias: (V,); one float dtype, or under autocast any.
+    labels: (N,) int64, already shifted; positions with ignore_index count neither in CE nor in D.
+    teacher_hidden: (N, Ht), teacher_head: (Vt, Ht), teacher_bias: (Vt,); never given a gradient.
+    teacher_log_probs, teacher_indices: (N, K) instead of those, for forward_kl: the teacher's top k at this
+        temperature, indices distinct within a row, -inf for an absent entry. missing_mass says what becomes of the
+        probability that they lack: tail, renormalise or zero; see linear_kd_plain.sparse_rows.
+    alpha: in [0, 1]. At 0 no teacher is needed, and one that is given is not touched; at 1 CE is still reported.
+    divergence: forward_kl, reverse_kl, jsd (with beta) or skew_kl (with skew); beta and skew are the teacher's share of
+        the mixture.
+    logit_scale, softcap: logits are softcap * tanh(logit_scale * (hidden @ head.T + bias) / softcap).
+    normalizer: () on the device, usually the labels of the whole optimizer step over all ranks and micro-batches; None
+        for those of this call, at least 1.
+    compact: leave ignored rows out of the products. It waits once for the device, to learn how many are left.
+    precision: of the logits between product and loss, on the fused path: "difference" (float16 teacher logits and
+        float16 differences), "fp32" or "bf16" (the inputs' dtype: fast, and wrong near convergence); None for the
+        difference where it can run, else fp32. What cannot run falls back to fp32 with one warning.
+    memory_budget, low_memory: scratch bytes and a smaller plan, see kd_settings.plan_chunks; chunks overrides both.
+
+    Returns the loss, a float32 scalar (float64 for float64 inputs), differentiable in student_hidden, student_head and
+    student_bias, and its detached Parts. Gradients are computed in forward and only scaled in backward, so there is no
+    double backward. Deterministic. torch.compile sees one operator.
+
+    Raises ValueError for shapes that disagree, and for a setting without a meaning.
+    """
+    settings = Settings(
+        alpha=float(alpha),
+        temperature=float(temperature),
+        divergence=divergence,
+        mix=float(beta) if divergence == "jsd" else float(skew) if divergence == "skew_kl" else 0.0,
+        missing_mass=missing_mass,
+        logit_scale=float(logit_scale),
+        softcap=float(softcap or 0.0),
+        teacher_logit_scale=float(teacher_logit_scale),
+        teacher_softcap=float(teacher_softcap or 0.0),
+        ignore_index=ignore_index,
+    )
+    check_settings(settings)
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or None, and it is {precision!r}.")
+    if settings.alpha == 0.0:
+        teacher_hidden = teacher_head = teacher_bias = teacher_log_probs = teacher_indices = None
+    check_student(student_hidden, student_head, student_bias, labels)
+    if settings.alpha > 0.0:
+        check_teacher(student_hidden, teacher_hidden, teacher_head, teacher_bias, teacher_log_probs, teacher_indices)
+        if teacher_log_probs is not None and divergence != "forward_kl":
+            raise ValueError(f"A top-k teacher knows forward_kl only, and divergence is {divergence!r}.")
+    student_dtype = product_dtype(student_hidden, student_head, "student")
+    teacher_dtype = student_dtype
+    if teacher_hidden is not None and teacher_head is not None:
+        teacher_dtype = product_dtype(teacher_hidden, teacher_head, "teacher")
+
+    grad = torch.is_grad_enabled()
+    total, ce_sum, kl_sum, _, _, _ = torch.ops.forge.linear_kd(
+        student_hidden,
+        student_head,
+        labels,
+        student_bias,
+        None if teacher_hidden is None else teacher_hidden.detach(),
+        None if teacher_head is None else teacher_head.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        None if teacher_log_probs is None else teacher_log_probs.detach(),
+        teacher_indices,
+        [
+            settings.alpha,
+            settings.temperature,
+            settings.mix,
+            settings.logit_scale,
+            settings.softcap,
+            settings.teacher_logit_scale,
+            settings.teacher_softcap,
+        ],
+        divergence,
+        missing_mass,
+        ignore_index,
+        student_dtype,
+        teacher_dtype,
+        [
+            grad and student_hidden.requires_grad,
+            grad and student_head.requires_grad,
+            grad and student_bias is not None and student_bias.requires_grad,
+        ],
+        compact,
+        precision,
+        memory_budget,
+        low_memory,
+        None if chunks is None else [chunks.rows, chunks.wide],
+    )
+    count = (labels != ignore_index).sum()
+    if normalizer is None:
+        normalizer = count.clamp(min=1)
+    return total / normalizer.to(total.dtype), Parts(ce_sum.detach(), kl_sum.detach(), count)
+
+
+def check_student(hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(
+            f"student_hidden {tuple(hidden.shape)} and student_head {tuple(head.shape)} must be (N, Hs) and (V, Hs)."
+        )
+    if labels.dim() != 1 or labels.shape[0] != hidden.shape[0] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} {labels.dtype} must be int64 with one label for each row of student_hidden "
+            f"{tuple(hidden.shape)}."
+        )
+    if bias is not None and tuple(bias.shape) != (head.shape[0],):
+        raise ValueError(f"student_bias {tuple(bias.shape)} must have one element for each of {head.shape[0]} columns.")
+
+
+def check_teacher(
+    student_hidden: Tensor,
+    hidden: Tensor | None,
+    head: Tensor | None,
+    bias: Tensor | None,
+    log_probs: Tensor | None,
+    indices: Tensor | None,
+) -> None:
+    dense, sparse = hidden is not None or head is not None, log_probs is not None or indices is not None
+    if dense == sparse:
+        raise ValueError("alpha > 0 needs one teacher: teacher_hidden and teacher_head, or log-probs and indices.")
+    N = student_hidden.shape[0]
+    if sparse:
+        if log_probs is None or indices is None or log_probs.dim() != 2 or log_probs.shape != indices.shape:
+            raise ValueError("teacher_log_probs and teacher_indices must both be given, with one shape (N, K).")
+        if log_probs.shape[0] != N or log_probs.shape[1] == 0 or indices.dtype != torch.int64:
+            raise ValueError(
+                f"teacher_log_probs {tuple(log_probs.shape)} and int64 teacher_indices need one row for each of the "
+                f"{N} rows of student_hidden, and at least one column."
+            )
+        return
+    if hidden is None or head is None or hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError("teacher_hidden and teacher_head must both be given, as (N, Ht) and (Vt, Ht).")
+    if hidden.shape[0] != N:
+        raise ValueError(f"teacher_hidden has {hidden.shape[0]} rows, and student_hidden has {N}.")
+    if bias is not None and tuple(bias.shape) != (head.shape[0],):
+        raise ValueError(f"teacher_bias {tuple(bias.shape)} must have one element for each of {head.shape[0]} columns.")
+
+
+def product_dtype(hidden: Tensor, head: Tensor, whose: str) -> torch.dtype:
+    """The dtype that hidden and head are multiplied in: autocast's where it is on, else their own."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != head.dtype:
+        raise ValueError(f"{whose}_hidden is {hidden.dtype} and {whose}_head is {head.dtype}: cast one, or autocast.")
+    return hidden.dtype
+
+
+@torch.library.custom_op("forge::linear_kd", mutates_args=())
+def linear_kd_operator(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    teacher_bias: Tensor | None,
+    top_log_probs: Tensor | None,
+    top_indices: Tensor | None,
+    numbers: list[float],
+    divergence: str,
+    missing_mass: str,
+    ignore_index: int,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    wanted: list[bool],
+    compact: bool,
+    precision: str | None,
+    memory_budget: int | None,
+    low_memory: bool,
+    chunk_sizes: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total, CE and D sums, and the gradients of total in hidden, head and bias: empty where not wanted."""
+    alpha, temperature, mix, scale, cap, teacher_scale, teacher_cap = numbers
+    settings = Settings(
+        alpha, temperature, divergence, mix, missing_mass, scale, cap, teacher_scale, teacher_cap, ignore_index
+    )
+    teacher = (teacher_hidden, teacher_head, teacher_bias, top_log_probs, top_indices)
+    inputs = Inputs(hidden, head, labels, bias, *teacher, dtype=dtype, teacher_dtype=teacher_dtype)
+    chunks = None if chunk_sizes is None else Chunks(*chunk_sizes)
+    # Autocast would round the float32 sums of the plain path.
+    with torch.autocast(hidden.device.type, enabled=False):
+        run = compacted if compact else computed
+        outputs = run(inputs, settings, Needs(*wanted), precision, memory_budget, low_memory, chunks)
+    total = (1.0 - alpha) * outputs.ce_sum + alpha * temperature**2 * outputs.kl_sum
+    return total, outputs.ce_sum, outputs.kl_sum, outputs.d_hidden, outputs.d_head, outputs.d_bias
+
+
+@linear_kd_operator.register_fake
+def _(hidden, head, labels, bias, *others):  # type: ignore[no-untyped-def]
+    dtype, wanted = others[-8], others[-6]
+    work = torch.promote_types(dtype, torch.float32)
+    total, ce_sum, kl_sum = (head.new_empty((), dtype=work) for _ in range(3))
+    d_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
+    d_head = head.new_empty(head.shape if wanted[1] else 0, dtype=stored(head.dtype))
+    d_bias = head.new_empty(head.shape[0] if wanted[2] else 0, dtype=stored(work if bias is None else bias.dtype))
+    return total, ce_sum, kl_sum, d_hidden, d_head, d_bias
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, _, _, d_hidden, d_head, d_bias = output
+    ctx.save_for_backward(d_hidden, d_head, d_bias)
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype, None if inputs[3] is None else inputs[3].dtype
+    ctx.wanted = inputs[15]
+    ctx.set_materialize_grads(False)  # zeros for the unused outputs would be as large as the head
+
+
+def _backward(ctx, d_total, *_unused):  # type: ignore[no-untyped-def]
+    gradients = [
+        torch.ops.forge.scaled_gradient(gradient, d_total, dtype) if wanted and d_total is not None else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    ]
+    return gradients[0], gradients[1], None, gradients[2], *[None] * 17
+
+
+linear_kd_operator.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("forge::scaled_gradient", mutates_args=())
+def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, () on the device, rounded once to dtype; gradient stays as it was for another backward."""
+    if refusal_of_kernels(gradient.device, gradient.dtype) is None:
+        from forge.losses.linear_kd_triton import scaled
+
+        with torch.cuda.device(gradient.device):
+            return scaled(gradient, factor, dtype)
+    # A 0-dim factor would be rounded to the gradient's dtype, one of shape (1,) is not.
+    work = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.mul(gradient.to(work), factor.to(work)).to(dtype, copy=True)
+
+
+@scaled_gradient.register_fake
+def _(gradient, factor, dtype):  # type: ignore[no-untyped-def]
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def compacted(
+    inputs: Inputs,
+    settings: Settings,
+    needs: Needs,
+    precision: str | None,
+    memory_budget: int | None,
+    low_memory: bool,
+    chunks: Chunks | None,
+) -> Outputs:
+    """computed on the counted rows alone; torch.nonzero waits for the device."""
+    kept = torch.nonzero(inputs.labels != settings.ignore_index).squeeze(1)
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[kept]
+
+    fewer = dataclasses.replace(
+        inputs,
+        hidden=inputs.hidden[kept],
+        labels=inputs.labels[kept],
+        teacher_hidden=rows(inputs.teacher_hidden),
+        top_log_probs=rows(inputs.top_log_probs),
+        top_indices=rows(inputs.top_indices),
+    )
+    outputs = computed(fewer, settings, needs, precision, memory_budget, low_memory, chunks)
+    if not needs.hidden:
+        return outputs
+    d_hidden = torch.zeros_like(inputs.hidden)
+    d_hidden[kept] = outputs.d_hidden
+    return dataclasses.replace(outputs, d_hidden=d_hidden)
+
+
+def computed(
+    inputs: Inputs,
+    settings: Settings,
+    needs: Needs,
+    precision: str | None,
+    memory_budget: int | None,
+    low_memory: bool,
+    chunks: Chunks | None,
+) -> Outputs:
+    """The fused path where it can run, else the plain one."""
+    N, (V, H) = inputs.hidden.shape[0], inputs.head.shape
+    refusal = refusal_of_kernels(inputs.hidden.device, inputs.dtype)
+    if refusal is not None or N == 0:
+        if refusal is not None:
+            warn_once(f"linear_kd takes the plain path: {refusal}.")
+        itemsize = torch.promote_types(inputs.dtype, torch.float32).itemsize
+        if chunks is None:
+            # Some six (rows, V) tensors are alive at once; without a budget, 256 MiB of them.
+            budget = memory_budget or 2**28
+            chunks = Chunks(rows := max(16, min(1024, budget // (6 * itemsize * V))), rows)
+        return plain_linear_kd(inputs, settings, needs, chunks.rows)
+
+    from forge.losses.linear_kd_triton import fused_linear_kd, refusal_of_difference
+
+    obstacle = refusal_of_difference(inputs, settings)
+    if precision == "difference" and obstacle is not None and settings.alpha > 0.0:
+        warn_once(f"linear_kd works with fp32 logits, not with their difference: {obstacle}.")
+    if precision in (None, "difference"):
+        precision = "fp32" if obstacle is not None else "difference"
+    if chunks is None:
+        models = 1 if inputs.teacher_head is None else 2
+        bytes_of = {"difference": 2, "fp32": 4 * models, "bf16": inputs.dtype.itemsize * (models - 1)}
+        chunks = plan_chunks(
+            N,
+            V,
+            H,
+            logit_bytes=bytes_of[precision],
+            gradient_bytes=inputs.dtype.itemsize,
+            head_gradient_bytes=stored(inputs.head.dtype).itemsize if needs.head else 0,
+            memory_budget=memory_budget,
+            low_memory=low_memory,
+        )
+    with torch.cuda.device(inputs.hidden.device):
+        return fused_linear_kd(inputs, settings, needs, chunks, precision)
+
+
+def refusal_of_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run, or None where they can."""
+    if device.type != "cuda":
+        return f"its kernels need a CUDA device, and the tensors are on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its kernels do not compute in {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)

@@ -1,0 +1,158 @@
+"""The chunked loss in plain torch: the path of the CPU, and the twin that the kernels are compared with."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from forge.losses.kd_settings import TAIL_FLOOR, Inputs, Needs, Outputs, Settings
+
+
+def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int) -> Outputs:
+    """The sums and gradients of forge.losses.linear_kd, `rows` positions at a time, on any device.
+
+    Logits are float32, or float64 for float64 inputs, whatever the inputs are rounded to.
+    """
+    N = inputs.hidden.shape[0]
+    work = torch.promote_types(inputs.dtype, torch.float32)
+    head = inputs.head.to(inputs.dtype).to(work)  # (V, Hs)
+    teacher_head = None  # (shared, Ht)
+    if inputs.teacher_head is not None:
+        teacher_head = inputs.teacher_head[: inputs.shared].to(inputs.teacher_dtype).to(work)
+    ce_sum = head.new_zeros(())
+    kl_sum = head.new_zeros(())
+    d_hidden = inputs.hidden.new_zeros(inputs.hidden.shape if needs.hidden else 0)
+    d_head = head.new_zeros(head.shape if needs.head else 0)
+    d_bias = head.new_zeros(head.shape[0] if needs.bias else 0)
+
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        hidden = inputs.hidden[part].to(inputs.dtype).to(work)
+        logits, slope = head_logits(hidden @ head.T, inputs.bias, settings.logit_scale, settings.softcap)
+        counted = inputs.labels[part] != settings.ignore_index
+        ce, gradient = cross_entropy_rows(logits, torch.where(counted, inputs.labels[part], 0))
+        gradient *= 1.0 - settings.alpha
+        if settings.alpha > 0.0:
+            if teacher_head is not None:
+                assert inputs.teacher_hidden is not None
+                teacher_hidden = inputs.teacher_hidden[part].to(inputs.teacher_dtype).to(work)
+                bias = None if inputs.teacher_bias is None else inputs.teacher_bias[: inputs.shared]
+                raw = teacher_hidden @ teacher_head.T
+                teacher, _ = head_logits(raw, bias, settings.teacher_logit_scale, settings.teacher_softcap)
+                kl, d_logits = divergence_rows(logits[:, : inputs.shared], teacher, settings)
+                gradient[:, : inputs.shared] += settings.alpha * settings.temperature**2 * d_logits
+            else:
+                assert inputs.top_log_probs is not None
+                assert inputs.top_indices is not None
+                kl, d_logits = sparse_rows(logits, inputs.top_log_probs[part], inputs.top_indices[part], settings)
+                gradient += settings.alpha * settings.temperature**2 * d_logits
+            kl_sum += torch.where(counted, kl, 0.0).sum()
+        ce_sum += torch.where(counted, ce, 0.0).sum()
+        gradient = torch.where(counted[:, None], gradient if slope is None else gradient * slope, 0.0)
+        if needs.hidden:
+            d_hidden[part] = gradient @ head
+        if needs.head:
+            d_head += gradient.T @ hidden
+        if needs.bias:
+            d_bias += gradient.sum(0)
+
+    bias_dtype = work if inputs.bias is None else inputs.bias.dtype
+    return Outputs(ce_sum, kl_sum, d_hidden, d_head.to(stored(inputs.head.dtype)), d_bias.to(stored(bias_dtype)))
+
+
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a summed gradient waits for backward: float16 would overflow before it is normalised."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def head_logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float) -> tuple[Tensor, Tensor | float | None]:
+    """Logits softcap * tanh(scale * (raw + bias) / softcap), and what their gradient is multiplied by on its way back.
+
+    The order is the models': Gemma 2 caps what its head gives, Cohere scales it.
+    """
+    logits = raw if bias is None else raw + bias.to(raw.dtype)
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap == 0.0:
+        return logits, None if scale == 1.0 else scale
+    tanh = torch.tanh(logits / softcap)
+    return tanh * softcap, (1.0 - tanh * tanh) * scale
+
+
+def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[label] of each row, and softmax - one_hot: (n,) and (n, V)."""
+    log_p = logits.log_softmax(-1)
+    labels = labels[:, None]
+    gradient = log_p.exp().scatter_add_(1, labels, torch.full_like(log_p[:, :1], -1.0))
+    return -log_p.gather(1, labels).squeeze(1), gradient
+
+
+def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """D(teacher || student) of each row at temperature T, without T^2, and its gradient in the student's logits.
+
+    student, teacher: (n, V) logits. Returns (n,) and (n, V). With p the student, q the teacher and m = w q + (1 - w) p:
+
+        forward_kl  sum q log(q / p)                               gradient (p - q) / T
+        reverse_kl  sum p log(p / q)                                        p (g - sum p g) / T,  g = log(p / q)
+        jsd         w sum q log(q / m) + (1 - w) sum p log(p / m)           likewise, g = (1 - w) log(p / m)
+        skew_kl     sum q log(q / m)                                        likewise, g = -(1 - w) q / m
+
+    jsd is the generalised Jensen-Shannon divergence of Agarwal et al. 2024 (GKD, arXiv 2306.13649), w = beta; skew_kl
+    is that of Ko et al. 2024 (DistiLLM, arXiv 2402.03898), w = lambda.
+    """
+    T = settings.temperature
+    log_p, log_q = (student / T).log_softmax(-1), (teacher / T).log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if settings.divergence == "forward_kl":
+        return weighted(q, log_q - log_p).sum(-1), (p - q) / T
+    if settings.divergence == "reverse_kl":
+        score = log_p - log_q
+        value = weighted(p, score).sum(-1)
+    else:
+        w = settings.mix
+        log_m = log_p if w == 0.0 else torch.logaddexp(log_q + math.log(w), log_p + math.log(1.0 - w))
+        value = weighted(q, log_q - log_m).sum(-1)
+        if settings.divergence == "jsd":
+            score = (1.0 - w) * (log_p - log_m)
+            value = w * value + weighted(p, score).sum(-1)
+        else:
+            score = -(1.0 - w) * (log_q - log_m).exp()
+    pull = weighted(p, score)
+    return value, (pull - p * pull.sum(-1, keepdim=True)) / T
+
+
+def sparse_rows(student: Tensor, log_q: Tensor, indices: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Forward KL of each row from the teacher's top k alone, and its gradient in the student's logits.
+
+    student: (n, V) logits; log_q: (n, K) log-probabilities at temperature T, -inf for an absent entry; indices: (n, K),
+    distinct within a row. The mass Q = 1 - sum q that the k entries lack is, by settings.missing_mass,
+
+        tail         one more event, whose student probability P is that of all other tokens:  + Q log(Q / P)
+        renormalise  spread over the k entries in proportion
+        zero         left out: sum q log(q / p) over the k entries
+    """
+    T = settings.temperature
+    log_p = (student / T).log_softmax(-1)
+    log_q = log_q.to(log_p.dtype)
+    if settings.missing_mass == "renormalise":
+        log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+    q = log_q.exp()
+    top_log_p = log_p.gather(1, indices)
+    top_p = torch.where(q > 0, top_log_p.exp(), 0.0)
+    value = weighted(q, log_q - top_log_p).sum(-1)
+    p = log_p.exp()
+    if settings.missing_mass == "tail":
+        tail = 1.0 - q.sum(-1, keepdim=True)
+        tail = torch.where(tail > TAIL_FLOOR, tail, 0.0)
+        student_tail = (1.0 - top_p.sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR)
+        value = value + torch.special.xlogy(tail, tail / student_tail).squeeze(-1)
+        ratio = tail / student_tail
+        gradient = (p * (1.0 - ratio)).scatter_add_(1, indices, top_p * ratio - q)
+    else:
+        gradient = (p * q.sum(-1, keepdim=True)).scatter_add_(1, indices, -q)
+    return value, gradient / T
+
+
+def weighted(probability: Tensor, score: Tensor) -> Tensor:
+    """probability * score, and 0 where the probability is 0 whatever the score: 0 * inf counts for nothing."""
+    return torch.where(probability > 0, probability * score, 0.0)
