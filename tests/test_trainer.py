@@ -392,7 +392,7 @@ def test_the_manifest_says_where_the_checkpoint_stands(build_trainer: Build) -> 
 
     assert (manifest["step"], manifest["samples"], manifest["rows_per_step"]) == (4, 48 + 20, 20)
     assert manifest["tokens"] == trainer.state.tokens
-    assert manifest["epoch"] == pytest.approx(4 / 3)
+    assert manifest["epoch"] == pytest.approx(68 / 48)
     assert manifest["data_fingerprint"] == trainer.task.fingerprint
     assert manifest["config"]["training"]["batch_size"] == 20
     assert set(manifest["files"]) == {"model.safetensors", "config.json", "optimizer.pt", "state.json", "rng-00000.pt"}
