@@ -147,8 +147,8 @@ def forge_code(shape: Shape, code: int, text: str) -> int:
     """forge's own exit code: the launcher's is 1 for every failure, and it prints that of the rank."""
     if shape.ranks == 1 or code == 0:
         return code
-    lines = [line for line in text.splitlines() if "exitcode" in line]
-    return int(lines[0].split(":")[1].split()[0]) if lines else code
+    told = re.search(r"exitcode\s*:\s*(-?\d+)", text)
+    return int(told[1]) if told else code
 
 
 def contents(run: Path) -> dict[str, str]:

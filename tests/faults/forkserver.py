@@ -7,6 +7,7 @@ interpreter shutdown are its own. What a trial does to it (an injector, another 
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -31,6 +32,7 @@ TIMEOUT_S = 60.0  # no attempt of a trial takes a tenth of it
 # From the first dead rank until the others are ended by force. The launcher gives 30 s; a rank that waits in native
 # code for one that died before it came hears no signal, and takes them all.
 AGENT_GRACE_S = 5.0
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which the kernel gives ports to connections, so that only another of these takes one.
 _ports = itertools.cycle(random.SystemRandom().sample(range(18000, 30000), 12000))
@@ -266,6 +268,7 @@ def _serve(answers: int) -> dict[str, Any] | None:
 
 
 def _become(request: dict[str, Any]) -> int:
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # no rank is left when the tests are broken off
     random.seed()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
