@@ -158,7 +158,10 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator,
 
     def record() -> None:
         if accelerator.is_main_process:
-            state.save(run.state_file, lock.check)
+            try:
+                state.save(run.state_file, lock.check)
+            except OSError as error:  # a full disk, say: what ended the attempt is to be told, and not this
+                logger.error("%s could not be written (%s)", run.state_file, error)
 
     try:
         yield

@@ -1,5 +1,6 @@
 """A run that is resumed with another config: what is refused, what is taken, and what later attempts know of it."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,47 @@ def test_changes_are_judged_recorded_and_hold_for_later_attempts(config_file: Pa
     attempts = read_json(run / "run_metadata.json")["attempts"]
     rate = {"training.learning_rate": "0.001"}
     assert [attempt["allowed"] for attempt in attempts] == [{}, rate, rate]
+
+
+@pytest.mark.slow
+def test_other_rows_and_another_precision_are_refused(config_file: Path, data_folder: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "outputs" / "tiny" / "r"
+    shutil.copytree(data_folder, data)
+    new = ("--config", config_file, "--set", f"task.dataset.path={data}", "--run_name", "r", "--max_steps", "400")
+    assert ended_at("step 5/400", signal.SIGTERM, *new) == 75
+    lines = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join([*lines[1:], lines[0]]))
+
+    refused = forge("--resume", run, "--set", "training.mixed_precision=bf16")
+    assert refused.returncode == 2
+    assert "training.mixed_precision: no -> bf16 changes the meaning of the run" in refused.stderr
+    refused = forge("--resume", run)
+    assert refused.returncode == 2
+    assert f"the rows of {data} are not those of the checkpoint" in refused.stderr
+    assert "by --allow-change task.dataset" in refused.stderr
+    taken = forge("--resume", run, "--allow-change", "task.dataset", "--max_steps", "30")
+    assert taken.returncode == 0, taken.stderr
+
+
+@pytest.mark.slow
+def test_a_step_of_another_size_is_refused_and_goes_on_where_it_is_allowed(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "tiny" / "r"
+    new = ("--config", config_file, "--run_name", "r", "--set", "training.batch_size=5", "--max_steps", "400")
+    assert ended_at("step 7/400", signal.SIGTERM, *new) == 75
+    refused = forge("--resume", run, "--set", "training.batch_size=12")
+    assert refused.returncode == 2
+    assert "training.batch_size: 5 rows a step -> 12 rows a step changes the meaning" in refused.stderr
+    assert "keep it with `--set training.batch_size=5`" in refused.stderr
+
+    step = read_json(run / "training_state.json")["step"]
+    samples = read_json(run / f"checkpoint-{step}" / "manifest.json")["samples"]
+    flags = ("--set", "training.batch_size=12", "--allow-change", "training.batch_size", "--max_steps", str(step + 1))
+    taken = forge("--resume", run, *flags)
+    assert taken.returncode == 0, taken.stderr
+    manifest = read_json(run / f"checkpoint-{step + 1}" / "manifest.json")
+    left = 48 - samples % 48
+    assert manifest["samples"] - samples == min(12, left)
+    assert read_json(run / "training_state.json")["step_sizes"] == [[0, 5], [step, 12]]
 
 
 @pytest.mark.multiprocess
