@@ -14,21 +14,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from forge.checkpoint.manifest import Manifest
-from forge.checkpoint.selection import remove_leftovers, select
+from forge.checkpoint.beginning import Beginning, begin_again, check_rows
 from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
 from forge.cluster.signals import StopRequest, stopped_early
-from forge.config.changes import ROWS, Change, Kind, allowances, changes, check_changes
 from forge.config.explain import effective, to_yaml
-from forge.config.loader import LoadedConfig, load_config
-from forge.config.placing import config_name, located
+from forge.config.loader import LoadedConfig
+from forge.config.placing import config_name
 from forge.config.schema import Config
-from forge.errors import AlreadyComplete, ForgeError, Stopped, Superseded, TrainingError, UsageError
+from forge.errors import ForgeError, Stopped, Superseded, TrainingError
 from forge.model.card import compare, model_card
 from forge.model.export import export_model
 from forge.model.load import LoadedModel, check_fits, load_classifier
 from forge.model.source import find_model, load_tokenizer
-from forge.run.directory import RunDirectory, check_run_name, check_writable, complete_message
+from forge.run.directory import RunDirectory, check_run_name, check_writable
 from forge.run.files import publish_folder, read_json, read_json_lines, write_atomically
 from forge.run.lock import RunLock
 from forge.run.log import RunLog
@@ -68,17 +66,6 @@ class Result:
         return compare(self.before, self.after)
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """Where an attempt begins: decided by rank 0, known to all."""
-
-    attempt: int = 1
-    checkpoint: Path | None = None
-    manifest: Manifest | None = None
-    changes: list[str] = field(default_factory=list)  # of the config since that checkpoint, one line each
-    allowed: dict[str, str] = field(default_factory=dict)  # those of the meaning, and their new values
-
-
 def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
     """Runs every stage that the run has not finished. Raises ForgeError, with the run's state saved."""
     config = request.loaded.config
@@ -90,15 +77,15 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
     vote = StopVote(accelerator, stop)
     lock: RunLock | None = RunLock(request.resumed) if request.resumed is not None else None
     try:
-        beginning = on_rank_0(
-            accelerator, lambda: _begin(request, lock, accelerator.num_processes, accelerator.mixed_precision)
-        )
+        beginning = on_rank_0(accelerator, lambda: _begin(request, lock, accelerator))
 
         # What bad input can break comes first: until the next call of on_rank_0 nothing of a new run is created.
         task = rank_0_first(accelerator, lambda: stop.breaks(lambda: _load_task(config)))
         loaded_model = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_model(config, task)))
         task = replace(task, label_ids=loaded_model.label_ids)
-        on_rank_0(accelerator, lambda: _check_data(beginning, task, request))
+        on_rank_0(
+            accelerator, lambda: check_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
+        )
         if vote.now():
             raise stopped_early(vote.reason())
 
@@ -187,53 +174,24 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator,
         raise
 
 
-def _begin(request: Request, lock: RunLock | None, ranks: int, precision: str) -> Beginning:
-    """A run that could not be written, or not under its name, is refused before the work and not after it.
-
-    A resumed one is locked, and its newest checkpoint that can be trusted is chosen.
-    """
+def _begin(request: Request, lock: RunLock | None, accelerator: Accelerator) -> Beginning:
+    """A run that could not be written, or not under its name, is refused before the work and not after it."""
     output_root = Path(request.loaded.config.output_root)
     check_writable(output_root)
     if request.resumed is None or lock is None:
         if request.run_name is not None:
             check_run_name(output_root, config_name(request.loaded.file), request.run_name)
         return Beginning()
-    run, config = request.resumed, request.loaded.config
-    attempt = lock.take(take_over=request.take_over)
-    state = TrainingState.load(run.state_file)
-    if state.pipeline_complete:  # by an attempt that was alive when this process began
-        raise AlreadyComplete(complete_message(run))
-    remove_leftovers(run)
-    selected = select(run, state)
-    checkpoint, manifest = selected if selected is not None else (None, None)
-    metadata = read_json(run.metadata_file)
-    found = changes(
-        # Without a checkpoint the run begins anew, and yet as the run that it was said to be.
-        manifest.config if manifest is not None else effective(located(load_config(run.config_file).config)),
+    config = request.loaded.config
+    return begin_again(
+        request.resumed,
+        lock,
         config,
-        rows_per_step_old=manifest.rows_per_step if manifest is not None else metadata["world"]["rows_per_step"],
-        rows_per_step_new=step_shape(config.training, ranks)[0],
+        rows_per_step=step_shape(config.training, accelerator.num_processes)[0],
+        precision=accelerator.mixed_precision,
+        allowed_changes=request.allowed_changes,
+        take_over=request.take_over,
     )
-    if manifest is not None and manifest.mixed_precision != precision:
-        key = "training.mixed_precision"
-        reason = "the same device as before computes as before; on another one, auto is another precision"
-        known = [change for change in found if change.key != key]
-        found = [*known, Change(key, manifest.mixed_precision, precision, Kind.MEANING, reason)]
-    earlier: dict[str, str] = {}
-    for entry in metadata["attempts"]:
-        earlier |= entry.get("allowed", {})
-    lines = check_changes(found, request.allowed_changes, earlier)
-    return Beginning(attempt, checkpoint, manifest, [f"changed: {line}" for line in lines], allowances(found))
-
-
-def _check_data(beginning: Beginning, task: Classification, request: Request) -> None:
-    """Other rows under the same name would be another training."""
-    known = beginning.manifest.data_fingerprint if beginning.manifest is not None else task.fingerprint
-    if task.fingerprint != known and ROWS not in request.allowed_changes:
-        raise UsageError(
-            f"the rows of {task.description} are not those of the checkpoint (fingerprint {task.fingerprint[:12]} "
-            f"instead of {known[:12]}); bring them back, or go on with the new ones by --allow-change {ROWS}"
-        )
 
 
 def _open(request: Request, beginning: Beginning, facts: dict[str, Any]) -> tuple[RunDirectory, TrainingState]:

@@ -1,0 +1,88 @@
+"""Where the next attempt begins: under the lock of its run, at a checkpoint that holds, with a config that fits it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from forge.checkpoint.manifest import Manifest
+from forge.checkpoint.selection import remove_leftovers, select
+from forge.config.changes import ROWS, Change, Kind, allowances, changes, check_changes
+from forge.config.explain import effective
+from forge.config.loader import load_config
+from forge.config.placing import located
+from forge.config.schema import Config
+from forge.errors import AlreadyComplete, UsageError
+from forge.run.directory import RunDirectory, complete_message
+from forge.run.files import read_json
+from forge.run.lock import RunLock
+from forge.run.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Decided by rank 0, known to all. As it stands: the first attempt of a new run."""
+
+    attempt: int = 1
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    changes: list[str] = field(default_factory=list)  # of the config since that checkpoint, one line each
+    allowed: dict[str, str] = field(default_factory=dict)  # those of the meaning, and their new values
+
+
+def begin_again(
+    run: RunDirectory,
+    lock: RunLock,
+    config: Config,
+    *,
+    rows_per_step: int,
+    precision: str,
+    allowed_changes: list[str],
+    take_over: bool,
+) -> Beginning:
+    """Takes the lock, chooses the checkpoint and judges what has changed since; on rank 0 only.
+
+    rows_per_step, precision: what the config comes to on these ranks and devices. Raises UsageError while another
+    process holds the run, and for a change of meaning that is not allowed; AlreadyComplete; and TrainingError where
+    there were checkpoints and none can be trusted.
+    """
+    attempt = lock.take(take_over=take_over)
+    state = TrainingState.load(run.state_file)
+    if state.pipeline_complete:  # by an attempt that was alive when this process began
+        raise AlreadyComplete(complete_message(run))
+    remove_leftovers(run)
+    selected = select(run, state)
+    checkpoint, manifest = selected if selected is not None else (None, None)
+    found, earlier = _changes(run, config, manifest, rows_per_step, precision)
+    lines = check_changes(found, allowed_changes, earlier)
+    return Beginning(attempt, checkpoint, manifest, [f"changed: {line}" for line in lines], allowances(found))
+
+
+def check_rows(beginning: Beginning, fingerprint: str, description: str, allowed_changes: list[str]) -> None:
+    """Raises UsageError for other rows than the checkpoint's under the same name: they would be another training."""
+    known = beginning.manifest.data_fingerprint if beginning.manifest is not None else fingerprint
+    if fingerprint != known and ROWS not in allowed_changes:
+        raise UsageError(
+            f"the rows of {description} are not those of the checkpoint (fingerprint {fingerprint[:12]} instead of "
+            f"{known[:12]}); bring them back, or go on with the new ones by --allow-change {ROWS}"
+        )
+
+
+def _changes(
+    run: RunDirectory, config: Config, manifest: Manifest | None, rows_per_step: int, precision: str
+) -> tuple[list[Change], dict[str, str]]:
+    """What differs from the checkpoint, and what earlier attempts were allowed."""
+    metadata = read_json(run.metadata_file)
+    if manifest is not None:
+        old, old_rows_per_step = manifest.config, manifest.rows_per_step
+    else:  # the run begins anew, and yet as the run that it was said to be
+        old = effective(located(load_config(run.config_file).config))
+        old_rows_per_step = metadata["world"]["rows_per_step"]
+    found = changes(old, config, rows_per_step_old=old_rows_per_step, rows_per_step_new=rows_per_step)
+    if manifest is not None and manifest.mixed_precision != precision:
+        key = "training.mixed_precision"
+        reason = "what auto comes to depends on the device; each step would be rounded in another way"
+        others = [change for change in found if change.key != key]
+        found = [*others, Change(key, manifest.mixed_precision, precision, Kind.MEANING, reason)]
+    earlier: dict[str, str] = {}
+    for attempt in metadata["attempts"]:
+        earlier |= attempt.get("allowed", {})
+    return found, earlier
