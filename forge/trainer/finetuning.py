@@ -1,5 +1,6 @@
 """The loop: steps, rate, reports, evaluations, checkpoints and stops of supervised fine-tuning over Accelerate."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ from forge.trainer.evaluation import evaluate
 from forge.trainer.meter import StepMeter
 from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape
 from forge.trainer.student import Student
+
+logger = logging.getLogger(__name__)
 
 LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer")
 
@@ -117,6 +120,8 @@ class FinetuningTrainer:
         self._note_total()
         self._note_position()
         self.meter.restart(progress)
+        if state.step > self.total_steps:
+            logger.warning("%d steps are asked for, and %d are taken already", self.total_steps, state.step)
         if state.step < self.total_steps and state.reached(Stage.EXPORT):
             state.stage = Stage.TRAINING  # the checkpoints of later steps are lost, and what was made of them outdated
 
@@ -135,7 +140,6 @@ class FinetuningTrainer:
             rate = learning_rate(state.step, self.total_steps, config.training)
             self.train_step(self.batches.next_step(), rate)
             state.step += 1
-            self._note_position()
             self.callbacks.stepped(state)
             last = state.step == self.total_steps
             saves = due(state.step, config.checkpoint.every_steps)
@@ -275,6 +279,8 @@ class FinetuningTrainer:
         raise Stopped(f"stopped by {reason}")
 
     def _settle(self) -> None:
+        """Brings the state up to the step, for a report, an evaluation or a save; waits for the device."""
+        self._note_position()
         self.state.tokens += self.meter.settle()
         self._check_finite()  # before a report, and before anything is saved
 
