@@ -136,7 +136,7 @@ class Procedure:
 
     def _unbroken_run(self) -> None:
         run = self.proof.unbroken
-        self._say(f"unbroken run: {run.path}")
+        self._say(f"unbroken run: {run.path} (follow it in its {run.log_file.name})")
         while not self._runs_through(run):
             # It would save too seldom, and only the run itself knew its number of steps: once more from its start.
             state = Watch(run).look().state
