@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, AlreadyComplete, ConfigError, ForgeError, UsageError
+from forge.errors import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_USAGE,
+    AlreadyComplete,
+    ConfigError,
+    ForgeError,
+    LostRank,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from forge.config.loader import LoadedConfig
@@ -124,7 +133,7 @@ def _train(args: argparse.Namespace) -> int:
         logger.info("%s", error)
         return error.exit_code
     except ForgeError as error:
-        if rank == 0:
+        if rank == 0 or isinstance(error, LostRank):
             for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
                 logger.error(problem)
         return error.exit_code
@@ -133,7 +142,11 @@ def _train(args: argparse.Namespace) -> int:
         return EXIT_FAILED
     except Exception as error:
         if "forge.cluster.ranks" in sys.modules and sys.modules["forge.cluster.ranks"].lost_rank(error):
-            logger.error("another rank has died before the first stage; its own messages, or the system's log, say why")
+            logger.error(
+                "another rank has died before the first stage; its own messages, or the system's log, say why (here: "
+                "%s)",
+                str(error).splitlines()[0][:200],
+            )
             return EXIT_FAILED
         logger.exception("forge failed; this is a bug in forge or in what it calls, and the traceback says where")
         return EXIT_FAILED

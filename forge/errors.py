@@ -46,5 +46,9 @@ class Superseded(ForgeError):
     """A later attempt has taken the run over: this one must write nothing more into it."""
 
 
+class LostRank(ForgeError):
+    """Another rank has died; every rank that is left says so, since it may have been the one that speaks."""
+
+
 class TrainingError(ForgeError):
     """Training cannot go on (a non-finite loss, a disk that filled up); what was saved before stays."""

@@ -21,16 +21,16 @@ from forge.config.explain import effective, to_yaml
 from forge.config.loader import LoadedConfig
 from forge.config.placing import config_name
 from forge.config.schema import Config
-from forge.errors import ForgeError, Stopped, Superseded, TrainingError
+from forge.errors import LostRank, Stopped, Superseded, TrainingError
 from forge.model.card import compare, model_card
 from forge.model.export import export_model
 from forge.model.load import LoadedModel, check_fits, load_classifier
 from forge.model.source import find_model, load_tokenizer
 from forge.run.directory import RunDirectory, check_run_name, check_writable
-from forge.run.files import publish_folder, read_json, read_json_lines, write_atomically
+from forge.run.files import publish_folder, read_json, read_json_lines, sync_file, unguarded, write_atomically
 from forge.run.lock import RunLock
 from forge.run.log import RunLog
-from forge.run.opening import open_run
+from forge.run.opening import Attempt, open_run
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
 from forge.task.classification import Classification, load_classification
@@ -90,7 +90,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
             raise stopped_early(vote.reason())
 
         facts = {"data": task.facts(), "model": loaded_model.facts(), "world": world_facts(accelerator, training)}
-        run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts))
+        run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts, lock))
         if lock is None:
             lock = RunLock(run)
             on_rank_0(accelerator, lock.take)
@@ -167,9 +167,11 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator,
         record()
         if lost:
             newest = state.latest_checkpoint or "none, so it starts anew"
-            raise ForgeError(
+            here = str(error).splitlines()[0][:200]
+            raise LostRank(
                 f"another rank has died in {state.stage.replace('_', ' ')} at step {state.step}; its own messages, or "
-                f"the system's log, say why. Resume the run (its newest checkpoint: {newest})"
+                f"the system's log, say why (here: {here}). Resume the run (its newest "
+                f"checkpoint: {newest})"
             ) from error
         raise
 
@@ -194,16 +196,16 @@ def _begin(request: Request, lock: RunLock | None, accelerator: Accelerator) -> 
     )
 
 
-def _open(request: Request, beginning: Beginning, facts: dict[str, Any]) -> tuple[RunDirectory, TrainingState]:
+def _open(
+    request: Request, beginning: Beginning, facts: dict[str, Any], lock: RunLock | None
+) -> tuple[RunDirectory, TrainingState]:
     return open_run(
         request.loaded,
         request.run_name,
         request.resumed,
         request.command,
         facts,
-        attempt=beginning.attempt,
-        changes=beginning.changes,
-        allowed=beginning.allowed,
+        Attempt(beginning.attempt, beginning.changes, beginning.allowed, unguarded if lock is None else lock.check),
     )
 
 
@@ -241,6 +243,7 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
     logger.info("stage: %s", stage.replace("_", " "))
 
     def record() -> None:
+        sync_file(run.metrics_file)  # what a finished stage has written is not written again
         state.save(run.state_file, trainer.lock.check)
         update(Path(trainer.config.output_root), state.run_id, stage)
 

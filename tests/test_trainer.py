@@ -1,5 +1,8 @@
 """The loop: the same step however it is split, the loss it reports, and when it refuses to go on."""
 
+import shutil
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -303,8 +306,6 @@ def test_a_save_that_fails_at_a_stop_is_no_clean_stop(build_trainer: Build, monk
 def test_a_checkpoint_that_would_not_fit_on_the_disk_is_not_begun(
     build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
-
     trainer = build_trainer("checkpoint.every_steps=3")
     usage = shutil.disk_usage(trainer.run.path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
@@ -409,4 +410,162 @@ def test_an_outdated_attempt_commits_and_reports_nothing(build_trainer: Build) -
     with pytest.raises(Superseded, match="attempt 2 has taken over"):
         trainer.train()
     assert [path.name for path in trainer.run.path.glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert not list(trainer.run.path.glob(".tmp*"))
+
+
+def slow_writer(monkeypatch: pytest.MonkeyPatch, trainer: Any, steps: int) -> None:
+    """Lets the files of a save be written only once so many more steps are taken; they are waited for by name."""
+    import forge.checkpoint.contents as contents
+
+    store, begun = contents.store, trainer.state.step
+
+    def slow(path: Any, write: Any) -> Any:
+        if not is_main_thread():
+            wanted = int(path.parent.name.split("-")[1]) + steps
+            while trainer.state.step < min(wanted, trainer.total_steps):
+                time.sleep(0.001)
+        return store(path, write)
+
+    assert begun == 0
+    monkeypatch.setattr(contents, "store", slow)
+
+
+def is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def test_an_asynchronous_save_holds_the_step_it_was_taken_at(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer is slower than the steps, and the report goes on while it writes."""
+    settings = ("model.dropout=0.1", "logging.every_steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    unbroken = build_trainer(*settings, "training.max_steps=8")
+    losses, weights = trajectory(unbroken)
+    trainer = build_trainer(*settings, "training.max_steps=8", "checkpoint.asynchronous=true")
+    slow_writer(monkeypatch, trainer, steps=1)
+    trainer.train()
+    assert [step for step, _ in trainer.callbacks.saves] == [2, 4, 6, 8]
+    run = trainer.run
+
+    for step in (2, 6):
+        resumed = build_trainer(*settings, "training.max_steps=8")
+        resumed.restore(run.path / f"checkpoint-{step}")
+        more, resumed_weights = trajectory(resumed)
+        assert more == losses[step // 4 :]
+        assert resumed_weights == weights
+
+
+def test_a_writer_that_ends_in_an_unknown_way_commits_nothing(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import forge.checkpoint.contents as contents
+
+    trainer = build_trainer("checkpoint.every_steps=2", "checkpoint.keep_last=1", "checkpoint.asynchronous=true")
+    store = contents.store
+
+    def out_of_memory(path: Any, write: Any) -> Any:
+        if "-4-" in path.parent.name:
+            raise MemoryError("no room")
+        return store(path, write)
+
+    monkeypatch.setattr(contents, "store", out_of_memory)
+    trainer.train()
+    assert "checkpoint-4 could not be saved" in caplog.text
+    assert "rank 0: MemoryError: no room" in caplog.text
+    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_manifest_without_the_files_of_a_checkpoint_is_none(build_trainer: Build) -> None:
+    from dataclasses import replace
+
+    from forge.checkpoint.manifest import BadCheckpoint, Manifest, verify
+
+    trainer = build_trainer("checkpoint.every_steps=6")
+    trainer.train()
+    folder = trainer.run.path / "checkpoint-6"
+    manifest = Manifest.read(folder)
+    assert verify(folder, trainer.state.run_id) == manifest
+    for name in manifest.files:
+        replace(manifest, files={key: file for key, file in manifest.files.items() if key != name}).write(folder)
+        with pytest.raises(BadCheckpoint, match=f"names no {name}"):
+            verify(folder, trainer.state.run_id)
+    replace(manifest, ranks=2).write(folder)
+    with pytest.raises(BadCheckpoint, match=r"names no rng-00001\.pt"):
+        verify(folder, trainer.state.run_id)
+
+
+def test_what_cannot_be_read_now_or_by_this_forge_is_not_called_bad(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    import forge.checkpoint.manifest as manifests
+    from forge.checkpoint.selection import select
+
+    trainer = build_trainer("checkpoint.every_steps=3")
+    trainer.train()
+    run, state = trainer.run, trainer.state
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "sha256_of", lambda path: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+        with pytest.raises(TrainingError, match=r"cannot be read now \(Stale file handle\); nothing was changed"):
+            select(run, state)
+    manifest = manifests.Manifest.read(run.path / "checkpoint-6")
+    replace(manifest, format=2).write(run.path / "checkpoint-6")
+    with pytest.raises(TrainingError, match="is of format 2, and this forge reads format 1"):
+        select(run, state)
+    assert sorted(path.name for path in run.path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_the_old_best_stays_until_the_new_one_is_committed(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("evaluation.every_steps=1", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+    trainer = build_trainer(*settings)
+    values = iter([0.5, 0.1, 0.9, 0.2, 0.3])
+    trainer.evaluate = lambda stage: {"matched/accuracy": next(values)}
+    fail_to_write(monkeypatch, {3}, trainer)
+    trainer.train()
+
+    assert trainer.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 3}
+    assert trainer.state.kept_best == 1
+    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-6"]
+
+
+def test_a_short_newest_checkpoint_does_not_count_as_kept(
+    build_trainer: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer("checkpoint.every_steps=2", "checkpoint.keep_last=2")
+    trainer.train()
+    assert trainer.checkpoints._outdated(trainer.state) == []
+    shutil.copytree(trainer.run.path / "checkpoint-4", trainer.run.path / "checkpoint-2")
+    assert [path.name for path in trainer.checkpoints._outdated(trainer.state)] == ["checkpoint-2"]
+
+    (trainer.run.path / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
+    assert trainer.checkpoints._outdated(trainer.state) == []
+    assert "checkpoint-6 is not whole: optimizer.pt has 3 bytes" in caplog.text
+
+
+def test_the_best_metric_and_the_evaluations_that_were_made_are_restored(build_trainer: Build) -> None:
+    settings = ("evaluation.every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    trainer = build_trainer(*settings)
+    values = iter([0.9, 0.5])
+    trainer.evaluate = lambda stage: {"matched/accuracy": next(values)}
+    trainer.train()
+    run = trainer.run
+
+    resumed = build_trainer(*settings)
+    resumed.restore(run.path / "checkpoint-4")
+    assert resumed.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 2}
+    assert (resumed.state.kept_best, resumed.state.evaluated_step) == (2, 4)
+    resumed.train()
+    assert resumed.callbacks.evaluations == []  # that of step 4 is made, that of step 6 follows at once
+
+
+def test_an_existing_checkpoint_is_never_replaced(build_trainer: Build, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build_trainer("checkpoint.every_steps=3")
+    (trainer.run.path / "checkpoint-3").mkdir()
+    (trainer.run.path / "checkpoint-3" / "of a later attempt").touch()
+    trainer.train()
+    assert "checkpoint-3 is there already" in caplog.text
+    assert (trainer.run.path / "checkpoint-3" / "of a later attempt").exists()
     assert not list(trainer.run.path.glob(".tmp*"))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from forge.checkpoint.manifest import Manifest
 from forge.checkpoint.selection import remove_leftovers, select
@@ -26,6 +27,7 @@ class Beginning:
     manifest: Manifest | None = None
     changes: list[str] = field(default_factory=list)  # of the config since that checkpoint, one line each
     allowed: dict[str, str] = field(default_factory=dict)  # those of the meaning, and their new values
+    fingerprint: str | None = None  # of the rows that the run was trained on so far
 
 
 def begin_again(
@@ -51,26 +53,33 @@ def begin_again(
     remove_leftovers(run)
     selected = select(run, state)
     checkpoint, manifest = selected if selected is not None else (None, None)
-    found, earlier = _changes(run, config, manifest, rows_per_step, precision)
+    metadata = read_json(run.metadata_file)
+    found, earlier = _changes(run, config, manifest, metadata, rows_per_step, precision)
     lines = check_changes(found, allowed_changes, earlier)
-    return Beginning(attempt, checkpoint, manifest, [f"changed: {line}" for line in lines], allowances(found))
+    shown = [f"changed: {line}" for line in lines]
+    fingerprint = manifest.data_fingerprint if manifest is not None else metadata["data"]["fingerprint"]
+    return Beginning(attempt, checkpoint, manifest, shown, allowances(found), fingerprint)
 
 
 def check_rows(beginning: Beginning, fingerprint: str, description: str, allowed_changes: list[str]) -> None:
-    """Raises UsageError for other rows than the checkpoint's under the same name: they would be another training."""
-    known = beginning.manifest.data_fingerprint if beginning.manifest is not None else fingerprint
+    """Raises UsageError for other rows than the run's under the same name: they would be another training."""
+    known = beginning.fingerprint or fingerprint
     if fingerprint != known and ROWS not in allowed_changes:
         raise UsageError(
-            f"the rows of {description} are not those of the checkpoint (fingerprint {fingerprint[:12]} instead of "
+            f"the rows of {description} are not those of the run so far (fingerprint {fingerprint[:12]} instead of "
             f"{known[:12]}); bring them back, or go on with the new ones by --allow-change {ROWS}"
         )
 
 
 def _changes(
-    run: RunDirectory, config: Config, manifest: Manifest | None, rows_per_step: int, precision: str
+    run: RunDirectory,
+    config: Config,
+    manifest: Manifest | None,
+    metadata: dict[str, Any],
+    rows_per_step: int,
+    precision: str,
 ) -> tuple[list[Change], dict[str, str]]:
     """What differs from the checkpoint, and what earlier attempts were allowed."""
-    metadata = read_json(run.metadata_file)
     if manifest is not None:
         old, old_rows_per_step = manifest.config, manifest.rows_per_step
     else:  # the run begins anew, and yet as the run that it was said to be
@@ -82,7 +91,5 @@ def _changes(
         reason = "what auto comes to depends on the device; each step would be rounded in another way"
         others = [change for change in found if change.key != key]
         found = [*others, Change(key, manifest.mixed_precision, precision, Kind.MEANING, reason)]
-    earlier: dict[str, str] = {}
-    for attempt in metadata["attempts"]:
-        earlier |= attempt.get("allowed", {})
-    return found, earlier
+    # Each attempt records what still differs from its checkpoint: what the last one took back is allowed no more.
+    return found, metadata["attempts"][-1].get("allowed", {}) if metadata["attempts"] else {}

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from forge.checkpoint.contents import Snapshot, Training, take_snapshot, write_snapshot
 from forge.checkpoint.manifest import FORMAT, BadCheckpoint, Manifest, StoredFile, digest, verify
 from forge.checkpoint.selection import STAGING_PREFIX, TRASH_PREFIX, checkpoints, step_of
@@ -25,13 +23,12 @@ from forge.cluster.ranks import gather_values, on_rank_0
 from forge.config.schema import CheckpointConfig
 from forge.errors import Superseded, TrainingError
 from forge.run.directory import RunDirectory
-from forge.run.files import open_to_others, sync_folder, write_atomically
+from forge.run.files import open_to_others, sync_file, sync_folder, write_atomically
 from forge.run.lock import RunLock
 from forge.run.state import TrainingState, now
 
 logger = logging.getLogger(__name__)
 
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, ValueError)  # torch's writer raises RuntimeError
 # Beyond what the checkpoint itself takes: the log, the metrics and a final model share the disk.
 SPARE_BYTES = 64 << 20
 FAILURES_IN_A_ROW = 3  # a disk that stays full is not worth to train on for
@@ -69,7 +66,9 @@ class _Writing:
     started: float
     stall: float
     thread: threading.Thread | None = None
-    outcome: tuple[dict[str, StoredFile], str | None] = ({}, None)  # this rank's files, or what went wrong
+    # This rank's files, or what went wrong.
+    outcome: tuple[dict[str, StoredFile], str | None] = ({}, "its writer ended without a word")
+    finish_started: float | None = None  # of an asynchronous one
 
 
 class Checkpoints:
@@ -99,7 +98,13 @@ class Checkpoints:
         self.finish(state)
         started = time.perf_counter()
         asynchronous = self._config.asynchronous and not must
-        snapshot = take_snapshot(self._training, state, progress, copy=asynchronous)
+        try:
+            snapshot, problem = take_snapshot(self._training, state, progress, copy=asynchronous), None
+        except (RuntimeError, MemoryError) as error:  # the host has no room for a copy
+            snapshot, problem = None, f"{type(error).__name__}: {error}"
+        problem = next((found for found in gather_values(problem) if found is not None), None)
+        if problem is not None or snapshot is None:
+            return self._failed(state, str(problem), must)
         staging, problem = on_rank_0(self._training.accelerator, lambda: self._stage(state, snapshot.bytes))
         if problem is not None:
             return self._failed(state, problem, must)
@@ -126,17 +131,19 @@ class Checkpoints:
         started = time.perf_counter()
         assert writing.thread is not None
         writing.thread.join()
-        writing.stall += time.perf_counter() - started
+        writing.finish_started = started
         self._commit(writing, state, must=False)
 
     def prune(self, state: TrainingState) -> None:
         """On rank 0: deletes what is beyond keep_last. After each commit, and where an attempt begins: the one before
         may have ended between the two."""
         try:
+            if state.best_metric is not None and self._run.checkpoint(state.best_metric["step"]).exists():
+                state.kept_best = state.best_metric["step"]  # until then, the one before it stays
             for old in self._outdated(state):
                 self._lock.check()
                 _discard(old)
-        except OSError as error:
+        except (OSError, TrainingError) as error:
             logger.warning("older checkpoints could not be deleted (%s)", error)
 
     def abandon(self) -> None:
@@ -177,7 +184,7 @@ class Checkpoints:
         if problem is not None:
             if accelerator.is_main_process:
                 shutil.rmtree(writing.staging, ignore_errors=True)
-            return self._failed(state, problem, must)
+            return self._failed(writing.state, problem, must)
         self._failures = 0
         state.latest_checkpoint = self._run.checkpoint(writing.state.step).name
         on_rank_0(accelerator, lambda: self._after_commit(writing, files, state))
@@ -190,9 +197,10 @@ class Checkpoints:
             open_to_others(writing.staging)
             self._manifest(writing.state, files).write(writing.staging)
             sync_folder(writing.staging)
+            sync_file(self._run.metrics_file)  # its rows up to this step will not be written again
             self._lock.check()  # as late as can be
-            if target.exists():  # of an attempt before, which a resume from an older checkpoint has outdated
-                _discard(target)
+            if target.exists():  # never replaced: whoever wrote it, it is whole
+                return f"{target.name} is there already"
             os.rename(writing.staging, target)
             sync_folder(self._run.path)
         except OSError as error:
@@ -206,7 +214,8 @@ class Checkpoints:
         """On rank 0: hint, state and retention. What fails here costs nothing but space, and is only told of."""
         name, size_mib = self._run.checkpoint(writing.state.step).name, sum(f.bytes for f in files.values()) / 2**20
         seconds = time.perf_counter() - writing.started
-        stall = seconds if writing.thread is None else writing.stall
+        since = writing.started if writing.finish_started is None else writing.finish_started
+        stall = writing.stall + time.perf_counter() - since
         try:
             write_atomically(self._run.latest_checkpoint_file, f"{name}\n", self._lock.check)
             state.save(self._run.state_file, self._lock.check)
@@ -218,7 +227,7 @@ class Checkpoints:
 
     def _outdated(self, state: TrainingState) -> list[Path]:
         """Those beyond keep_last. What is not whole, by its sizes, does not count as kept."""
-        best = state.best_metric["step"] if state.best_metric and self._config.keep_best else None
+        best = state.kept_best if self._config.keep_best else None
         kept, outdated = 0, []
         for folder in checkpoints(self._run):
             if kept < self._config.keep_last:
@@ -266,8 +275,8 @@ def _write(writing: _Writing, snapshot: Snapshot) -> None:
         writing.outcome = write_snapshot(snapshot, writing.staging), None
         if snapshot.rank != 0:
             sync_folder(writing.staging)  # on a network file system each host has a view of its own
-    except WRITE_ERRORS as error:
-        writing.outcome = {}, f"rank {snapshot.rank}: {error}"
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to hear of it
+        writing.outcome = {}, f"rank {snapshot.rank}: {type(error).__name__}: {error}"
 
 
 def _discard(folder: Path) -> None:

@@ -18,13 +18,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from forge.checkpoint.manifest import StoredFile, store
+from forge.checkpoint.manifest import (
+    MODEL_CONFIG_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    StoredFile,
+    rng_file,
+    store,
+)
 from forge.cluster.ranks import rank_seed
 from forge.run.state import TrainingState
 
-MODEL_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
-OPTIMIZER_FILE = "optimizer.pt"
-STATE_FILE = "state.json"  # not training_state.json, which marks a run directory
 MODEL_PREFIX = "model."  # of the bare model's weights among those of the student, which wraps it with its loss
 
 DTYPES = {
@@ -86,7 +91,7 @@ def take_snapshot(training: Training, state: TrainingState, progress: dict[str, 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, StoredFile]:
     """Writes this rank's files and tells what they are. Raises OSError; what was written then is worth nothing."""
-    writers: dict[str, Callable[[IO[bytes]], None]] = {_rng_file(snapshot.rank): _saves(snapshot.rng)}
+    writers: dict[str, Callable[[IO[bytes]], None]] = {rng_file(snapshot.rank): _saves(snapshot.rng)}
     if snapshot.model is not None:
         model, config, state = snapshot.model, snapshot.model_config, snapshot.state
         writers |= {
@@ -116,9 +121,9 @@ def restore(training: Training, folder: Path) -> tuple[TrainingState, dict[str, 
         accelerator.scaler.load_state_dict(states["scaler"])
     values = json.loads((folder / STATE_FILE).read_bytes())
     state = TrainingState.from_values(values["state"], folder / STATE_FILE)
-    rng_file = folder / _rng_file(accelerator.process_index)
-    if rng_file.exists():
-        _set_rng_state(torch.load(rng_file, map_location="cpu", weights_only=True))
+    own_rng = folder / rng_file(accelerator.process_index)
+    if own_rng.exists():
+        _set_rng_state(torch.load(own_rng, map_location="cpu", weights_only=True))
     else:
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index * 2**32 + state.step))
     return state, values["progress"]
@@ -141,10 +146,6 @@ def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
     for tensor in tensors.values():
         if tensor.numel():
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def _rng_file(rank: int) -> str:
-    return f"rng-{rank:05d}.pt"
 
 
 def _rng_state() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What makes a checkpoint one to be trusted: size and hash of every file, taken from what was given to be written."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,10 +9,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Self
 
+from forge.errors import TrainingError
 from forge.run.files import write_atomically
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
+MODEL_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+OPTIMIZER_FILE = "optimizer.pt"
+STATE_FILE = "state.json"  # not training_state.json, which marks a run directory
 READ_BYTES = 1 << 22
 
 
@@ -63,16 +68,26 @@ class Manifest:
             values = json.loads((folder / MANIFEST_FILE).read_bytes())
         except FileNotFoundError:
             raise BadCheckpoint(f"it has no {MANIFEST_FILE}") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise _unreadable(folder / MANIFEST_FILE, error) from None
+        except (ValueError, RecursionError) as error:
             raise BadCheckpoint(f"its {MANIFEST_FILE} cannot be read ({error})") from None
         if not isinstance(values, dict) or values.pop("digest", None) != digest(values):
             raise BadCheckpoint(f"its {MANIFEST_FILE} is not as it was written: its own hash does not fit it")
         if values.get("format") != FORMAT:
-            raise BadCheckpoint(f"it is of format {values.get('format')}, and this forge reads format {FORMAT}")
+            raise TrainingError(
+                f"{folder} is of format {values.get('format')}, and this forge reads format {FORMAT}; use the forge "
+                f"that wrote it, or move it out of the run"
+            )
         if set(values) != {field.name for field in fields(cls)}:
             raise BadCheckpoint(f"its {MANIFEST_FILE} has other keys than this forge knows")
         files = {name: StoredFile(**file) for name, file in values["files"].items()}
         return cls(**(values | {"files": files}))
+
+
+def rng_file(rank: int) -> str:
+    """The file with one rank's random numbers."""
+    return f"rng-{rank:05d}.pt"
 
 
 def digest(value: Any) -> str:
@@ -83,13 +98,17 @@ def digest(value: Any) -> str:
 def verify(folder: Path, run_id: str, *, hashes: bool = True) -> Manifest:
     """The manifest, if the checkpoint is whole, of this run and of the step in its name; else raises BadCheckpoint.
 
-    hashes: reads every byte; without it only the sizes are compared.
+    hashes: reads every byte; without it only the sizes are compared. Raises TrainingError where nothing can be said of
+    it: it was written in another format, or the file system refuses to read it now.
     """
     manifest = Manifest.read(folder)
     if manifest.run_id != run_id:
         raise BadCheckpoint(f"it belongs to another run, {manifest.run_id}")
     if folder.name != f"checkpoint-{manifest.step}":
         raise BadCheckpoint(f"it was written at step {manifest.step}")
+    required = {MODEL_FILE, MODEL_CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE, *map(rng_file, range(manifest.ranks))}
+    if absent := sorted(required - set(manifest.files)):
+        raise BadCheckpoint(f"its {MANIFEST_FILE} names no {', '.join(absent)}")
     for name, expected in manifest.files.items():
         try:
             size = (folder / name).stat().st_size
@@ -100,8 +119,15 @@ def verify(folder: Path, run_id: str, *, hashes: bool = True) -> Manifest:
         except FileNotFoundError:
             raise BadCheckpoint(f"{name} is missing") from None
         except OSError as error:
-            raise BadCheckpoint(f"{name} cannot be read ({error.strerror})") from None
+            raise _unreadable(folder / name, error) from None
     return manifest
+
+
+def _unreadable(path: Path, error: OSError) -> Exception:
+    """A medium that has lost the bytes makes the checkpoint bad; a server that is away, or a permission, does not."""
+    if error.errno in (errno.EIO, errno.ENOTDIR, errno.EISDIR):
+        return BadCheckpoint(f"{path.name} cannot be read ({error.strerror})")
+    return TrainingError(f"{path} cannot be read now ({error.strerror}); nothing was changed: resume again when it can")
 
 
 def sha256_of(path: Path) -> str:

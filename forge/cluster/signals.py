@@ -42,13 +42,14 @@ class StopRequest:
 
         There must be no collective in it: the other ranks would be left waiting.
         """
-        if self.reason is not None:
-            raise stopped_early(self.reason)
         self._breakable = True
         try:
-            return work()
+            result = None if self.reason is not None else work()
         finally:
             self._breakable = False
+        if self.reason is not None:  # it came before, or a library took the exception for one of its own
+            raise stopped_early(self.reason)
+        return result  # type: ignore[return-value]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # No log and no print here: the signal may have come within one, and their locks and buffers are not re-entrant.

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ logger = logging.getLogger(__name__)
 Guard = Callable[[], None]  # raises where this process may no longer write; asked as late as can be
 
 
-def _always() -> None: ...
+def unguarded() -> None: ...
 
 
-def write_atomically(path: Path, text: str | bytes, guard: Guard = _always) -> None:
+def write_atomically(path: Path, text: str | bytes, guard: Guard = unguarded) -> None:
     """Replaces the file in one step: whoever reads meanwhile sees the old or the new text, also after a power cut."""
     data = text.encode() if isinstance(text, str) else text
     # A dot in front: no listing takes it for a result. Not tempfile.mkstemp: its files are closed to the group.
@@ -40,7 +41,7 @@ def write_atomically(path: Path, text: str | bytes, guard: Guard = _always) -> N
     sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any, guard: Guard = _always) -> None:
+def write_json(path: Path, value: Any, guard: Guard = unguarded) -> None:
     """Two spaces of indent, keys in the order given, a Path as its text; NaN and infinity are a ValueError."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False, default=_path_as_text) + "\n", guard)
 
@@ -58,11 +59,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def publish_folder(target: Path, write: Callable[[Path], None], guard: Guard = _always) -> None:
+def publish_folder(target: Path, write: Callable[[Path], None], guard: Guard = unguarded) -> None:
     """Lets `write` fill a folder beside target and gives it the name of target, in place of what was there, only when
     all of it is on the disk."""
-    staging = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(staging, ignore_errors=True)
+    token = secrets.token_hex(6)  # an attempt that was outdated may be at the same work
+    staging, aside = target.with_name(f".tmp-{target.name}-{token}"), target.with_name(f".trash-{target.name}-{token}")
     try:
         write(staging)
         open_to_others(staging)
@@ -70,16 +71,23 @@ def publish_folder(target: Path, write: Callable[[Path], None], guard: Guard = _
             if path.is_dir():
                 sync_folder(path)
             else:
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+                sync_file(path)
         sync_folder(staging)
         guard()
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(staging, target)
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(staging, target)
         sync_folder(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def sync_file(path: Path) -> None:
+    """Makes what was appended to a file last through a power cut; no file, nothing to do."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def open_to_others(folder: Path) -> None:

@@ -40,8 +40,12 @@ class RunLock:
         """
         if take_over:
             _replace(self._run.lock_file)
-        self._descriptor = _locked(self._run)
-        self.attempt = _new_attempt(self._run)
+        while True:
+            self._descriptor = _locked(self._run)
+            self.attempt = _new_attempt(self._run)
+            if _is_at(self._descriptor, self._run.lock_file):
+                break
+            self.release()  # another take-over came between: the run is its, unless it is done already
         holder = {"attempt": self.attempt, "pid": os.getpid(), "host": socket.gethostname(), "since": now()}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)

@@ -1,6 +1,7 @@
 """Creates a run, or reopens one: its directory, config, metadata, state and registry entry are there from the start."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,20 @@ from forge.config.explain import to_yaml
 from forge.config.loader import LoadedConfig
 from forge.config.placing import config_name, located
 from forge.run.directory import RunDirectory, create_run_directory
-from forge.run.files import read_json, write_atomically, write_json
+from forge.run.files import Guard, read_json, unguarded, write_atomically, write_json
 from forge.run.provenance import package_freeze, provenance, write_dirty_diff
 from forge.run.registry import register
 from forge.run.state import TrainingState, new_run_id
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the run's metadata tell of an attempt beside its provenance; as it stands, the first one of a run."""
+
+    number: int = 1  # from the run's lock
+    changes: list[str] = field(default_factory=list)  # of the config since the checkpoint it begins at, one line each
+    allowed: dict[str, str] = field(default_factory=dict)  # those that change the meaning, and their new values
+    guard: Guard = unguarded  # the lock's, asked before each write
 
 
 def open_run(
@@ -20,25 +31,21 @@ def open_run(
     resumed: RunDirectory | None,
     command: list[str],
     facts: dict[str, Any],
-    *,
-    attempt: int = 1,
-    changes: list[str] | None = None,
-    allowed: dict[str, str] | None = None,
+    attempt: Attempt | None = None,
 ) -> tuple[RunDirectory, TrainingState]:
     """A new run named run_name, or the next attempt of `resumed`. On rank 0 only.
 
     facts: what the run trains on, and how; run_metadata.json holds them beside one entry of provenance per attempt.
-    attempt: its number, from the run's lock. changes: of the config since the checkpoint it begins at, one line each;
-    allowed: those that change the meaning.
+    attempt: the one that goes on with `resumed`.
     Raises UsageError for a name that is taken and for a run whose files are broken.
     """
     output_root = Path(loaded.config.output_root)
     if resumed is not None:
-        return _next_attempt(loaded, resumed, command, facts, attempt, changes or [], allowed or {})
+        return _next_attempt(loaded, resumed, command, facts, attempt or Attempt())
     run = create_run_directory(output_root, config_name(loaded.file), run_name)
     try:
         state = TrainingState(run_id=new_run_id())
-        _write_config(loaded, run)
+        _write_config(loaded, run, unguarded)
         write_atomically(run.path / "requirements.txt", "\n".join(package_freeze()) + "\n")
         metadata: dict[str, Any] = {
             "run_id": state.run_id,
@@ -47,7 +54,7 @@ def open_run(
             "config_file": str(loaded.file.absolute()),
             "attempts": [],
         }
-        _record_attempt(loaded, run, state, metadata, command, facts, attempt, [], {})
+        _record_attempt(loaded, run, state, metadata, command, facts, Attempt())
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)  # nothing of a run that did not come to be
         raise
@@ -59,20 +66,18 @@ def _next_attempt(
     run: RunDirectory,
     command: list[str],
     facts: dict[str, Any],
-    attempt: int,
-    changes: list[str],
-    allowed: dict[str, str],
+    attempt: Attempt,
 ) -> tuple[RunDirectory, TrainingState]:
     state = TrainingState.load(run.state_file)
     state.error = None
-    if changes:
-        _write_config(loaded, run)
-    _record_attempt(loaded, run, state, read_json(run.metadata_file), command, facts, attempt, changes, allowed)
+    _write_config(loaded, run, attempt.guard)
+    _record_attempt(loaded, run, state, read_json(run.metadata_file), command, facts, attempt)
     return run, state
 
 
-def _write_config(loaded: LoadedConfig, run: RunDirectory) -> None:
-    write_atomically(run.config_file, f"# The merged config of {run.name}\n\n{to_yaml(located(loaded.config))}")
+def _write_config(loaded: LoadedConfig, run: RunDirectory, guard: Guard) -> None:
+    text = f"# The merged config of {run.name}\n\n{to_yaml(located(loaded.config))}"
+    write_atomically(run.config_file, text, guard)
 
 
 def _record_attempt(
@@ -82,15 +87,14 @@ def _record_attempt(
     metadata: dict[str, Any],
     command: list[str],
     facts: dict[str, Any],
-    attempt: int,
-    changes: list[str],
-    allowed: dict[str, str],
+    attempt: Attempt,
 ) -> None:
-    state.attempts = attempt
-    dirty_diff = run.path / f"dirty_{attempt}.diff"
-    entry: dict[str, Any] = {"attempt": attempt, **provenance(None, command)}
+    state.attempts = attempt.number
+    dirty_diff = run.path / f"dirty_{attempt.number}.diff"
+    entry: dict[str, Any] = {"attempt": attempt.number, **provenance(None, command)}
     entry["dirty_diff"] = dirty_diff.name if write_dirty_diff(dirty_diff) else None
-    entry |= {"ranks": facts["world"]["ranks"], "changes": changes, "allowed": allowed}
-    write_json(run.metadata_file, metadata | facts | {"attempts": [*metadata.pop("attempts"), entry]})
-    state.save(run.state_file)  # last: it marks the folder as a run, which then has all that a resume needs
+    entry |= {"ranks": facts["world"]["ranks"], "changes": attempt.changes, "allowed": attempt.allowed}
+    attempts = [*metadata.pop("attempts"), entry]
+    write_json(run.metadata_file, metadata | facts | {"attempts": attempts}, attempt.guard)
     register(Path(loaded.config.output_root), run, state.run_id, state.stage)
+    state.save(run.state_file, attempt.guard)  # last: it marks a run, which then has all that a resume needs

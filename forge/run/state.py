@@ -51,6 +51,7 @@ class TrainingState:
     evaluated_step: int = 0  # of the last evaluation during training that was finished
     latest_checkpoint: str | None = None  # its folder's name, as in checkpoint-500
     best_metric: dict | None = None  # {"name", "value", "step"}
+    kept_best: int | None = None  # the step of the best one that a checkpoint holds
     attempts: int = 0
     preemptions: int = 0  # attempts that ended on a signal
     error: str | None = None  # the sentence the last attempt ended with, if it failed

@@ -89,8 +89,8 @@ class MetricsFile(Callback):
         append_json_line(self._file, {"step": state.step, "epoch": round(state.epoch, 4), **metrics})
 
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
-        if stage != "training":  # the attempt before may have ended after this line and before the next stage
-            self._keep(lambda row: row.get("stage") != stage)
+        # The attempt before may have ended after this line and before the next stage, or the next checkpoint.
+        self._keep(lambda row: row.get("stage") != stage or (stage == "training" and row["step"] != state.step))
         append_json_line(self._file, {"step": state.step, "stage": stage, **metrics})
 
     def _keep(self, wanted: Callable[[Metrics], bool]) -> None:

@@ -109,11 +109,12 @@ class FinetuningTrainer:
         progress = None
         if checkpoint is None:  # whatever steps an attempt took, nothing holds their weights
             state.step, state.epoch, state.samples, state.tokens, state.evaluated_step = 0, 0.0, 0, 0, 0
-            state.best_metric, state.step_sizes = None, self.batches.step_sizes
+            state.best_metric, state.kept_best, state.step_sizes = None, None, self.batches.step_sizes
         else:
             saved, progress = restore(self.parts, checkpoint)
             state.step, state.tokens = saved.step, saved.tokens
             state.evaluated_step, state.best_metric = saved.evaluated_step, saved.best_metric
+            state.kept_best = saved.kept_best
             state.latest_checkpoint = checkpoint.name
             self.batches.adopt(state.step, saved.step_sizes)
             state.step_sizes = self.batches.step_sizes
@@ -133,7 +134,7 @@ class FinetuningTrainer:
         state, config = self.state, self.config
         self.batches.start_at(state.step)
         self.student.train()
-        self.callbacks.training_started(state)
+        self._on_rank_0_of_this_attempt(lambda: self.callbacks.training_started(state))
         with self.meter.paused():
             self._make_up_for_evaluation()
         while state.step < self.total_steps:
@@ -260,7 +261,7 @@ class FinetuningTrainer:
         return True
 
     def _break_off_if_stopped(self) -> None:
-        stop, _ = self.vote.cast()
+        stop, _ = self.vote.cast(ready=False)
         if stop:
             raise Stopped("stopped")
 
@@ -273,7 +274,10 @@ class FinetuningTrainer:
     def _save_and_stop(self) -> NoReturn:
         """Every rank comes here at the same step. Raises Stopped; TrainingError if no checkpoint could be written."""
         reason = self.vote.reason()
-        self.checkpoints.finish(self.state)
+        try:
+            self.checkpoints.finish(self.state)
+        except TrainingError as error:  # of an earlier step; this one's may yet succeed
+            logger.error("%s", error)
         if self.state.step > 0:
             self._save(must=True)
         raise Stopped(f"stopped by {reason}")

@@ -63,9 +63,9 @@ class StepMeter:
     def progress(self) -> dict[str, Any]:
         """What the next report has so far, for a checkpoint. After settle."""
         return {
-            "loss_sums": self._loss_sums,
-            "labels": self._label_counts,
-            "grad_norms": self._norms,
+            "loss_sums": list(self._loss_sums),  # copies: training goes on while they are written
+            "labels": list(self._label_counts),
+            "grad_norms": list(self._norms),
             "tokens": self._token_count,
             "seconds": time.perf_counter() - self._start,
         }
