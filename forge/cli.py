@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "prove-resume",
         help="kill a run again and again, and compare its end with the unbroken run's",
-        epilog="Exit codes: 0 identical to the last bit; 1 different, or a run failed; 2 usage or config error.",
+        epilog="Exit codes: 0 identical to the last bit; 1 different, or a run failed; 2 usage or config error; "
+        "130 interrupted.",
     )
     command.add_argument("config", metavar="X.yaml")
     command.add_argument("--kills", type=int, default=10, metavar="N", help="how often the run is killed (10)")
@@ -203,7 +204,8 @@ def _ranks_of_last_attempt(run: "RunDirectory") -> int:
     from forge.run.files import read_json
 
     attempts = read_json(run.metadata_file).get("attempts")
-    ranks = attempts[-1].get("ranks") if attempts else 1
+    last = attempts[-1] if isinstance(attempts, list) and attempts else {"ranks": 1}
+    ranks = last.get("ranks") if isinstance(last, dict) else None
     if not isinstance(ranks, int) or ranks < 1:
         raise UsageError(f"{run.metadata_file} does not tell the ranks of the last attempt; give --processes")
     return ranks
@@ -224,12 +226,27 @@ def _outcome(run: "RunDirectory", code: int) -> str:
 
 
 def _incomplete(root: Path) -> "list[tuple[RunDirectory, IncompleteRun]]":
-    """The runs below root that can go on, with what the registry says of them; the oldest first."""
+    """The runs below root that can go on, with what the registry says of them; the oldest first.
+
+    Whether one is complete stands in its own state: a run that was moved or copied has no entry.
+    """
     from forge.run.directory import find_runs
-    from forge.run.registry import incomplete_runs
+    from forge.run.registry import IncompleteRun, incomplete_runs
+    from forge.run.state import TrainingState
 
     entries = {entry.path.resolve(): entry for entry in incomplete_runs(root)}
-    return [(run, entries[path]) for run in find_runs(root) if (path := run.path.resolve()) in entries]
+    found = []
+    for run in find_runs(root):
+        entry = entries.get(run.path.resolve())
+        try:
+            state = TrainingState.load(run.state_file)
+        except UsageError:  # a broken one: only its entry tells that it is no complete one
+            found += [(run, entry)] if entry is not None else []
+            continue
+        if not state.pipeline_complete:
+            known = IncompleteRun(state.run_id, run.path.absolute(), run.name, "", 0, state.created_at, state.stage)
+            found.append((run, entry or known))
+    return found
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -320,7 +337,7 @@ def _runs(args: argparse.Namespace) -> int:
             "error": state.error,
         }
         if entry is not None:  # alive: null where it ran on another host
-            row |= {"host": entry.host, "pid": entry.pid, "alive": is_alive(entry)}
+            row |= {"host": entry.host or None, "pid": entry.pid or None, "alive": is_alive(entry)}
         rows.append(row)
     if args.json:
         print(json.dumps(rows, indent=2))

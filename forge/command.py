@@ -17,6 +17,7 @@ from forge.errors import (
     ConfigError,
     ForgeError,
     LostRank,
+    Stopped,
     UsageError,
 )
 
@@ -132,6 +133,10 @@ def _train(args: argparse.Namespace) -> int:
     except AlreadyComplete as error:
         logger.info("%s", error)
         return error.exit_code
+    except Stopped as stopped:
+        if rank == 0:
+            logger.warning("%s", stopped)
+        return stopped.exit_code
     except ForgeError as error:
         if rank == 0 or isinstance(error, LostRank):
             for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
@@ -173,7 +178,8 @@ def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | Non
     if given := [f"--{name}" for name in ("debug", "run_name") if getattr(args, name)]:
         raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a run goes on as what it is")
     run = find_run(Path(args.output_root or "outputs"), args.resume)
-    return load_config(run.config_file, args.set, max_steps=args.max_steps, epochs=args.epochs), run
+    overrides = {"max_steps": args.max_steps, "epochs": args.epochs, "output_root": args.output_root}
+    return load_config(run.config_file, args.set, **overrides), run
 
 
 def _overrides(args: argparse.Namespace) -> bool:

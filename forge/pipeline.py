@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from forge.checkpoint.beginning import Beginning, begin_again, check_rows
+from forge.checkpoint.beginning import Beginning, begin_again, with_rows
 from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.explain import effective, to_yaml
@@ -83,8 +83,8 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         task = rank_0_first(accelerator, lambda: stop.breaks(lambda: _load_task(config)))
         loaded_model = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_model(config, task)))
         task = replace(task, label_ids=loaded_model.label_ids)
-        on_rank_0(
-            accelerator, lambda: check_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
+        beginning = on_rank_0(
+            accelerator, lambda: with_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
         )
         if vote.now():
             raise stopped_early(vote.reason())
@@ -159,7 +159,8 @@ def _recorded(run: RunDirectory, state: TrainingState, accelerator: Accelerator,
         state.preemptions += 1
         record()
         kept = f"from {state.latest_checkpoint}" if state.latest_checkpoint else "from the start"
-        command = f"python forge.py --resume {shlex.quote(str(run.path))}"
+        entry = "forge.py --resume" if accelerator.num_processes == 1 else "-m forge.cli resume"
+        command = f"python {entry} {shlex.quote(str(run.path))}"
         raise Stopped(f"{state.error}; go on {kept} with `{command}`") from None
     except BaseException as error:
         lost = lost_rank(error)

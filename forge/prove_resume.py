@@ -35,6 +35,8 @@ ROUNDS = 3  # how often a run is begun anew for the kills that came too late
 # An attempt that takes so much longer than the whole unbroken run is not going to end.
 PATIENCE, PATIENCE_S = 5.0, 180.0
 
+EXIT_INTERRUPTED = 130  # as shells have it: neither identical nor different
+
 LINGERS = f"is complete, but its process has not ended {LINGER_S:.0f} s later"
 
 # The command line and environment that train with these arguments on so many processes.
@@ -96,7 +98,7 @@ class Procedure:
             there = [str(run.path) for run in (unbroken, *self.proof.killed) if run.path.exists()]
             what = f"the runs so far stay: {', '.join(there)}" if there else "nothing was created"
             self._say(f"interrupted; its processes have ended, {what}")
-            return EXIT_FAILED
+            return EXIT_INTERRUPTED
         self.console.print(table(self.proof))
         for file in write_certificate(self.proof):
             self._say(f"certificate: {file}")
@@ -217,6 +219,12 @@ class Procedure:
         if failure is not None:
             found = Difference("resume", f"the end of {self.proof.killed[-1].name}", "complete", failure)
             self.proof.comparisons[-1] = Comparison([Part("resume", {}, found)])
+        for number, kill in enumerate(self.proof.kills, start=1):
+            if kill.all_ended_s is None:
+                found = Difference("orphans", f"what kill {number} left alive", "ended by itself", "had to be killed")
+                before = self.proof.comparisons[-1].parts
+                self.proof.comparisons[-1] = Comparison([Part("orphans", {}, found), *before])
+                break
         self.proof.seconds["comparison"] = round(time.monotonic() - start, 3)
 
 

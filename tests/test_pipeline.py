@@ -302,7 +302,7 @@ def test_a_run_that_is_alive_is_not_resumed_and_an_interrupt_says_how_to_go_on(
     assert f"is being trained by process {alive.pid} on " in refused.stderr
     assert "wait for it, or end it first" in refused.stderr
     assert alive.returncode == 75
-    assert "ERROR: stopped by SIGINT in training at step" in last_words
+    assert "WARNING: stopped by SIGINT in training at step" in last_words
     assert f"with `python forge.py --resume {run}`" in last_words
     assert "Traceback" not in last_words
     assert read_json(run / "training_state.json")["attempts"] == 1

@@ -232,7 +232,7 @@ def test_an_interrupt_leaves_no_process_behind_and_names_the_runs(config_file: P
         said, _ = proof.communicate(timeout=60)
 
     (unbroken,) = runs.iterdir()
-    assert proof.returncode == 1
+    assert proof.returncode == 130
     assert said.splitlines()[-1] == f"interrupted; its processes have ended, the runs so far stay: {unbroken}"
     assert _trainings(config_file) == []
 

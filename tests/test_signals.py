@@ -136,7 +136,7 @@ def test_a_stop_in_preparation_creates_nothing(config_file: Path, tmp_path: Path
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "ERROR: stopped by SIGTERM before the first stage; start it again with the same command" in errors
+    assert "WARNING: stopped by SIGTERM before the first stage; start it again with the same command" in errors
     assert not (tmp_path / "outputs").exists()
 
 

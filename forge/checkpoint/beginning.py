@@ -1,6 +1,6 @@
 """Where the next attempt begins: under the lock of its run, at a checkpoint that holds, with a config that fits it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,19 @@ def begin_again(
     process holds the run, and for a change of meaning that is not allowed; AlreadyComplete; and TrainingError where
     there were checkpoints and none can be trusted.
     """
-    attempt = lock.take(take_over=take_over)
-    state = TrainingState.load(run.state_file)
+    attempt = lock.take(take_over=take_over, after=TrainingState.load(run.state_file).attempts)
+    state = TrainingState.load(run.state_file)  # again: until now another process may have written it
     if state.pipeline_complete:  # by an attempt that was alive when this process began
         raise AlreadyComplete(complete_message(run))
     remove_leftovers(run)
     selected = select(run, state)
     checkpoint, manifest = selected if selected is not None else (None, None)
-    metadata = read_json(run.metadata_file)
+    metadata = _metadata(run)
+    wanted = config.training.max_steps
+    if manifest is not None and wanted is not None and wanted < manifest.step:
+        raise UsageError(
+            f"training.max_steps is {wanted}, and {run.path} is at step {manifest.step} already; give that or more"
+        )
     found, earlier = _changes(run, config, manifest, metadata, rows_per_step, precision)
     lines = check_changes(found, allowed_changes, earlier)
     shown = [f"changed: {line}" for line in lines]
@@ -61,14 +66,35 @@ def begin_again(
     return Beginning(attempt, checkpoint, manifest, shown, allowances(found), fingerprint)
 
 
-def check_rows(beginning: Beginning, fingerprint: str, description: str, allowed_changes: list[str]) -> None:
-    """Raises UsageError for other rows than the run's under the same name: they would be another training."""
+def with_rows(beginning: Beginning, fingerprint: str, description: str, allowed_changes: list[str]) -> Beginning:
+    """The beginning with the rows there are now, told as a change where they are others and that is allowed.
+
+    Raises UsageError where it is not: other rows under the same name would be another training.
+    """
     known = beginning.fingerprint or fingerprint
-    if fingerprint != known and ROWS not in allowed_changes:
+    if fingerprint == known:
+        return beginning
+    if ROWS not in allowed_changes:
         raise UsageError(
             f"the rows of {description} are not those of the run so far (fingerprint {fingerprint[:12]} instead of "
             f"{known[:12]}); bring them back, or go on with the new ones by --allow-change {ROWS}"
         )
+    line = f"changed: the rows of {description}: {known[:12]} -> {fingerprint[:12]} (allowed by --allow-change {ROWS})"
+    allowed = {**beginning.allowed, ROWS: fingerprint}
+    return replace(beginning, changes=[*beginning.changes, line], allowed=allowed)
+
+
+def _metadata(run: RunDirectory) -> dict[str, Any]:
+    """run_metadata.json, as far as a resume reads it. Raises UsageError where that is not there."""
+    metadata = read_json(run.metadata_file)
+    attempts, world, data = (metadata.get(name) for name in ("attempts", "world", "data"))
+    whole = isinstance(attempts, list) and all(isinstance(attempt, dict) for attempt in attempts)
+    whole = whole and isinstance(world, dict) and isinstance(world.get("rows_per_step"), int)
+    if not whole or not isinstance(data, dict) or not isinstance(data.get("fingerprint"), str):
+        raise UsageError(
+            f"{run.metadata_file} is broken: it must tell attempts, world.rows_per_step and data.fingerprint"
+        )
+    return metadata
 
 
 def _changes(

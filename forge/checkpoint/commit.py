@@ -29,7 +29,8 @@ from forge.run.state import TrainingState, now
 
 logger = logging.getLogger(__name__)
 
-# Beyond what the checkpoint itself takes: the log, the metrics and a final model share the disk.
+# Beyond what the checkpoint itself takes, or as much again if that is less: the log, the metrics and a final model
+# share the disk. Not asked for where the save is the last one that can be made.
 SPARE_BYTES = 64 << 20
 FAILURES_IN_A_ROW = 3  # a disk that stays full is not worth to train on for
 
@@ -105,7 +106,7 @@ class Checkpoints:
         problem = next((found for found in gather_values(problem) if found is not None), None)
         if problem is not None or snapshot is None:
             return self._failed(state, str(problem), must)
-        staging, problem = on_rank_0(self._training.accelerator, lambda: self._stage(state, snapshot.bytes))
+        staging, problem = on_rank_0(self._training.accelerator, lambda: self._stage(state, snapshot.bytes, must))
         if problem is not None:
             return self._failed(state, problem, must)
         writing = _Writing(staging, replace(state), started, 0.0)
@@ -153,15 +154,17 @@ class Checkpoints:
             shutil.rmtree(self._writing.staging, ignore_errors=True)
         self._writing = None
 
-    def _stage(self, state: TrainingState, snapshot_bytes: int) -> tuple[Path, str | None]:
+    def _stage(self, state: TrainingState, snapshot_bytes: int, must: bool) -> tuple[Path, str | None]:
         """On rank 0: the folder to write into, or why there is none."""
         self._lock.check()
         staging = self._run.path / f"{STAGING_PREFIX}{state.step}-{self._lock.attempt}-{secrets.token_hex(6)}"
-        needed = max(snapshot_bytes, self._size_of_the_last()) + SPARE_BYTES
+        size = max(snapshot_bytes, self._size_of_the_last())
+        spare = 0 if must else min(size, SPARE_BYTES)
         try:
             free = shutil.disk_usage(self._run.path).free
-            if free < needed:
-                return staging, f"it needs {_mib(needed)} on the disk and {_mib(free)} are free"
+            if free < size + spare:
+                kept = f" and {_mib(spare)} to spare" if spare else ""
+                return staging, f"it takes {_mib(size)}{kept}, and {_mib(free)} are free on the disk"
             staging.mkdir()
         except OSError as error:
             return staging, str(error)
@@ -216,11 +219,15 @@ class Checkpoints:
         seconds = time.perf_counter() - writing.started
         since = writing.started if writing.finish_started is None else writing.finish_started
         stall = writing.stall + time.perf_counter() - since
-        try:
-            write_atomically(self._run.latest_checkpoint_file, f"{name}\n", self._lock.check)
-            state.save(self._run.state_file, self._lock.check)
-        except OSError as error:
-            logger.warning("%s is committed, and could not be noted (%s)", state.latest_checkpoint, error)
+        notes: list[Callable[[], None]] = [
+            lambda: write_atomically(self._run.latest_checkpoint_file, f"{name}\n", self._lock.check),
+            lambda: state.save(self._run.state_file, self._lock.check),
+        ]
+        for note in notes:
+            try:
+                note()
+            except OSError as error:
+                logger.warning("%s is committed, and could not be noted (%s)", name, error)
         self.prune(state)
         logger.info("saved %s: %.1f MiB in %.2f s, of which training waited %.2f s", name, size_mib, seconds, stall)
         self._told(writing.state, Saved(name, round(size_mib, 2), round(seconds, 3), round(stall, 3)))

@@ -20,7 +20,9 @@ BAD_PREFIX, STAGING_PREFIX, TRASH_PREFIX = ".bad-", ".tmp-", ".trash-"
 
 def checkpoints(run: RunDirectory) -> list[Path]:
     """All that are named as checkpoints, the one of the highest step first. No time stamp is asked: clocks jump."""
-    named = [path for path in run.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9]\d*)", path.name)]
+    named = [
+        path for path in run.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,17})", path.name)
+    ]
     return sorted(named, key=step_of, reverse=True)
 
 
@@ -36,6 +38,7 @@ def select(run: RunDirectory, state: TrainingState) -> tuple[Path, Manifest] | N
     Raises TrainingError where the run had checkpoints and none is left that can be trusted.
     """
     hint = _hint(run)
+    _refuse_foreign(run, state)
     for folder in checkpoints(run):
         try:
             manifest = verify(folder, state.run_id)
@@ -53,10 +56,25 @@ def select(run: RunDirectory, state: TrainingState) -> tuple[Path, Manifest] | N
     if bad or state.latest_checkpoint is not None:
         what = f"{', '.join(bad)} cannot be trusted" if bad else f"{state.latest_checkpoint} is gone"
         raise TrainingError(
-            f"no checkpoint of {run.path} can be gone on from: {what}; the run is left as it is. Put a whole "
-            f"checkpoint-N back there, or start anew under another --run_name"
+            f"no checkpoint of {run.path} can be gone on from: {what}. Put a whole checkpoint-N back there, or start "
+            f"anew under another --run_name"
         )
     return None
+
+
+def _refuse_foreign(run: RunDirectory, state: TrainingState) -> None:
+    """Where all checkpoints are of one other run, it is the state that is foreign, and they are left alone."""
+    owners = set()
+    for folder in checkpoints(run):
+        try:
+            owners.add(Manifest.read(folder).run_id)
+        except BadCheckpoint:
+            continue
+    if len(owners) == 1 and state.run_id not in owners:
+        raise TrainingError(
+            f"{run.state_file} is of the run {state.run_id}, and all checkpoints beside it are of the run "
+            f"{owners.pop()}; put the state or the checkpoints back that belong together (nothing was changed)"
+        )
 
 
 def quarantine(run: RunDirectory, folder: Path, reason: str) -> None:
@@ -73,7 +91,10 @@ def quarantine(run: RunDirectory, folder: Path, reason: str) -> None:
 def remove_leftovers(run: RunDirectory) -> None:
     """What attempts before this one began to write, or to delete, and did not end. Under the run's lock."""
     for folder in [*run.path.glob(f"{STAGING_PREFIX}*"), *run.path.glob(f"{TRASH_PREFIX}*")]:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in (run.path, run.final, run.attempts):
         for file in folder.glob(".*.tmp"):
             file.unlink(missing_ok=True)

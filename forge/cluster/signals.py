@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -61,6 +62,10 @@ class StopRequest:
             self._interrupted_at = self._interrupted_at or moment
         if self.reason is None:
             self.reason = signal.Signals(number).name
+            if os.environ.get("RANK", "0") == "0":
+                words = f"forge: {self.reason} received; stopping where the run can go on (a second Ctrl-C: at once)\n"
+                with suppress(OSError):  # a closed console
+                    os.write(2, words.encode())
         if self._breakable:
             self._breakable = False
             raise stopped_early(self.reason)

@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The file's object. Raises UsageError, naming the file, where there is none."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as JSON ({error}); is its folder a run directory?") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no JSON object; is its folder a run directory?")

@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 from pathlib import Path
@@ -33,27 +34,36 @@ class RunLock:
         self._descriptor: int | None = None
         self.attempt = 0
 
-    def take(self, *, take_over: bool = False) -> int:
-        """Locks the run and gives this attempt's number. Raises UsageError while another process holds the run.
+    def take(self, *, take_over: bool = False, after: int = 0) -> int:
+        """Locks the run and gives this attempt's number, above `after` and that of every attempt before.
 
+        Raises UsageError while another process holds the run, and where the run cannot be written.
         take_over: the other is known to be frozen, or its host to be dead: it is locked out, and its number outdated.
         """
+        try:
+            self._take(take_over, after)
+        except OSError as error:
+            raise UsageError(f"{error.filename or self._run.path} cannot be written ({error.strerror})") from None
+        return self.attempt
+
+    def _take(self, take_over: bool, after: int) -> None:
         if take_over:
             _replace(self._run.lock_file)
         while True:
             self._descriptor = _locked(self._run)
-            self.attempt = _new_attempt(self._run)
+            self.attempt = _new_attempt(self._run, after)
             if _is_at(self._descriptor, self._run.lock_file):
                 break
             self.release()  # another take-over came between: the run is its, unless it is done already
         holder = {"attempt": self.attempt, "pid": os.getpid(), "host": socket.gethostname(), "since": now()}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
-        return self.attempt
 
     def check(self) -> None:
         """Before every write into the run. Raises Superseded where a later attempt has taken over."""
         latest = _latest_attempt(self._run)
+        if latest < self.attempt:  # whoever comes now could be given this attempt's own number
+            raise Superseded(f"{self._run.attempts / f'{self.attempt}.json'} is gone; this attempt writes nothing more")
         if latest > self.attempt:
             raise Superseded(
                 f"attempt {latest} has taken over {self._run.path}; this one, attempt {self.attempt}, ends and writes "
@@ -116,10 +126,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _new_attempt(run: RunDirectory) -> int:
+def _new_attempt(run: RunDirectory, after: int) -> int:
     run.attempts.mkdir(exist_ok=True)
     while True:
-        number = _latest_attempt(run) + 1
+        number = max(after, _latest_attempt(run)) + 1
         file = run.attempts / f"{number}.json"
         try:
             os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
@@ -135,4 +145,4 @@ def _latest_attempt(run: RunDirectory) -> int:
         names = os.listdir(run.attempts)
     except FileNotFoundError:
         return 0
-    return max((int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()), default=0)
+    return max((int(found[1]) for name in names if (found := re.fullmatch(r"([0-9]{1,18})\.json", name))), default=0)

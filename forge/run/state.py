@@ -94,8 +94,11 @@ def _read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); is its folder a run directory?") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is broken, it is not JSON ({error}); start the run anew under another name") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f'{path} is broken, it is not JSON ({error}); the newest checkpoint\'s state.json holds it below "state": '
+            f"put that back, or start the run anew under another name"
+        ) from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} is broken: it holds no JSON object; start the run anew under another name")
     return value

@@ -296,7 +296,14 @@ class FinetuningTrainer:
 
         def guarded() -> None:
             self.lock.check()
-            work()
+            try:
+                work()
+            except OSError as error:
+                newest = self.state.latest_checkpoint or "none yet"
+                raise TrainingError(
+                    f"step {self.state.step} could not be reported in {self.run.path} ({error}); the newest checkpoint "
+                    f"is {newest}. Free some space there, then resume"
+                ) from error
 
         on_rank_0(self.accelerator, guarded)
 

@@ -7,7 +7,7 @@ from faults.crash import Event, events
 from faults.scene import Scene, Shape
 from faults.trials import Trial
 
-NOT_SYNCED = ("metrics.jsonl", ".lock", "output.log")  # appended to or advisory: a lost end is written again
+NOT_SYNCED = (".lock", "output.log")  # advisory, and for people
 
 
 def power_trials(scene: Scene, shape: Shape) -> list[Trial]:
@@ -40,7 +40,7 @@ def _named_too_early(found: list[Event], place: int) -> str | None:
     """Before the rename everything below the old name is synced, and the folder it lands in after it."""
     target = found[place].name
     folder, _, name = target.rpartition("/")
-    sources = [f"{folder}/.tmp-*-*", f"{folder}/.tmp-{name}", f"{folder}/.{name}.*.tmp"]
+    sources = [f"{folder}/.tmp-*-*", f"{folder}/.tmp-{name}-*", f"{folder}/.{name}.*.tmp"]
     if name.endswith(".json") and "*" in name:
         sources.append(f"{folder}/.*.json.*.tmp")
     since = next((i for i in range(place - 1, -1, -1) if found[i].name == target), 0)
