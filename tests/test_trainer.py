@@ -311,7 +311,7 @@ def test_a_checkpoint_that_would_not_fit_on_the_disk_is_not_begun(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=400_000))
     trainer.train()
 
-    assert "it takes 0.2 MiB and 0.2 MiB to spare, and 0.4 MiB are free on the disk" in caplog.text
+    assert "it takes 0.3 MiB and 0.3 MiB to spare, and 0.4 MiB are free on the disk" in caplog.text
     assert trainer.state.latest_checkpoint is None
     assert not list(trainer.run.path.glob("*checkpoint*"))
     assert not list(trainer.run.path.glob(".tmp*"))

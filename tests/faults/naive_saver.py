@@ -11,8 +11,7 @@ from typing import Any
 
 def install() -> None:
     """Replaces what commits and what chooses checkpoints in this process."""
-    import forge.pipeline
-    from forge.checkpoint import commit, selection
+    from forge.checkpoint import beginning, commit, selection
     from forge.checkpoint.contents import write_snapshot
     from forge.checkpoint.manifest import Manifest
 
@@ -44,7 +43,7 @@ def install() -> None:
     commit._write = write
     commit.Checkpoints._name = name
     commit.Checkpoints._outdated = lambda self, state: []
-    forge.pipeline.select = choose
+    beginning.select = choose
 
 
 class _Run:
