@@ -569,3 +569,25 @@ def test_an_existing_checkpoint_is_never_replaced(build_trainer: Build, caplog: 
     assert "checkpoint-3 is there already" in caplog.text
     assert (trainer.run.path / "checkpoint-3" / "of a later attempt").exists()
     assert not list(trainer.run.path.glob(".tmp*"))
+
+
+def test_a_file_system_that_loses_bytes_without_a_word_gets_nothing_named(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import forge.checkpoint.commit as commit
+
+    for name, told in (("manifest.json", "cannot be read"), ("optimizer.pt", "bytes instead of")):
+        trainer = build_trainer("checkpoint.every_steps=3", "training.max_steps=3")
+        write = commit.Manifest.write
+
+        def losing(manifest: Any, folder: Any, name: str = name, write: Any = write) -> None:
+            write(manifest, folder)
+            data = (folder / name).read_bytes()
+            (folder / name).write_bytes(data[: len(data) // 2])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(commit.Manifest, "write", losing)
+            trainer.train()
+        assert told in caplog.text
+        assert not list(trainer.run.path.glob("*checkpoint-*"))
+        caplog.clear()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.checkpoint.contents import Snapshot, Training, take_snapshot, write_snapshot
-from forge.checkpoint.manifest import FORMAT, BadCheckpoint, Manifest, StoredFile, digest, verify
+from forge.checkpoint.manifest import FORMAT, BadCheckpoint, Manifest, StoredFile, check_files, digest, verify
 from forge.checkpoint.selection import STAGING_PREFIX, TRASH_PREFIX, checkpoints, step_of
 from forge.cluster.ranks import gather_values, on_rank_0
 from forge.config.schema import CheckpointConfig
@@ -199,6 +199,8 @@ class Checkpoints:
         try:
             open_to_others(writing.staging)
             self._manifest(writing.state, files).write(writing.staging)
+            # Not that a file system may lose bytes in silence; but if this one does, it is told now.
+            check_files(writing.staging, Manifest.read(writing.staging), hashes=False)
             sync_folder(writing.staging)
             sync_file(self._run.metrics_file)  # its rows up to this step will not be written again
             self._lock.check()  # as late as can be
@@ -206,7 +208,7 @@ class Checkpoints:
                 return f"{target.name} is there already"
             os.rename(writing.staging, target)
             sync_folder(self._run.path)
-        except OSError as error:
+        except (OSError, BadCheckpoint, TrainingError) as error:
             return str(error)
         except Superseded:
             shutil.rmtree(writing.staging, ignore_errors=True)

@@ -85,6 +85,24 @@ class Manifest:
         return cls(**(values | {"files": files}))
 
 
+def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
+    """Raises BadCheckpoint, or TrainingError as verify does, where the files are not those that the manifest lists."""
+    required = {MODEL_FILE, MODEL_CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE, *map(rng_file, range(manifest.ranks))}
+    if absent := sorted(required - set(manifest.files)):
+        raise BadCheckpoint(f"its {MANIFEST_FILE} names no {', '.join(absent)}")
+    for name, expected in manifest.files.items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != expected.bytes:
+                raise BadCheckpoint(f"{name} has {size} bytes instead of {expected.bytes}")
+            if hashes and sha256_of(folder / name) != expected.sha256:
+                raise BadCheckpoint(f"{name} is not as it was written: its hash differs")
+        except FileNotFoundError:
+            raise BadCheckpoint(f"{name} is missing") from None
+        except OSError as error:
+            raise _unreadable(folder / name, error) from None
+
+
 def rng_file(rank: int) -> str:
     """The file with one rank's random numbers."""
     return f"rng-{rank:05d}.pt"
@@ -106,20 +124,7 @@ def verify(folder: Path, run_id: str, *, hashes: bool = True) -> Manifest:
         raise BadCheckpoint(f"it belongs to another run, {manifest.run_id}")
     if folder.name != f"checkpoint-{manifest.step}":
         raise BadCheckpoint(f"it was written at step {manifest.step}")
-    required = {MODEL_FILE, MODEL_CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE, *map(rng_file, range(manifest.ranks))}
-    if absent := sorted(required - set(manifest.files)):
-        raise BadCheckpoint(f"its {MANIFEST_FILE} names no {', '.join(absent)}")
-    for name, expected in manifest.files.items():
-        try:
-            size = (folder / name).stat().st_size
-            if size != expected.bytes:
-                raise BadCheckpoint(f"{name} has {size} bytes instead of {expected.bytes}")
-            if hashes and sha256_of(folder / name) != expected.sha256:
-                raise BadCheckpoint(f"{name} is not as it was written: its hash differs")
-        except FileNotFoundError:
-            raise BadCheckpoint(f"{name} is missing") from None
-        except OSError as error:
-            raise _unreadable(folder / name, error) from None
+    check_files(folder, manifest, hashes=hashes)
     return manifest
 
 
