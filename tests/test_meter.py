@@ -38,6 +38,8 @@ def test_a_report_covers_the_time_and_the_labels_since_the_last_one(clock: Simpl
     with meter.paused():
         clock.now += 100.0
 
+    assert meter.settle() == 200  # tokens of both ranks
+    assert meter.settle() == 0
     assert meter.losses().tolist() == [6 / 8, 2 / 4]
     assert meter.grad_norms().tolist() == [1.5, 0.5]
     assert meter.metrics(rate=0.1) == {
@@ -50,7 +52,32 @@ def test_a_report_covers_the_time_and_the_labels_since_the_last_one(clock: Simpl
     }
     meter.add(torch.tensor(1.0), torch.tensor(2), torch.tensor(0.25), tokens=1)
     clock.now += 0.5
+    meter.settle()
     assert meter.metrics(rate=0.1)["samples_per_second"] == 4.0  # nothing of the first report is left
+
+
+def test_a_report_that_a_checkpoint_parts_is_the_whole_one(clock: SimpleNamespace) -> None:
+    steps = [(3.0, 8, 1.5, 50), (1.0, 4, 0.5, 20), (0.1, 2, 0.25, 7)]
+
+    def run(meter: StepMeter, steps: list[tuple[float, int, float, int]]) -> None:
+        for ce_sum, labels, norm, tokens in steps:
+            meter.add(torch.tensor(ce_sum), torch.tensor(labels), torch.tensor(norm), tokens=tokens)
+            clock.now += 1.0
+        meter.settle()
+
+    whole = StepMeter(TwoEqualRanks())  # type: ignore[arg-type]
+    run(whole, steps)
+    expected = whole.metrics(rate=0.1)
+    first, second = StepMeter(TwoEqualRanks()), StepMeter(TwoEqualRanks())  # type: ignore[arg-type]
+    run(first, steps[:2])
+    kept = first.progress()
+    run(first, steps[2:])  # goes on after the checkpoint, and dies
+    assert kept["loss_sums"] == [6.0, 2.0]
+    clock.now += 100.0
+    second.restart(kept)
+    run(second, steps[2:])
+    assert second.losses().tolist() == pytest.approx([6 / 8, 2 / 4, 0.2 / 2])
+    assert second.metrics(rate=0.1) == expected
 
 
 def test_the_ranks_of_one_seed_and_the_seeds_of_one_rank_draw_apart() -> None:
