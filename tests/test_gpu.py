@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import stop_at, trajectory
+from test_checkpoints import stop_at
+from test_trainer import trajectory
 
 from forge.errors import Stopped
 

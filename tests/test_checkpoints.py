@@ -1,0 +1,391 @@
+"""What a training saves and when, what it keeps, what it goes on from, and what no failure of a save costs."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import trajectory
+
+from forge.errors import Stopped, Superseded, TrainingError, UsageError
+from forge.run.files import read_json
+
+Build = Callable[..., Any]
+
+
+def test_only_the_last_checkpoints_stay(build_trainer: Build) -> None:
+    trainer = build_trainer("checkpoint.every_steps=1", "checkpoint.keep_last=2")
+    trainer.train()
+
+    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    assert trainer.run.latest_checkpoint_file.read_text() == "checkpoint-6\n"
+
+
+def test_the_best_checkpoint_stays_beside_the_last(build_trainer: Build) -> None:
+    trainer = build_trainer(
+        *("evaluation.every_steps=1", "checkpoint.every_steps=null", "checkpoint.best_metric=matched/loss"),
+        "checkpoint.keep_last=1",
+    )
+    values = iter([0.9, 0.5, 0.7, 0.6, 0.8])
+    trainer.evaluate = lambda stage: {"matched/loss": next(values)}
+    trainer.train()
+
+    assert trainer.state.best_metric == {"name": "matched/loss", "value": 0.5, "step": 2}
+    assert [step for step, _ in trainer.callbacks.saves] == [1, 2]  # only where it got better
+    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+    settings = ("evaluation.every_steps=1", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+    trainer = build_trainer(*settings)
+    values = iter([0.2, 0.9, 0.7, 0.9, 0.8])
+    trainer.evaluate = lambda stage: {"matched/accuracy": next(values), "matched/loss": 0.0}
+    trainer.train()
+    assert trainer.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 2}  # the first of two
+    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+
+    trainer = build_trainer(*settings, "checkpoint.keep_best=false")
+    trainer.train()
+    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_an_unknown_best_metric_is_named_beside_those_there_are(build_trainer: Build) -> None:
+    trainer = build_trainer("evaluation.every_steps=1", "checkpoint.best_metric=matched/bleu")
+    with pytest.raises(UsageError, match=r"best_metric is matched/bleu, and the evaluation has: matched/loss, matc"):
+        trainer.train()
+
+
+def fail_to_write(monkeypatch: pytest.MonkeyPatch, steps: set[int], trainer: Any) -> None:
+    import forge.checkpoint.contents as contents
+
+    store = contents.store
+
+    def failing(path: Any, write: Any) -> Any:
+        stored = store(path, write)
+        if trainer.state.step in steps and path.name == "optimizer.pt":
+            raise OSError(28, "No space left on device")
+        return stored
+
+    monkeypatch.setattr(contents, "store", failing)
+
+
+def test_a_save_that_fails_is_told_of_and_training_goes_on(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer("checkpoint.every_steps=2", "checkpoint.keep_last=3")
+    fail_to_write(monkeypatch, {4}, trainer)
+    trainer.train()
+
+    assert "checkpoint-4 could not be saved" in caplog.text
+    assert "No space left on device); the newest checkpoint is checkpoint-2; training goes on" in caplog.text
+    assert trainer.state.latest_checkpoint == "checkpoint-6"
+    assert sorted(path.name for path in trainer.run.path.iterdir()) == [
+        *(".lock", "attempts", "checkpoint-2", "checkpoint-6", "latest_checkpoint", "training_state.json"),
+    ]
+
+
+def test_three_saves_that_fail_in_a_row_end_the_run(build_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build_trainer("checkpoint.every_steps=1")
+    fail_to_write(monkeypatch, {2, 3, 4}, trainer)
+    with pytest.raises(TrainingError, match=r"checkpoint-4 could .*checkpoint-1, and 3 saves in a row have failed"):
+        trainer.train()
+    assert [path.name for path in trainer.run.path.glob("*checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_save_that_fails_at_a_stop_is_no_clean_stop(build_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build_trainer("checkpoint.every_steps=2")
+    fail_to_write(monkeypatch, {3}, trainer)
+    stop_at(trainer, 3)
+    with pytest.raises(TrainingError, match=r"checkpoint-3 could not be saved .*newest checkpoint is checkpoint-2"):
+        trainer.train()
+
+
+def test_a_checkpoint_that_would_not_fit_on_the_disk_is_not_begun(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer("checkpoint.every_steps=3")
+    usage = shutil.disk_usage(trainer.run.path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=400_000))
+    trainer.train()
+
+    assert "it takes 0.3 MiB and 0.3 MiB to spare, and 0.4 MiB are free on the disk" in caplog.text
+    assert trainer.state.latest_checkpoint is None
+    assert not list(trainer.run.path.glob("*checkpoint*"))
+    assert not list(trainer.run.path.glob(".tmp*"))
+
+
+def stop_at(trainer: Any, step: int) -> None:
+    def stepped(state: Any) -> None:
+        if state.step == step:
+            trainer.vote.request.reason = "SIGTERM"
+
+    trainer.callbacks.stepped = stepped
+
+
+def test_a_stop_commits_the_step_it_comes_at_and_a_resume_ends_the_same(build_trainer: Build) -> None:
+    """Off the grids of logging and checkpoints, with dropout: the report that was begun is part of what is kept."""
+    settings = ("model.dropout=0.1", "logging.every_steps=4", "training.max_steps=10", "evaluation.every_steps=5")
+    unbroken = build_trainer(*settings)
+    losses, weights = trajectory(unbroken)
+
+    stopped = build_trainer(*settings)
+    stop_at(stopped, 5)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        stopped.train()
+    assert stopped.state.latest_checkpoint == "checkpoint-5"
+    assert stopped.callbacks.evaluations == []  # broken off
+    assert (stopped.state.samples, stopped.state.evaluated_step) == (40, 0)
+    before = [report["loss"] for report in stopped.callbacks.reports]
+    run = stopped.run
+
+    resumed = build_trainer(*settings)
+    resumed.restore(run.path / "checkpoint-5")
+    more, resumed_weights = trajectory(resumed)
+    assert before + more == losses
+    assert resumed_weights == weights
+    assert resumed.callbacks.evaluations == [("training", 5)]  # made up for
+    assert resumed.state.tokens == unbroken.state.tokens > 1000
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_restored_trainer_ends_where_the_unbroken_one_does(asynchronous: str, build_trainer: Build) -> None:
+    """With dropout: the random numbers are part of what is restored."""
+    settings = ("model.dropout=0.1", "checkpoint.every_steps=2", "checkpoint.keep_last=3")
+    unbroken = build_trainer(*settings, f"checkpoint.asynchronous={asynchronous}")
+    _, weights = trajectory(unbroken)
+    assert [step for step, _ in unbroken.callbacks.saves] == [2, 4, 6]
+    assert sorted(path.name for path in unbroken.run.path.glob("checkpoint-*")) == [
+        *("checkpoint-2", "checkpoint-4", "checkpoint-6")
+    ]
+
+    resumed = build_trainer(*settings)
+    resumed.restore(unbroken.run.path / "checkpoint-4")
+    assert resumed.state.step == 4
+    losses, resumed_weights = trajectory(resumed)
+    assert losses == [report["loss"] for report in unbroken.callbacks.reports[4:]]
+    assert resumed_weights == weights
+
+
+def test_a_checkpoint_loads_with_from_pretrained_and_safetensors_reads_what_forge_streamed(
+    build_trainer: Build,
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    trainer = build_trainer()
+    trainer.train()
+    folder = trainer.run.path / "checkpoint-6"
+    own = trainer.model.state_dict()
+    saved = load_file(folder / "model.safetensors")
+    assert set(saved) == set(own)
+    assert all(torch.equal(saved[name], own[name]) for name in own)
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert all(torch.equal(loaded.state_dict()[name], own[name]) for name in own)
+
+
+def test_the_manifest_says_where_the_checkpoint_stands(build_trainer: Build) -> None:
+    trainer = build_trainer("training.batch_size=20", "training.max_steps=4", "checkpoint.every_steps=4")
+    trainer.train()
+    manifest = read_json(trainer.run.path / "checkpoint-4" / "manifest.json")
+
+    assert (manifest["step"], manifest["samples"], manifest["rows_per_step"]) == (4, 48 + 20, 20)
+    assert manifest["tokens"] == trainer.state.tokens
+    assert manifest["epoch"] == pytest.approx(68 / 48)
+    assert manifest["data_fingerprint"] == trainer.task.fingerprint
+    assert manifest["config"]["training"]["batch_size"] == 20
+    assert set(manifest["files"]) == {"model.safetensors", "config.json", "optimizer.pt", "state.json", "rng-00000.pt"}
+
+
+def test_an_outdated_attempt_commits_and_reports_nothing(build_trainer: Build) -> None:
+    trainer = build_trainer("checkpoint.every_steps=2", "logging.every_steps=100")
+
+    def overtaken(state: Any) -> None:
+        if state.step == 3:
+            (trainer.run.attempts / "2.json").write_text("{}")
+
+    trainer.callbacks.stepped = overtaken
+    with pytest.raises(Superseded, match="attempt 2 has taken over"):
+        trainer.train()
+    assert [path.name for path in trainer.run.path.glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert not list(trainer.run.path.glob(".tmp*"))
+
+
+def slow_writer(monkeypatch: pytest.MonkeyPatch, trainer: Any, steps: int) -> None:
+    """Lets the files of a save be written only once so many more steps are taken; they are waited for by name."""
+    import forge.checkpoint.contents as contents
+
+    store, begun = contents.store, trainer.state.step
+
+    def slow(path: Any, write: Any) -> Any:
+        if not is_main_thread():
+            wanted = int(path.parent.name.split("-")[1]) + steps
+            while trainer.state.step < min(wanted, trainer.total_steps):
+                time.sleep(0.001)
+        return store(path, write)
+
+    assert begun == 0
+    monkeypatch.setattr(contents, "store", slow)
+
+
+def is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def test_an_asynchronous_save_holds_the_step_it_was_taken_at(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer is slower than the steps, and the report goes on while it writes."""
+    settings = ("model.dropout=0.1", "logging.every_steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    unbroken = build_trainer(*settings, "training.max_steps=8")
+    losses, weights = trajectory(unbroken)
+    trainer = build_trainer(*settings, "training.max_steps=8", "checkpoint.asynchronous=true")
+    slow_writer(monkeypatch, trainer, steps=1)
+    trainer.train()
+    assert [step for step, _ in trainer.callbacks.saves] == [2, 4, 6, 8]
+    run = trainer.run
+
+    for step in (2, 6):
+        resumed = build_trainer(*settings, "training.max_steps=8")
+        resumed.restore(run.path / f"checkpoint-{step}")
+        more, resumed_weights = trajectory(resumed)
+        assert more == losses[step // 4 :]
+        assert resumed_weights == weights
+
+
+def test_a_writer_that_ends_in_an_unknown_way_commits_nothing(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import forge.checkpoint.contents as contents
+
+    trainer = build_trainer("checkpoint.every_steps=2", "checkpoint.keep_last=1", "checkpoint.asynchronous=true")
+    store = contents.store
+
+    def out_of_memory(path: Any, write: Any) -> Any:
+        if "-4-" in path.parent.name:
+            raise MemoryError("no room")
+        return store(path, write)
+
+    monkeypatch.setattr(contents, "store", out_of_memory)
+    trainer.train()
+    assert "checkpoint-4 could not be saved" in caplog.text
+    assert "rank 0: MemoryError: no room" in caplog.text
+    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_manifest_without_the_files_of_a_checkpoint_is_none(build_trainer: Build) -> None:
+    from dataclasses import replace
+
+    from forge.checkpoint.manifest import BadCheckpoint, Manifest, verify
+
+    trainer = build_trainer("checkpoint.every_steps=6")
+    trainer.train()
+    folder = trainer.run.path / "checkpoint-6"
+    manifest = Manifest.read(folder)
+    assert verify(folder, trainer.state.run_id) == manifest
+    for name in manifest.files:
+        replace(manifest, files={key: file for key, file in manifest.files.items() if key != name}).write(folder)
+        with pytest.raises(BadCheckpoint, match=f"names no {name}"):
+            verify(folder, trainer.state.run_id)
+    replace(manifest, ranks=2).write(folder)
+    with pytest.raises(BadCheckpoint, match=r"names no rng-00001\.pt"):
+        verify(folder, trainer.state.run_id)
+
+
+def test_what_cannot_be_read_now_or_by_this_forge_is_not_called_bad(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    import forge.checkpoint.manifest as manifests
+    from forge.checkpoint.selection import select
+
+    trainer = build_trainer("checkpoint.every_steps=3")
+    trainer.train()
+    run, state = trainer.run, trainer.state
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "sha256_of", lambda path: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+        with pytest.raises(TrainingError, match=r"cannot be read now \(Stale file handle\); nothing was changed"):
+            select(run, state)
+    manifest = manifests.Manifest.read(run.path / "checkpoint-6")
+    replace(manifest, format=2).write(run.path / "checkpoint-6")
+    with pytest.raises(TrainingError, match="is of format 2, and this forge reads format 1"):
+        select(run, state)
+    assert sorted(path.name for path in run.path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_the_old_best_stays_until_the_new_one_is_committed(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("evaluation.every_steps=1", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+    trainer = build_trainer(*settings)
+    values = iter([0.5, 0.1, 0.9, 0.2, 0.3])
+    trainer.evaluate = lambda stage: {"matched/accuracy": next(values)}
+    fail_to_write(monkeypatch, {3}, trainer)
+    trainer.train()
+
+    assert trainer.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 3}
+    assert trainer.state.kept_best == 1
+    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-6"]
+
+
+def test_a_short_newest_checkpoint_does_not_count_as_kept(
+    build_trainer: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer("checkpoint.every_steps=2", "checkpoint.keep_last=2")
+    trainer.train()
+    assert trainer.checkpoints._outdated(trainer.state) == []
+    shutil.copytree(trainer.run.path / "checkpoint-4", trainer.run.path / "checkpoint-2")
+    assert [path.name for path in trainer.checkpoints._outdated(trainer.state)] == ["checkpoint-2"]
+
+    (trainer.run.path / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
+    assert trainer.checkpoints._outdated(trainer.state) == []
+    assert "checkpoint-6 is not whole: optimizer.pt has 3 bytes" in caplog.text
+
+
+def test_the_best_metric_and_the_evaluations_that_were_made_are_restored(build_trainer: Build) -> None:
+    settings = ("evaluation.every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    trainer = build_trainer(*settings)
+    values = iter([0.9, 0.5])
+    trainer.evaluate = lambda stage: {"matched/accuracy": next(values)}
+    trainer.train()
+    run = trainer.run
+
+    resumed = build_trainer(*settings)
+    resumed.restore(run.path / "checkpoint-4")
+    assert resumed.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 2}
+    assert (resumed.state.kept_best, resumed.state.evaluated_step) == (2, 4)
+    resumed.train()
+    assert resumed.callbacks.evaluations == []  # that of step 4 is made, that of step 6 follows at once
+
+
+def test_an_existing_checkpoint_is_never_replaced(build_trainer: Build, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build_trainer("checkpoint.every_steps=3")
+    (trainer.run.path / "checkpoint-3").mkdir()
+    (trainer.run.path / "checkpoint-3" / "of a later attempt").touch()
+    trainer.train()
+    assert "checkpoint-3 is there already" in caplog.text
+    assert (trainer.run.path / "checkpoint-3" / "of a later attempt").exists()
+    assert not list(trainer.run.path.glob(".tmp*"))
+
+
+def test_a_file_system_that_loses_bytes_without_a_word_gets_nothing_named(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import forge.checkpoint.commit as commit
+
+    for name, told in (("manifest.json", "cannot be read"), ("optimizer.pt", "bytes instead of")):
+        trainer = build_trainer("checkpoint.every_steps=3", "training.max_steps=3")
+        write = commit.Manifest.write
+
+        def losing(manifest: Any, folder: Any, name: str = name, write: Any = write) -> None:
+            write(manifest, folder)
+            data = (folder / name).read_bytes()
+            (folder / name).write_bytes(data[: len(data) // 2])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(commit.Manifest, "write", losing)
+            trainer.train()
+        assert told in caplog.text
+        assert not list(trainer.run.path.glob("*checkpoint-*"))
+        caplog.clear()
