@@ -6,7 +6,7 @@ import random
 from faults.corruption import Donors, flip_byte
 from faults.crash import injector
 from faults.forkserver import wait
-from faults.scene import Scene, Setup, Shape, checkpoint_names, drop, run_of
+from faults.scene import Scene, Setup, Shape, checkpoint_names, closed, run_of
 from faults.trials import Trial
 
 YEAR_DAYS = 365.25
@@ -32,9 +32,7 @@ def clock_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
                     return f"attempt {number + 1} in year {year:+.0f} ended with {ended.codes} [{root}]"
                 _shuffle_stamps(root, generator)
             problem = scene.verdict(shape, root)
-            if problem is None:
-                drop(root)
-            return problem and f"{problem} [{root}]"
+            return closed(problem, root)
 
         return Trial(f"seed {seed}", run)
 
@@ -59,9 +57,7 @@ def stamp_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
             if ended.code != 0 or f"goes on from {expected}" not in ended.text:
                 return f"it did not go on from {expected} [{root}]"
             problem = scene.verdict(shape, root)
-            if problem is None:
-                drop(root)
-            return problem and f"{problem} [{root}]"
+            return closed(problem, root)
 
         return Trial(f"seed {seed}", run)
 

@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from faults.corruption import Donors
 from faults.crash import injector
 from faults.forkserver import Child, free_port, wait
-from faults.scene import MAX_STEPS, Scene, Setup, Shape, drop, last_words, run_of
+from faults.scene import MAX_STEPS, Scene, Setup, Shape, closed, last_words, run_of
 from faults.trials import Trial
 
 # Where an attempt is frozen: the pattern of the events that count, and the number of the one before which it stops.
@@ -49,9 +49,7 @@ def at_once_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
                 time.sleep((0.0, 0.002, 0.02, 0.1)[number % 4])  # not to wait for anything: it shifts the two
             problem = _one_goes_on([wait(attempt).codes for attempt in attempts], _texts(attempts))
             problem = problem or scene.verdict(shape, root)
-            if problem is None:
-                drop(root)
-            return problem and f"{problem} [{root}]"
+            return closed(problem, root)
 
         return Trial(f"{2 + number % 2} at once, try {number}", run)
 
@@ -74,9 +72,7 @@ def true_command_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
                 [forge_code(shape, process.returncode, text)] for process, text in zip(processes, texts, strict=True)
             ]
             problem = _one_goes_on(codes, texts) or scene.verdict(shape, root)
-            if problem is None:
-                drop(root)
-            return problem and f"{problem} [{root}]"
+            return closed(problem, root)
 
         return Trial(f"try {number}", run)
 
@@ -113,9 +109,7 @@ def frozen_trials(scene: Scene, shape: Shape) -> list[Trial]:
             if problem is None and "has taken over" not in woken.text:
                 problem = f"awake, it said {last_words(woken.text)}"
             problem = problem or scene.verdict(shape, root)
-            if problem is None:
-                drop(root)
-            return problem and f"{problem} [{root}]"
+            return closed(problem, root)
 
         return Trial(f"frozen {name}" + f", rank {frozen_rank}" * (shape.ranks > 1), run)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from faults.crash import injector
 from faults.forkserver import wait
-from faults.scene import Scene, Shape, checkpoint_names, drop, last_words, run_of
+from faults.scene import Scene, Shape, checkpoint_names, closed, drop, last_words, run_of
 from faults.trials import Trial
 from forge.checkpoint.selection import select
 from forge.errors import TrainingError
@@ -259,9 +259,7 @@ def _pointer(donors: Donors, text: str | None, named: str | None) -> Trial:
         problem, ended = donors.scene.finish(donors.shape, root)
         if problem is None and "goes on from checkpoint-4" not in ended.text:
             problem = "it did not go on from checkpoint-4"
-        if problem is None:
-            drop(root)
-        return problem and f"{problem} [{root}]"
+        return closed(problem, root)
 
     return Trial(f"latest_checkpoint {text!r}, the state names {named}", run)
 

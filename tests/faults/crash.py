@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from faults.forkserver import wait
 from faults.injector import KINDS_WITH_CONTENT
-from faults.scene import Scene, Setup, Shape, drop, last_words, run_of, unsound
+from faults.scene import Scene, Setup, Shape, closed, last_words, run_of, unsound
 from faults.trials import Trial
 
 
@@ -130,9 +130,7 @@ def crash_trial(
             problem = scene.verdict(shape, root)
         else:
             problem, _ = scene.finish(shape, root)
-        if problem is None:
-            drop(root)
-        return problem and f"{problem} [{root}]"
+        return closed(problem, root)
 
     return Trial(str(point) + (f", then the resume at its event {again}" if again is not None else ""), run)
 
@@ -185,9 +183,7 @@ def random_trial(scene: Scene, shape: Shape, seed: int) -> Trial:
         if ended.hung or ended.code:
             return f"the last resume ended with {ended.codes}: {last_words(ended.text)} [{root}]"
         problem = scene.verdict(shape, root)
-        if problem is None:
-            drop(root)
-        return problem and f"{problem} [{root}]"
+        return closed(problem, root)
 
     return Trial(f"seed {seed}", run)
 

@@ -6,7 +6,7 @@ import shutil
 from faults.crash import Event, Point, events, injector
 from faults.forkserver import wait
 from faults.injector import NEEDS_SPACE
-from faults.scene import Scene, Shape, drop, last_words, leftovers, run_of, unsound
+from faults.scene import Scene, Shape, closed, last_words, leftovers, run_of, unsound
 from faults.trials import Trial
 
 DISK_FULL, BROKEN_DISK = "ENOSPC", "EIO"
@@ -42,9 +42,7 @@ def error_trial(scene: Scene, shape: Shape, point: Point, code: str, lasting: bo
         setup[point.event.rank] = injector(root, point.event.rank, **aimed)
         ended = wait(scene.begin(shape, root, setup))
         problem = _judge(scene, shape, root, ended.codes, ended.text, ended.forced)
-        if problem is None:
-            drop(root)
-        return problem and f"{problem} [{root}]"
+        return closed(problem, root)
 
     return Trial(f"{code} {point.when} {_name(point.event)}" + ", and from then on" * lasting, run)
 

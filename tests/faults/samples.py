@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.forkserver import wait
-from faults.scene import Scene, Setup, Shape, drop, last_words
+from faults.scene import Scene, Setup, Shape, closed, last_words
 from faults.trials import Trial
 
 STEPS = 14  # two epochs of six steps and a part of the third
@@ -94,9 +94,7 @@ def sample_trial(scene: Scene, plan: Plan) -> Trial:
         # On another number of ranks the sums are rounded otherwise: the rows must be the same, the weights cannot.
         problem = scene.verdict(shape, root) if ranks == plan.ranks else None
         problem = problem or _difference(_unbroken_ledger(scene, plan), ledger(root))
-        if problem is None:
-            drop(root)
-        return problem and f"{problem} [{root}]"
+        return closed(problem, root)
 
     ranks = f", {plan.ranks} rank{'s' * (plan.ranks > 1)}"
     return Trial(f"killed {plan.name}{ranks}, {plan.workers} loader workers", run)

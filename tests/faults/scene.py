@@ -227,6 +227,14 @@ def _output(root: Path) -> Path:
     return root.with_suffix(".out")
 
 
+def closed(problem: str | None, root: Path) -> str | None:
+    """Removes a trial that went well, and says of another where it lies."""
+    if problem is None:
+        drop(root)
+        return None
+    return f"{problem} [{root}]"
+
+
 def drop(root: Path) -> None:
     """Removes a trial that went well."""
     shutil.rmtree(root, ignore_errors=True)
