@@ -345,8 +345,8 @@ def test_a_frozen_head_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = []
     real = module.computed
 
-    def spy(*args: Any) -> Any:
-        seen.append(real(*args))
+    def spy(*args: Any, **settings: Any) -> Any:
+        seen.append(real(*args, **settings))
         return seen[-1]
 
     monkeypatch.setattr(module, "computed", spy)

@@ -71,7 +71,6 @@ RULES: dict[str, tuple[Kind, str]] = {
     "": (Kind.MEANING, "the steps to come would not be those of the run that was begun"),
 }
 
-STEP_KEYS = ("training.batch_size", "training.per_device_batch_size", "training.gradient_accumulation_steps")
 ROWS = "task.dataset"  # as --allow-change, no key: allows other rows, and is judged where they are loaded
 NO_EFFECT = "(no effect)"
 UNKNOWN = "(not known to this forge)"

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -237,8 +239,17 @@ def linear_kd_operator(
     chunks = None if chunk_sizes is None else Chunks(*chunk_sizes)
     # Autocast would round the float32 sums of the plain path.
     with torch.autocast(hidden.device.type, enabled=False):
-        run = compacted if compact else computed
-        outputs = run(inputs, settings, Needs(*wanted), precision, memory_budget, low_memory, chunks)
+        needs = Needs(*wanted)
+        compute = partial(
+            computed,
+            settings=settings,
+            needs=needs,
+            precision=precision,
+            memory_budget=memory_budget,
+            low_memory=low_memory,
+            chunks=chunks,
+        )
+        outputs = compacted(inputs, ignore_index, needs, compute) if compact else compute(inputs)
     total = (1.0 - alpha) * outputs.ce_sum + alpha * temperature**2 * outputs.kl_sum
     return total, outputs.ce_sum, outputs.kl_sum, outputs.d_hidden, outputs.d_head, outputs.d_bias
 
@@ -291,17 +302,9 @@ def _(gradient, factor, dtype):  # type: ignore[no-untyped-def]
     return torch.empty_like(gradient, dtype=dtype)
 
 
-def compacted(
-    inputs: Inputs,
-    settings: Settings,
-    needs: Needs,
-    precision: str | None,
-    memory_budget: int | None,
-    low_memory: bool,
-    chunks: Chunks | None,
-) -> Outputs:
-    """computed on the counted rows alone; torch.nonzero waits for the device."""
-    kept = torch.nonzero(inputs.labels != settings.ignore_index).squeeze(1)
+def compacted(inputs: Inputs, ignore_index: int, needs: Needs, compute: Callable[[Inputs], Outputs]) -> Outputs:
+    """compute on the counted rows alone; torch.nonzero waits for the device."""
+    kept = torch.nonzero(inputs.labels != ignore_index).squeeze(1)
 
     def rows(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[kept]
@@ -314,7 +317,7 @@ def compacted(
         top_log_probs=rows(inputs.top_log_probs),
         top_indices=rows(inputs.top_indices),
     )
-    outputs = computed(fewer, settings, needs, precision, memory_budget, low_memory, chunks)
+    outputs = compute(fewer)
     if not needs.hidden:
         return outputs
     d_hidden = torch.zeros_like(inputs.hidden)
