@@ -73,6 +73,10 @@ def prove_here(script: Path, config: Path, *settings: str, kills: int = 1) -> tu
     return code, said.getvalue()
 
 
+# Eight micro-batches a step: the whole training of a tiny model would be over before a kill could be aimed.
+SLOWER = ("--set", "training.per_device_batch_size=1")
+
+
 def certificate(root: Path) -> dict[str, Any]:
     (file,) = root.glob("outputs/tiny/*-killed/resume_certificate.json")
     return read_json(file)
@@ -81,7 +85,7 @@ def certificate(root: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_killed_run_is_proved_identical_and_the_certificate_says_how(config_file: Path, tmp_path: Path) -> None:
     """Epochs: only the run itself knows its steps, and that it saves too seldom for so many kills."""
-    done = prove(config_file, "--kills", 3, "--epochs", 2, "--set", "model.dropout=0.1")
+    done = prove(config_file, "--kills", 3, "--epochs", 2, "--set", "model.dropout=0.1", *SLOWER)
 
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -91,31 +95,38 @@ def test_a_killed_run_is_proved_identical_and_the_certificate_says_how(config_fi
     ) in lines
     assert lines[-1] == "identical: every bit is the unbroken run's after 3 kills on 1 process"
     assert [line.split(",")[0] for line in lines if line.startswith("kill ")] == ["kill 1/3", "kill 2/3", "kill 3/3"]
-    unbroken, killed = sorted((tmp_path / "outputs" / "tiny").iterdir(), reverse=True)
-    assert (unbroken.name[-9:], killed.name[-7:]) == ("-unbroken", "-killed")
+    runs = tmp_path / "outputs" / "tiny"
+    (unbroken,) = runs.glob("*-unbroken")
     assert list((tmp_path / "outputs" / ".incomplete").glob("[!.]*")) == []
 
     found = certificate(tmp_path)
     assert (found["verdict"], found["difference"], found["differences"]) == ("identical", None, [])
     assert (found["processes"], found["kills_asked"], found["total_steps"]) == (1, 3, 12)
     assert found["overrides"] == ["checkpoint.every_steps=2"]
-    assert [kill["attempt"] for kill in found["kills"]] == [1, 2, 3]
     assert {kill["aimed_at"] for kill in found["kills"]} == {
         *("as a save begins", "within a save", "right after a save")
     }
-    assert read_json(killed / "training_state.json")["attempts"] == 4
     assert read_json(unbroken / "training_state.json")["attempts"] == 1
-    counts = found["compared"][killed.name]
-    assert counts["curve"]["rows"] == 14
-    assert counts["model"]["tensors"] == counts["final model"]["tensors"] == 41
-    assert counts["optimizer"]["tensors"] == 3 * 41
-    assert counts["random numbers"]["files"] == 1
     manifest = read_json(unbroken / "checkpoint-12" / "manifest.json")
     assert found["config_hash"] == manifest["config_hash"]
     assert found["versions"]["torch"] == manifest["versions"]["torch"]
-    line = "- Resume proof: bit-identical after 3 kills on 1 process (resume_certificate.json)\n"
-    assert (killed / "final" / "README.md").read_text().count(line) == 1
     assert "Resume proof" not in (unbroken / "final" / "README.md").read_text()
+    # As a rule one run takes all kills; on a fast machine some come too late and are made on another.
+    killed = sorted(set(runs.iterdir()) - {unbroken})
+    assert [str(run) for run in killed] == sorted(found["killed_runs"])
+    assert killed[0].name.endswith("-killed")
+    for run in killed:
+        kills = [kill for kill in found["kills"] if Path(kill["run"]).name == run.name]
+        assert [kill["attempt"] for kill in kills] == list(range(1, len(kills) + 1))
+        assert read_json(run / "training_state.json")["attempts"] == len(kills) + 1
+        counts = found["compared"][run.name]
+        assert counts["curve"]["rows"] == 14
+        assert counts["model"]["tensors"] == counts["final model"]["tensors"] == 41
+        assert counts["optimizer"]["tensors"] == 3 * 41
+        assert counts["random numbers"]["files"] == 1
+        card = (run / "final" / "README.md").read_text()
+        assert card.count(f"- Resume proof: bit-identical after {len(kills)} kill") == 1
+    assert sum(read_json(run / "training_state.json")["attempts"] - 1 for run in killed) == 3
 
 
 @pytest.mark.slow
@@ -123,14 +134,13 @@ def test_a_killed_run_is_proved_identical_and_the_certificate_says_how(config_fi
 def test_two_processes_are_killed_together_and_one_by_one(config_file: Path, tmp_path: Path) -> None:
     done = prove(
         *(config_file, "--kills", 4, "--processes", 2, "--max_steps", 24, "--seed", 1),
-        *("--set", "model.dropout=0.1", "--set", "checkpoint.every_steps=4"),
+        *("--set", "model.dropout=0.1", "--set", "checkpoint.every_steps=4", *SLOWER),
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "identical: every bit is the unbroken run's after 4 kills on 2 processes"
     found = certificate(tmp_path)
-    (counts,) = found["compared"].values()
-    assert counts["random numbers"]["files"] == 2
+    assert [counts["random numbers"]["files"] for counts in found["compared"].values()] in ([2], [2, 2], [2, 2, 2])
     victims = [kill["victim"] for kill in found["kills"]]
     assert victims.count("all processes") == 2
     assert victims.count("the launcher") == 1
