@@ -117,10 +117,7 @@ def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> ChatT
     A template that writes today's date is given a fixed one: a resumed run must read what the first attempt read.
     """
     if file is not None:
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"task.chat_template is {file}, which cannot be read ({_short(error)})") from error
+        text = load_text(file)
     else:
         own = tokenizer.chat_template
         text = own.get("default", "") if isinstance(own, dict) else own or ""
@@ -133,6 +130,14 @@ def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> ChatT
     if dated != text:
         logger.info("the chat template writes today's date; forge writes %s instead, on every day", DATE)
     return ChatTemplate(dated, dict(tokenizer.special_tokens_map), special_texts(tokenizer))
+
+
+def load_text(file: str) -> str:
+    """The template in a file (task.chat_template), as it stands there. Raises UsageError."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"task.chat_template is {file}, which cannot be read ({_short(error)})") from error
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

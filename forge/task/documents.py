@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +181,42 @@ def texts_of(values: Sequence[Any]) -> list[str]:
     return [text for text in [*values, *contents] if isinstance(text, str)]
 
 
+def training_texts(config: CausalLmTask, form: RowForm, rows: Dataset, where: str) -> Iterator[str]:
+    """Every text that a new tokenizer is made from."""
+    for number, row in enumerate(rows.select_columns(list(form.columns))):
+        try:
+            yield from texts_of([clean(config, form, row[name]) for name in form.columns])
+        except BadRow as problem:
+            raise UsageError(f"{where}, train: row {number} {problem}") from problem
+
+
+def prepare_rows(
+    encoder: Encoder, rows: Sequence[dict[str, Any]], numbers: Sequence[int], where: str
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows of a stream as tokens, by task.truncation, and how many were cut or left out.
+
+    Where none is left, the first comes back as a row without labels, of its first token.
+    """
+    config = encoder.config
+    for row, number in zip(rows, numbers, strict=True):
+        if lacking := [name for name in encoder.form.columns if name not in row]:
+            raise UsageError(f"{where}: row {number} has no column {lacking[0]}; it has: {', '.join(row)}")
+    columns = encoder.encode({name: [row[name] for row in rows] for name in encoder.form.columns}, numbers, where)
+    encoded = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    lost = [row for row in encoded if row["tokens_cut"]]
+    if lost and config.truncation == "refuse":
+        raise UsageError(_too_long(config, where, lost[0]))
+    kept = [row for row in encoded if any(row["learned"][1:])]
+    if config.truncation == "leave_out":
+        kept = [row for row in kept if not row["tokens_cut"]]
+    ids = {row["row"] for row in kept}
+    truncated = sum(bool(row["tokens_cut"]) or row["row"] not in ids for row in encoded)
+    if not kept:
+        first = encoded[0]
+        kept = [{**first, "input_ids": first["input_ids"][:1], "learned": [False], "length": 1}]
+    return kept, truncated
+
+
 def encode_split(encoder: Encoder, rows: Dataset, where: str, split: str) -> tuple[Dataset, Cut]:
     """The tokens of a split, without the rows that carry no label. Raises UsageError if none is left."""
     place = f"{where}, {split}"
@@ -219,9 +255,7 @@ def select_rows(config: CausalLmTask, encoded: Dataset, place: str) -> tuple[Dat
     if too_long and config.truncation == "refuse":
         longest = max(lost) + config.max_length
         raise UsageError(
-            f"{place}: row {encoded[too_long[0]]['row']} has {lost[too_long[0]] + config.max_length} tokens, more than "
-            f"task.max_length {config.max_length} ({len(too_long)} such rows, the longest of {longest}); raise it, or "
-            "set task.truncation: cut or leave_out"
+            f"{_too_long(config, place, encoded[too_long[0]])} ({len(too_long)} such rows, the longest of {longest})"
         )
     out = {i for i, learned in enumerate(encoded["learned"]) if not any(learned[1:])}
     if config.truncation == "leave_out":
@@ -235,6 +269,13 @@ def select_rows(config: CausalLmTask, encoded: Dataset, place: str) -> tuple[Dat
         )
     facts = Cut(len(cut), sum(lost[i] for i in cut), len(out), encoded[min(out)]["row"] if out else None)
     return (encoded.select(kept) if out else encoded), facts
+
+
+def _too_long(config: CausalLmTask, place: str, row: dict[str, Any]) -> str:
+    return (
+        f"{place}: row {row['row']} has {row['tokens_cut'] + config.max_length} tokens, more than task.max_length "
+        f"{config.max_length}; raise it, or set task.truncation: cut or leave_out"
+    )
 
 
 def _tell_of_cuts(config: CausalLmTask, split: str, cut: Cut) -> None:
