@@ -58,7 +58,7 @@ class CausalLm(Task):
     seed: int  # of the rows that are evaluated
     processing: PreTrainedTokenizerBase
     encoder: Encoder
-    train: Dataset | RowStream  # type: ignore[assignment]
+    train: Any  # a Dataset, or a RowStream
     validation: dict[str, Dataset]  # by short name
     fingerprint: str  # of texts and messages
     description: str
@@ -190,16 +190,15 @@ def generate_replies(model: PreTrainedModel, task: CausalLm, rows: list[dict[str
         eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    written = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options
-    )[:, width:].tolist()  # waits for the GPU
+    generate: Any = model.generate
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    written = generate(**inputs, generation_config=options)[:, width:].tolist()  # waits for the GPU
+
+    def plain(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
     return [
-        Sample(
-            row=row["row"],
-            reference=tokenizer.decode(reply[:SHOWN_TOKENS], skip_special_tokens=True).strip(),
-            prediction=tokenizer.decode(ours, skip_special_tokens=True).strip(),
-            prompt=tokenizer.decode(row["input_ids"][:start]),
-        )
+        Sample(row["row"], plain(reply[:SHOWN_TOKENS]), plain(ours), str(tokenizer.decode(row["input_ids"][:start])))
         for row, start, reply, ours in zip(rows, starts, replies, written, strict=True)
     ]
 
