@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from forge.config.schema import Config
+from forge.config.schema import CausalLmTask, Config
 
 
 def config_name(file: Path) -> Path:
@@ -15,16 +15,19 @@ def config_name(file: Path) -> Path:
 
 
 def located(config: Config) -> Config:
-    """The config with local folders as absolute paths: a run's own config.yaml holds wherever it is read from."""
+    """The config with local folders and files as absolute paths: a run's own config.yaml holds wherever it is read from."""
 
     def place(name: str | None) -> str | None:
-        return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name
+        return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().exists() else name
 
     dataset = config.task.dataset.model_copy(update={"path": place(config.task.dataset.path)})
+    task: dict[str, object] = {"dataset": dataset}
+    if isinstance(config.task, CausalLmTask):
+        task["chat_template"] = place(config.task.chat_template)
     model = {"path": place(config.model.path), "tokenizer": place(config.model.tokenizer)}
     return config.model_copy(
         update={
-            "task": config.task.model_copy(update={"dataset": dataset}),
+            "task": config.task.model_copy(update=task),
             "model": config.model.model_copy(update=model),
             "output_root": str(Path(config.output_root).absolute()),
         }

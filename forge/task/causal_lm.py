@@ -1,5 +1,6 @@
 """The causal LM task: conversations, completions and plain text, their batches, their model and their metrics."""
 
+import hashlib
 import logging
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -216,8 +217,9 @@ def load_causal_lm(whole: Config) -> CausalLm:
     assert isinstance(config, CausalLmTask)
     where = describe(config.dataset)
     train: Any
+    stream = ""
     if config.dataset.streaming:
-        train, validation = load_stream(config.dataset, whole.evaluation.max_samples)
+        train, validation, stream = load_stream(config.dataset, whole.evaluation.max_samples)
         columns = list(next(iter(validation.values())).column_names)
     else:
         train, validation = load_rows(config.dataset)
@@ -263,7 +265,7 @@ def load_causal_lm(whole: Config) -> CausalLm:
         encoder=encoder,
         train=train,
         validation=encoded,
-        fingerprint=fingerprint({split: rows.select_columns(list(form.columns)) for split, rows in splits.items()}),
+        fingerprint=_fingerprint(encoder, splits, stream),
         description=where,
         rows=counts,
         cuts=cuts,
@@ -276,15 +278,17 @@ def _tokenizer(whole: Config, config: CausalLmTask, form: RowForm, train: Any, w
         return load_own_tokenizer(whole.model)
     if new.kind != "bpe":
         raise UsageError(f"model.new_tokenizer.kind is {new.kind}, and a causal LM is given a bpe one; set kind: bpe")
-    if config.dataset.streaming:
-        raise UsageError(
-            "model.new_tokenizer is made from the whole training split, which a stream is not; name one with "
-            "model.tokenizer"
-        )
     chat = form.name == "messages"
     tokenizer = train_bpe(training_texts(config, form, train, where), new.vocab_size, config.max_length, chat=chat)
     logger.info("a new tokenizer of %d tokens is made from the training split", len(tokenizer))
     return tokenizer
+
+
+def _fingerprint(encoder: Encoder, splits: dict[str, Dataset], stream: str) -> str:
+    """Of the columns that are read, and of the template, which a file may bring; of a stream a name must do."""
+    rows = fingerprint({split: rows.select_columns(list(encoder.form.columns)) for split, rows in splits.items()})
+    template = encoder.template.text if encoder.template else ""
+    return hashlib.sha256(f"{rows} {template} {stream}".encode()).hexdigest()
 
 
 def _packed(train: Dataset, max_length: int) -> Dataset:

@@ -1,6 +1,7 @@
 """Chooses the task that the config names."""
 
 from forge.config.schema import Config
+from forge.task.causal_lm import load_causal_lm
 from forge.task.classification import load_classification
 from forge.task.task import Task
 
@@ -10,5 +11,7 @@ def load_task(config: Config) -> Task:
     match config.task.type:
         case "classification":
             return load_classification(config)
+        case "causal_lm":
+            return load_causal_lm(config)
         case _:
             raise NotImplementedError(config.task.type)

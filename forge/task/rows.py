@@ -47,8 +47,9 @@ def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
     return splits[config.train_split], {_short(name): splits[name] for name in wanted}
 
 
-def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[IterableDataset, dict[str, Dataset]]:
-    """The training split, to be read as it comes, and the evaluated splits by their short names, loaded.
+def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[IterableDataset, dict[str, Dataset], str]:
+    """The training split, to be read as it comes; the evaluated splits by their short names, loaded; what names the
+    data, whose rows nobody has seen.
 
     Of a hub's splits the first max_samples rows are evaluated. Raises UsageError as load_rows does.
     """
@@ -56,20 +57,19 @@ def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[Iterabl
         files = _find_files(Path(config.path), config)
         wanted = _evaluated(config, list(files))
         train = _read(files[config.train_split], streaming=True)
+        identity = f"{files[config.train_split].name} of {files[config.train_split].stat().st_size} bytes"
         splits = {name: _read(files[name]) for name in wanted}
-    elif config.name is not None:
-        if max_samples is None:
-            raise UsageError("of a stream from the hub only the first rows are evaluated; set evaluation.max_samples")
+    else:
+        assert max_samples is not None  # the config is refused without
         streams = _load_hub(config, streaming=True)
         wanted = _evaluated(config, list(streams))
         train = streams[config.train_split]
+        identity = f"{describe(config)} {config.revision} {config.train_split}"
         splits = {name: Dataset.from_list(list(streams[name].take(max_samples))) for name in wanted}
-    else:
-        raise UsageError("demo data are no stream; set task.dataset.streaming: false")
     for name, rows in splits.items():
         if len(rows) == 0:
             raise UsageError(f"{describe(config)}: the split {name} is empty; forge needs at least one row in each")
-    return train, {_short(name): rows for name, rows in splits.items()}
+    return train, {_short(name): rows for name, rows in splits.items()}, identity
 
 
 def describe(config: DatasetConfig) -> str:
