@@ -15,15 +15,15 @@ def config_name(file: Path) -> Path:
 
 
 def located(config: Config) -> Config:
-    """The config with local folders and files as absolute paths: a run's own config.yaml holds wherever it is read from."""
+    """The config with local folders as absolute paths: a run's own config.yaml holds wherever it is read from."""
 
     def place(name: str | None) -> str | None:
-        return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().exists() else name
+        return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name
 
     dataset = config.task.dataset.model_copy(update={"path": place(config.task.dataset.path)})
     task: dict[str, object] = {"dataset": dataset}
-    if isinstance(config.task, CausalLmTask):
-        task["chat_template"] = place(config.task.chat_template)
+    if isinstance(config.task, CausalLmTask) and config.task.chat_template:
+        task["chat_template"] = str(Path(config.task.chat_template).expanduser().absolute())
     model = {"path": place(config.model.path), "tokenizer": place(config.model.tokenizer)}
     return config.model_copy(
         update={

@@ -135,7 +135,7 @@ def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> ChatT
 def load_text(file: str) -> str:
     """The template in a file (task.chat_template), as it stands there. Raises UsageError."""
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"task.chat_template is {file}, which cannot be read ({_short(error)})") from error
 
