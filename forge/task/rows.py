@@ -11,12 +11,17 @@ from huggingface_hub import is_offline_mode
 
 from forge.config.schema import DatasetConfig
 from forge.errors import UsageError
+from forge.task.demo_lines import demo_lines
 from forge.task.demo_nli import demo_nli
 
 logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-DEMO_ROWS = {"train": 6000, "validation": 1000}
+METADATA = "metadata"  # the file in a split's folder that gives each image there, by file_name, its row
+DEMOS = {
+    "nli": (demo_nli, {"train": 6000, "validation": 1000}),
+    "lines": (demo_lines, {"train": 8000, "validation": 400}),
+}
 
 
 def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
@@ -25,7 +30,8 @@ def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
     Raises UsageError for a data set that cannot be found or read, for a missing and for an empty split.
     """
     if config.demo is not None:
-        splits = {split: Dataset.from_list(demo_nli(split, rows)) for split, rows in DEMO_ROWS.items()}
+        demo, sizes = DEMOS[config.demo]
+        splits = {split: Dataset.from_list(demo(split, rows)) for split, rows in sizes.items()}
     elif config.path is not None:
         splits = _load_folder(Path(config.path), config)
     else:
@@ -88,17 +94,7 @@ def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
         raise UsageError(
             f"task.dataset.path is {folder}, which {what}; name the folder with {config.train_split}.jsonl in it"
         )
-    files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in READERS or file.name.startswith("."):
-            continue
-        if file.stem in files:
-            raise UsageError(f"{folder} has both {files[file.stem].name} and {file.name}; keep one file per split")
-        files[file.stem] = file
-    if not files:
-        raise UsageError(
-            f"{folder} has no .jsonl, .parquet or .csv file; forge reads train.jsonl and validation*.jsonl there"
-        )
+    files = _files_by_split(folder)
     wanted = {config.train_split, *(config.validation_splits or [])}
     splits = {}
     for split, file in files.items():
@@ -106,8 +102,39 @@ def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
             continue
         if file.stat().st_size == 0:
             raise UsageError(f"{file} is empty; forge needs at least one row in each split")
-        splits[split] = _read(file)
+        splits[split] = _read(file) if file.parent == folder else _read_images(file)
     return splits or {file: Dataset.from_list([]) for file in files}
+
+
+def _files_by_split(folder: Path) -> dict[str, Path]:
+    """train.jsonl, or train/metadata.jsonl of a folder of images, each under its split."""
+    files: dict[str, Path] = {}
+    for entry in sorted(folder.iterdir()):
+        candidates = sorted(entry.glob(f"{METADATA}.*")) if entry.is_dir() else [entry]
+        for file in candidates:
+            if file.suffix not in READERS or entry.name.startswith("."):
+                continue
+            split = entry.name if entry.is_dir() else entry.stem
+            if split in files:
+                both = f"{files[split].relative_to(folder)} and {file.relative_to(folder)}"
+                raise UsageError(f"{folder} has both {both}; keep one file per split")
+            files[split] = file
+    if not files:
+        raise UsageError(
+            f"{folder} has no .jsonl, .parquet or .csv file; forge reads train.jsonl and validation*.jsonl there, or "
+            f"train/{METADATA}.jsonl with the images beside it"
+        )
+    return files
+
+
+def _read_images(file: Path) -> Dataset:
+    """The rows of an image folder's metadata, with the path of each image as `image` in place of its file_name."""
+    rows = _read(file)
+    if "file_name" not in rows.column_names:
+        has = ", ".join(rows.column_names)
+        raise UsageError(f"{file} has no column file_name, which names the image of each row beside it; it has: {has}")
+    paths = [None if name is None else str(file.parent.absolute() / str(name)) for name in rows["file_name"]]
+    return rows.remove_columns(["file_name"]).add_column("image", paths)
 
 
 def _read(file: Path) -> Dataset:
