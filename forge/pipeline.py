@@ -4,7 +4,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from forge.config.schema import Config
 from forge.errors import LostRank, Stopped, Superseded, TrainingError
 from forge.model.card import compare, model_card
 from forge.model.export import export_model
-from forge.model.load import LoadedModel, check_fits, load_classifier
-from forge.model.source import find_model, load_tokenizer
+from forge.model.load import LoadedModel
 from forge.run.directory import RunDirectory, check_run_name, check_writable
 from forge.run.files import publish_folder, read_json, read_json_lines, sync_file, unguarded, write_atomically
 from forge.run.lock import RunLock
@@ -33,7 +32,8 @@ from forge.run.log import RunLog
 from forge.run.opening import Attempt, open_run
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
-from forge.task.classification import Classification, load_classification
+from forge.task.choice import load_task
+from forge.task.task import Task
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
 from forge.trainer.optimizer import step_shape
@@ -61,9 +61,10 @@ class Result:
     run: RunDirectory
     before: dict[str, Any]
     after: dict[str, Any]
+    headline: tuple[str, ...]  # the metrics that count most
 
     def table(self) -> list[tuple[str, str, str]]:
-        return compare(self.before, self.after)
+        return compare(self.before, self.after, self.headline)
 
 
 def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
@@ -80,16 +81,21 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         beginning = on_rank_0(accelerator, lambda: _begin(request, lock, accelerator))
 
         # What bad input can break comes first: until the next call of on_rank_0 nothing of a new run is created.
-        task = rank_0_first(accelerator, lambda: stop.breaks(lambda: _load_task(config)))
+        task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
         loaded_model = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_model(config, task)))
-        task = replace(task, label_ids=loaded_model.label_ids)
+        task = task.for_model(loaded_model)
         beginning = on_rank_0(
             accelerator, lambda: with_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
         )
         if vote.now():
             raise stopped_early(vote.reason())
 
-        facts = {"data": task.facts(), "model": loaded_model.facts(), "world": world_facts(accelerator, training)}
+        facts = {
+            "task": task.about(),
+            "data": task.facts(),
+            "model": loaded_model.facts(),
+            "world": world_facts(accelerator, training),
+        }
         run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts, lock))
         if lock is None:
             lock = RunLock(run)
@@ -134,7 +140,8 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning) -> Result:
             trainer.stop_if_asked()
             _enter(stage, trainer)
             work()
-    result = Result(run, _recorded_evaluation(run, "baseline"), _recorded_evaluation(run, "final"))
+    before, after = _recorded_evaluation(run, "baseline"), _recorded_evaluation(run, "final")
+    result = Result(run, before, after, trainer.task.headline)
     on_rank_0(accelerator, lambda: _complete(result, trainer))
     return result
 
@@ -215,19 +222,9 @@ def _hide_progress_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _load_task(config: Config) -> Classification:
-    key = "model.tokenizer" if config.model.tokenizer else "model.path"
-    name = config.model.tokenizer or config.model.path
-    assert name is not None  # the schema requires one of the two
-    tokenizer = load_tokenizer(find_model(name, key, None if config.model.tokenizer else config.model.revision), key)
-    return load_classification(config.task, tokenizer)
-
-
-def _load_model(config: Config, task: Classification) -> LoadedModel:
+def _load_model(config: Config, task: Task) -> LoadedModel:
     set_seed(config.training.seed)  # new weights depend on the seed alone, not on what was drawn before
-    loaded = load_classifier(config.model, task.labels, task.tokenizer)
-    check_fits(loaded.model, config.task.max_length, config.training)
-    return loaded
+    return task.load_model(config.model, config.training)
 
 
 def _callbacks(config: Config, run: RunDirectory, state: TrainingState, log: RunLog) -> list[Callback]:
@@ -252,13 +249,13 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
 
 
 def _export(trainer: FinetuningTrainer) -> None:
+    def write(folder: Path) -> None:
+        export_model(trainer.model, folder)
+        trainer.task.save_processing(folder)
+
     def export() -> None:
         try:
-            publish_folder(
-                trainer.run.final,
-                lambda folder: export_model(trainer.model, trainer.task.tokenizer, folder),
-                trainer.lock.check,
-            )
+            publish_folder(trainer.run.final, write, trainer.lock.check)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(

@@ -162,18 +162,17 @@ def forge_on_two_ranks(
 @pytest.fixture
 def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., object]]:
     """Builds a FinetuningTrainer in this process: build_trainer("training.seed=1", …)."""
-    from dataclasses import replace
-
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
     from forge.cluster.ranks import build_accelerator
     from forge.cluster.signals import StopRequest
     from forge.config.loader import load_config
-    from forge.pipeline import _load_model, _load_task
+    from forge.pipeline import _load_model
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
+    from forge.task.choice import load_task
     from forge.trainer.callbacks import Callback
     from forge.trainer.finetuning import FinetuningTrainer
 
@@ -198,12 +197,12 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         config = load_config(config_file, settings).config
         training = config.training
         accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
-        task = _load_task(config)
+        task = load_task(config)
         loaded = _load_model(config, task)
         if mutate is not None:
             mutate(loaded.model)
         run = create_run_directory(tmp_path / "trainer_runs", Path("tiny"), None)
-        task = replace(task, label_ids=loaded.label_ids)
+        task = task.for_model(loaded)
         state = TrainingState(run_id=new_run_id())
         lock = RunLock(run)
         lock.take()

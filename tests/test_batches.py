@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
+from forge.losses.cross_entropy import IGNORE
 from forge.task.batches import FILLER, StepBatches, epoch_steps, evaluation_batches, split_step
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, size=1003)
@@ -62,10 +64,10 @@ def test_evaluation_covers_every_row_once_with_as_many_batches_on_each_rank() ->
 
 
 def batches(num_workers: int = 0, rank: int = 0, ranks: int = 1, rows_per_step: int = 4) -> StepBatches:
-    rows = Dataset.from_dict({"id": list(range(21)), "length": [5 + i % 7 for i in range(21)], "label": [1] * 21})
+    rows = Dataset.from_dict({"length": [5 + i % 7 for i in range(21)]})
     return StepBatches(
         rows,
-        lambda rows: {"id": [row["id"] if row["label"] is not None else None for row in rows]},  # type: ignore[dict-item]
+        lambda rows: {"labels": torch.ones(len(rows)).long(), "tokens": torch.tensor(len(rows))},
         rows_per_step=rows_per_step,
         rank=rank,
         ranks=ranks,
@@ -79,7 +81,10 @@ def batches(num_workers: int = 0, rank: int = 0, ranks: int = 1, rows_per_step: 
 
 def ledger(loader: StepBatches, start: int, steps: int) -> list[list[object]]:
     loader.start_at(start)
-    return [[row for batch in loader.next_step() for row in batch["id"]] for _ in range(steps)]
+    return [
+        [None if row == FILLER else row for batch in loader.next_step() for row in batch["ids"].tolist()]
+        for _ in range(steps)
+    ]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -104,6 +109,11 @@ def test_a_filler_is_a_row_without_a_label() -> None:
 
     assert len([row for row in last_of_epoch if row is not None]) == 1
     assert last_of_epoch.count(None) == 1
+    loader = batches()
+    loader.start_at(5)
+    real, filler = loader.next_step()
+    assert (real["labels"].tolist(), int(real["tokens"])) == ([1], 1)
+    assert (filler["labels"].tolist(), int(filler["tokens"]), filler["ids"].tolist()) == ([IGNORE], 0, [FILLER])
 
 
 def ids(steps: list[list[object]]) -> list[object]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from forge.config.schema import ClassificationTask
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.task.classification import Classification, ClassificationMetrics, load_classification
+from forge.task.classification import Classification, ClassificationMetrics, prepare
 
 
 def load(tiny_model: Path, dataset: dict[str, Any], **settings: Any) -> Classification:
@@ -22,7 +22,7 @@ def load(tiny_model: Path, dataset: dict[str, Any], **settings: Any) -> Classifi
     config = TypeAdapter(ClassificationTask).validate_python(
         {"type": "classification", "dataset": dataset, "columns": columns, "max_length": 32, **settings}
     )
-    return load_classification(config, AutoTokenizer.from_pretrained(tiny_model))
+    return prepare(config, AutoTokenizer.from_pretrained(tiny_model))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -75,15 +75,15 @@ def test_a_batch_is_padded_to_its_longest_row_and_speaks_the_models_labels(tiny_
     from dataclasses import replace
 
     task = replace(load(tiny_model, {"path": str(data_folder)}), label_ids=[2, 0, 1])
-    filler = {**task.train[0], "label": None}
-    batch = task.collate([task.train[0], task.train[1], filler])
+    batch = task.collate([task.train[0], task.train[1], task.train[0]])
 
     assert batch["input_ids"].shape == (3, 16)
     assert batch["attention_mask"].sum(dim=1).tolist() == [11, 16, 11]
     assert batch["input_ids"][0, 11:].tolist() == [0] * 5
-    assert batch["labels"].tolist() == [2, 0, IGNORE]
-    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
-    assert task.metrics().names == ["1", "2", "0"]
+    assert batch["labels"].tolist() == [2, 0, 2]
+    assert batch["tokens"] == 38
+    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels", "tokens"}
+    assert task.metrics("matched", None).names == ["1", "2", "0"]
 
 
 def test_rows_that_are_cut_are_counted(tiny_model: Path, data_folder: Path) -> None:
@@ -122,8 +122,8 @@ def test_tokens_of_one_kind_of_model_are_not_taken_for_those_of_another(tiny_mod
     like_distilbert = AutoTokenizer.from_pretrained(tiny_model)
     like_distilbert.model_input_names = ["input_ids", "attention_mask"]
 
-    assert "token_type_ids" not in load_classification(config, like_distilbert).train.column_names
-    assert "token_type_ids" in load_classification(config, AutoTokenizer.from_pretrained(tiny_model)).train.column_names
+    assert "token_type_ids" not in prepare(config, like_distilbert).train.column_names
+    assert "token_type_ids" in prepare(config, AutoTokenizer.from_pretrained(tiny_model)).train.column_names
 
 
 def test_a_quick_look_sees_every_label_of_sorted_rows(tiny_model: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_metrics_equal_their_definitions_on_counts_by_hand() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1, 2, IGNORE])
     predicted = torch.tensor([0, 0, 1, 1, 2, 2, 3])
     for part in (slice(0, 4), slice(4, 7)):  # in two updates
-        metrics.update(torch.nn.functional.one_hot(predicted[part], 4).float(), labels[part])
+        metrics.update({"predictions": predicted[part]}, {"labels": labels[part]})
 
     f1_a, f1_b, f1_c = 2 * 2 / (3 + 2), 2 * 1 / (2 + 2), 2 * 1 / (1 + 2)
     assert metrics.compute() == {

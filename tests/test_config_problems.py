@@ -13,7 +13,9 @@ TRAINING_KEYS = (
     "warmup_ratio, warmup_steps, weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm, seed, "
     "mixed_precision, gradient_checkpointing, deterministic, length_grouping, num_workers"
 )
-TOP_KEYS = "task, model, teacher, distillation, training, evaluation, checkpoint, logging, tracking, output_root"
+TOP_KEYS = (
+    "task, model, teacher, distillation, training, evaluation, checkpoint, export, logging, tracking, output_root"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +125,7 @@ def test_all_mistakes_come_at_once_in_the_order_of_their_places_the_named_file_f
     text = """\
 inherits: base.yaml
 foo: 1
-task: {type: nope, dataset: {path: x, max_rows: -1}, columns: {txt: a}}
+task: {type: classification, prompt: x, dataset: {path: x, max_rows: -1}, columns: {txt: a}}
 model:
   path: m
   dropuot: 1
@@ -134,9 +136,9 @@ training:
 """
     assert problems(text, "a.b=3", "nonsense", epochs="0") == [
         f"c.yaml:2: foo is not a config key; the config has: {TOP_KEYS}",
-        "c.yaml:3: task.type is `nope`; forge knows classification only",
         "c.yaml:3: task.dataset.max_rows is -1; it must be greater than 0, or null",
         "c.yaml:3: task.columns.txt is not a config key; did you mean task.columns.text?",
+        "c.yaml:3: task.prompt is a key of task.type ocr, and this task is of type classification",
         "c.yaml:6: model.dropuot is not a config key; did you mean model.dropout?",
         "c.yaml:8: training.lr is not a config key; did you mean training.learning_rate?",
         "c.yaml:9: training.seed is `x`; it must be a whole number",
@@ -162,7 +164,7 @@ training:
         (WHOLE.replace("path: m", ""),
          ":2: model has no source: set model.path, or model.config to build one from scratch"),
         (WHOLE.replace("path: m", "config: {model_type: bert}"),
-         ":2: model is built from model.config and needs model.tokenizer"),
+         ":2: model is built from model.config and needs model.tokenizer, or model.new_tokenizer"),
         (WHOLE.replace("path: m", "tokenizer: t, config: {layers: 1}"),
          ":2: model is built from model.config and needs model.config.model_type, such as bert"),
         (WHOLE.replace("path: m", "path: m, config: {model_type: bert}"),
@@ -186,8 +188,8 @@ def test_what_is_missing_or_doubled_is_told_once(text: str, expected: str) -> No
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("task.type=ocr", "task.type is `ocr`; forge knows classification only"),
-        ("task.dataset.demo=x", "task.dataset.demo is `x`; forge knows nli only, or null"),
+        ("task.type=ocrr", "task.type is `ocrr`; it must be one of classification, ocr, causal_lm; did you mean ocr?"),
+        ("task.dataset.demo=x", "task.dataset.demo is `x`; it must be one of nli, lines, chat, or null"),
         ("training.schedule=cos",
          "training.schedule is `cos`; it must be one of linear, cosine, constant; did you mean cosine?"),
         ("training.schedule=step", "training.schedule is `step`; it must be one of linear, cosine, constant"),
@@ -218,7 +220,7 @@ def test_what_is_missing_or_doubled_is_told_once(text: str, expected: str) -> No
         ("training.max_grad_norm=0", "training.max_grad_norm is 0; it must be greater than 0, or null"),
         ("training.seed=-1", "training.seed is -1; it must be at least 0"),
         ("training.seed=4294967296", "training.seed is 4294967296; it must be less than 4294967296"),
-        ("training.num_workers=-1", "training.num_workers is -1; it must be at least 0"),
+        ("training.num_workers=-1", "training.num_workers is -1; it must be at least 0, or null"),
         ("evaluation.every_steps=0", "evaluation.every_steps is 0; it must be greater than 0, or null"),
         ("evaluation.max_samples=0", "evaluation.max_samples is 0; it must be greater than 0, or null"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0; it must be greater than 0"),

@@ -15,12 +15,13 @@ REPO = Path(__file__).resolve().parents[1]
 FLOORS = {
     **dict.fromkeys(("errors", "__init__"), 0),
     **dict.fromkeys(("config", "losses"), 1),
-    **dict.fromkeys(("task", "model", "run", "cluster"), 2),
-    **dict.fromkeys(("report", "checkpoint", "teacher"), 3),
-    "trainer": 4,
-    "pipeline": 5,
-    **dict.fromkeys(("command", "prove_resume"), 6),
-    **dict.fromkeys(("train", "cli"), 7),
+    **dict.fromkeys(("run", "cluster"), 2),
+    **dict.fromkeys(("model", "report", "checkpoint"), 3),
+    **dict.fromkeys(("task", "teacher"), 4),
+    "trainer": 5,
+    "pipeline": 6,
+    **dict.fromkeys(("command", "prove_resume"), 7),
+    **dict.fromkeys(("train", "cli"), 8),
 }
 ENTRIES = {"forge.py": {"train"}}  # who may import from the top floor, and what
 HEAVY = ("torch", "transformers", "datasets", "accelerate")

@@ -22,6 +22,10 @@ class TwoEqualRanks:
         return torch.cat([tensor - 100, tensor])
 
 
+def counted(rows: int, tokens: int, truncated: int = 0) -> dict[str, int]:
+    return {"rows": rows, "tokens": tokens, "truncated": truncated}
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=0.0)
@@ -33,7 +37,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_a_report_covers_the_time_and_the_labels_since_the_last_one(clock: SimpleNamespace) -> None:
     meter = StepMeter(TwoEqualRanks())  # type: ignore[arg-type]
     for ce_sum, labels, norm in ((3.0, 8, 1.5), (1.0, 4, 0.5)):  # labels of both ranks, losses of this one
-        meter.add(torch.tensor(ce_sum), torch.tensor(labels), torch.tensor(norm), tokens=50)
+        meter.add(
+            torch.tensor(ce_sum),
+            torch.tensor(labels),
+            torch.tensor(norm),
+            counts=counted(6, 50),
+        )
         clock.now += 1.0
     with meter.paused():
         clock.now += 100.0
@@ -46,14 +55,15 @@ def test_a_report_covers_the_time_and_the_labels_since_the_last_one(clock: Simpl
         "loss": pytest.approx(8 / 12),
         "learning_rate": 0.1,
         "grad_norm": 0.5,
-        "samples_per_second": 6.0,
+        "samples_per_second": 12.0,  # rows of both ranks
         "tokens_per_second": 100.0,
         "peak_memory_mib": 700.0,
     }
-    meter.add(torch.tensor(1.0), torch.tensor(2), torch.tensor(0.25), tokens=1)
+    meter.add(torch.tensor(1.0), torch.tensor(2), torch.tensor(0.25), counts=counted(1, 1, 3))
     clock.now += 0.5
     meter.settle()
-    assert meter.metrics(rate=0.1)["samples_per_second"] == 4.0  # nothing of the first report is left
+    report = meter.metrics(rate=0.1)
+    assert (report["samples_per_second"], report["truncated"]) == (4.0, 6)  # nothing of the first report is left
 
 
 def test_a_report_that_a_checkpoint_parts_is_the_whole_one(clock: SimpleNamespace) -> None:
@@ -61,7 +71,12 @@ def test_a_report_that_a_checkpoint_parts_is_the_whole_one(clock: SimpleNamespac
 
     def run(meter: StepMeter, steps: list[tuple[float, int, float, int]]) -> None:
         for ce_sum, labels, norm, tokens in steps:
-            meter.add(torch.tensor(ce_sum), torch.tensor(labels), torch.tensor(norm), tokens=tokens)
+            meter.add(
+                torch.tensor(ce_sum),
+                torch.tensor(labels),
+                torch.tensor(norm),
+                counts=counted(labels, tokens),
+            )
             clock.now += 1.0
         meter.settle()
 

@@ -16,7 +16,8 @@ from transformers import (
 
 from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
-from forge.model.load import LoadedModel, check_fits, load_classifier
+from forge.model.classifier import load_classifier
+from forge.model.load import LoadedModel, check_fits
 from forge.model.source import find_model
 
 LABELS = ["entailment", "neutral", "contradiction"]
@@ -105,9 +106,9 @@ def test_a_model_is_built_from_scratch_by_its_config_alone(tiny_model: Path) -> 
     with pytest.raises(UsageError, match=r"model\.config\.hidden_sise is not a setting of bert models"):
         load(tiny_model, path=None, config={"model_type": "bert", "hidden_sise": 16}, tokenizer="x")
     for odd in ({"hidden_size": 33}, {"hidden_size": "big"}):  # 33: not divisible by twelve heads
-        with pytest.raises(UsageError, match="transformers cannot build a classifier from this"):
+        with pytest.raises(UsageError, match="transformers cannot build a model from this"):
             load(tiny_model, path=None, config={"model_type": "bert", **odd}, tokenizer="x")
-    with pytest.raises(UsageError, match="transformers cannot build a classifier from this"):
+    with pytest.raises(UsageError, match="transformers cannot build a model from this"):
         load(tiny_model, path=None, config={"model_type": "bort"}, tokenizer="x")
 
 

@@ -29,7 +29,7 @@ def prepare(config):
     while True:
         time.sleep(0.01)
 
-forge.pipeline._load_task = prepare
+forge.pipeline.load_task = prepare
 """
 IN_EVALUATION = """
 import sys, time

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from forge.config.effects import Inert, inert_keys
 from forge.config.explain import effective, inline
-from forge.config.hints import all_keys, key_hint, section_of
+from forge.config.hints import all_keys, key_hint, schema_path, sections_of, task_type_of
 from forge.config.placing import located
 from forge.config.schema import Config, Section
 from forge.errors import ConfigError
@@ -54,6 +54,7 @@ RULES: dict[str, tuple[Kind, str]] = {
         "the numbers before and after would be about other rows, and the best checkpoint would be chosen among both",
     ),
     "checkpoint": (Kind.HARMLESS, "what is saved, and when"),
+    "export": (Kind.HARMLESS, "what is written at the end"),
     "logging": (Kind.HARMLESS, "how often training reports"),
     "tracking": (Kind.HARMLESS, "where the metrics go"),
     "output_root": (Kind.HARMLESS, "the run stays in its directory"),
@@ -87,7 +88,7 @@ def changes(old: dict[str, Any], new: Config, *, rows_per_step_old: int, rows_pe
     inert_old, inert_new = _inert(old), inert_keys(new)
     found = []
     for key, before, after in _differences(old, tree):
-        change = _change(key, before, after, inert_old, inert_new)
+        change = _change(key, before, after, inert_old, inert_new, new.task.type)
         if change is not None and not (key == "training.batch_size" and rows_per_step_old != rows_per_step_new):
             found.append(change)
     if rows_per_step_old != rows_per_step_new:
@@ -149,7 +150,9 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
     return found
 
 
-def _change(key: str, old: Any, new: Any, inert_old: dict[str, Inert], inert_new: dict[str, Inert]) -> Change | None:
+def _change(
+    key: str, old: Any, new: Any, inert_old: dict[str, Inert], inert_new: dict[str, Inert], task_type: str
+) -> Change | None:
     """None where nothing differs but what the two forges write down."""
     kind, reason = _rule(key)
     before, after = (inline(old) if old is not ABSENT else "", inline(new) if new is not ABSENT else "")
@@ -159,11 +162,11 @@ def _change(key: str, old: Any, new: Any, inert_old: dict[str, Inert], inert_new
     if new is ABSENT:
         return Change(key, before, UNKNOWN, kind, reason)
     if old is ABSENT and key in inert_old:
-        if new == _default(key) and kind is Kind.MEANING:
+        if new == _default(key, task_type) and kind is Kind.MEANING:
             return Change(key, NO_EFFECT, after, Kind.HARMLESS, "its default, in effect through another change")
         return Change(key, NO_EFFECT, after, kind, reason)
     if old is ABSENT:  # the default of a new key is what forge did before it had the key
-        return None if new == _default(key) else Change(key, UNKNOWN_THEN, after, kind, reason)
+        return None if new == _default(key, task_type) else Change(key, UNKNOWN_THEN, after, kind, reason)
     return Change(key, before, after, kind, reason)
 
 
@@ -204,7 +207,7 @@ def _inert(tree: dict[str, Any]) -> dict[str, Inert]:
             return inert_keys(Config.model_validate(tree))
         except ValidationError as error:  # keys and values of another forge: left out, so that the rest can be read
             for item in error.errors(include_url=False):
-                _remove(tree, item["loc"])
+                _remove(tree, schema_path(item["loc"]))
     return {}
 
 
@@ -216,12 +219,14 @@ def _remove(tree: dict[str, Any], path: Sequence[int | str]) -> None:
         node.pop(path[-1], None)
 
 
-def _default(key: str) -> Any:
+def _default(key: str, task_type: str) -> Any:
     """The key's default as the config's JSON has it; ABSENT for a key without one."""
-    section: type[Section] | None = Config
+    sections: list[type[Section]] = [Config]
     *parents, leaf = key.split(".")
     for name in parents:
-        info = section.model_fields.get(name) if section else None
-        section = section_of(info.annotation) if info else None
-    info = section.model_fields.get(leaf) if section else None
-    return ABSENT if info is None or info.is_required() else info.get_default(call_default_factory=True)
+        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+        sections = [found for info in fields for found in sections_of(info.annotation)]
+        if name == "task":
+            sections = [section for section in sections if task_type_of(section) == task_type]
+    fields = [section.model_fields[leaf] for section in sections if leaf in section.model_fields]
+    return ABSENT if not fields or fields[0].is_required() else fields[0].get_default(call_default_factory=True)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, Union, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
 from forge.config.schema import Config, Section
 
 # What the same thing is called elsewhere, where no spelling is near.
@@ -35,27 +37,44 @@ OTHER_NAMES = {
 }
 
 
-def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the config, maps included, in the order of the schema."""
-    for name, info in section.model_fields.items():
-        yield prefix + name
-        nested = section_of(info.annotation)
-        if nested is not None:
-            yield from all_keys(nested, f"{prefix}{name}.")
+def all_keys(task_type: str | None = None) -> Iterator[str]:
+    """Every dotted key of the config, maps included, in the order of the schema; or those of one type of task."""
+    yield from dict.fromkeys(_keys(Config, "", task_type))
 
 
-def unknown_key(path: tuple[str, ...]) -> str:
-    """One sentence for a key that forge does not know."""
+def schema_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The path of a key from pydantic's place of an error, which also names the chosen member of a union."""
+    parts = [str(part) for part in location]
+    if parts[0] == "task" and len(parts) > 1 and parts[1] in task_types():
+        del parts[1]
+    return tuple(parts)
+
+
+def task_types() -> list[str]:
+    """The values of task.type."""
+    return [task_type_of(section) for section in sections_of(Config.model_fields["task"].annotation)]
+
+
+def task_type_of(section: type[Section]) -> str:
+    """The value of task.type that chooses a section."""
+    return str(get_args(section.model_fields["type"].annotation)[0])
+
+
+def unknown_key(path: tuple[str, ...], task_type: str | None = None) -> str:
+    """One sentence for a key that forge does not know, or that another type of task has."""
     dotted = ".".join(path)
+    owners = [name for name in task_types() if dotted in all_keys(name)]
+    if path[0] == "task" and owners:
+        return f"{dotted} is a key of task.type {' and '.join(owners)}, and this task is of type {task_type}"
     if "." in path[-1]:
         first, rest = path[-1].split(".", 1)
         return f"{dotted} is written as one key; in a file it is a key in a map: `{first}: {{{rest}: …}}`"
-    return f"{dotted} is not a config key; {key_hint(dotted)}"
+    return f"{dotted} is not a config key; {key_hint(dotted, task_type)}"
 
 
-def key_hint(dotted: str) -> str:
+def key_hint(dotted: str, task_type: str | None = None) -> str:
     """The nearest right key, or the keys that the map around it has."""
-    keys = list(all_keys())
+    keys = list(all_keys(task_type))
     leaf = dotted.rsplit(".", 1)[-1]
     if leaf == "inherits":
         return "inherits stands at the top of a file and nowhere else"
@@ -79,6 +98,8 @@ def value_problem(path: tuple[str, ...], error: Any) -> str:
     key, kind, given, context = ".".join(path), error["type"], error["input"], error.get("ctx", {})
     shown = "null" if given is None else f"`{_short(given)}`" if isinstance(given, str) else f"a {_kind(given)}"
     or_null = ", or null" if _nullable(path) else ""
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _wrong_type(given)
     if kind == "missing":
         return f"{key} is missing; set it, here or in a parent"
     if kind == "literal_error":
@@ -113,6 +134,18 @@ def value_problem(path: tuple[str, ...], error: Any) -> str:
     return f"{key} is {shown}; it must be {expected}{or_null}" if expected else f"{key} is {shown}: {error['msg']}"
 
 
+def _wrong_type(task: Any) -> str:
+    """One sentence for a task without a type, or with one that forge does not know."""
+    one_of = f"it must be one of {', '.join(task_types())}"
+    if not isinstance(task, dict) or task.get("type") is None:
+        unknown = [key for key in task if f"task.{key}" not in all_keys()] if isinstance(task, dict) else []
+        if near := get_close_matches("type", unknown, n=1):
+            return f"task.{near[0]} is not a config key; did you mean task.type?"
+        return f"task.type is missing; {one_of}"
+    near = get_close_matches(str(task["type"]).lower(), task_types(), n=1)
+    return f"task.type is `{_short(task['type'])}`; {one_of}" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def _short(value: Any) -> str:
     """The value on one line, cut after 60 characters."""
     text = " ".join(str(value).splitlines())
@@ -125,16 +158,26 @@ def _kind(value: Any) -> str:
 
 def _nullable(path: tuple[str, ...]) -> bool:
     """May the key of the schema be null?"""
-    section: type[Section] | None = Config
+    sections: list[type[Section]] = [Config]
     for name in path[:-1]:
-        info = section.model_fields.get(name) if section else None
-        section = section_of(info.annotation) if info else None
-    info = section.model_fields.get(path[-1]) if section else None
-    return info is not None and type(None) in get_args(info.annotation)
+        sections = [found for info in _fields(sections, name) for found in sections_of(info.annotation)]
+    return any(type(None) in get_args(info.annotation) for info in _fields(sections, path[-1]))
 
 
-def section_of(annotation: Any) -> type[Section] | None:
-    """The nested section of a field's annotation, also behind `| None`."""
+def _fields(sections: list[type[Section]], name: str) -> list[FieldInfo]:
+    return [section.model_fields[name] for section in sections if name in section.model_fields]
+
+
+def _keys(section: type[Section], prefix: str, task_type: str | None) -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        yield prefix + name
+        for nested in sections_of(info.annotation):
+            if task_type is None or prefix + name != "task" or task_type_of(nested) == task_type:
+                yield from _keys(nested, f"{prefix}{name}.", task_type)
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The nested sections of a field's annotation, also behind `| None`: several where a type decides between them."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return next((found for arg in get_args(annotation) if (found := section_of(arg))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+        return [found for arg in get_args(annotation) for found in sections_of(arg)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []

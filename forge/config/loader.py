@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from forge.config.effects import Inert, inert_keys, unsupported
-from forge.config.hints import unknown_key, value_problem
+from forge.config.hints import schema_path, unknown_key, value_problem
 from forge.config.schema import ALTERNATIVES, Config, PlainText
 from forge.config.source import KeyPath, Layer, Origin, display, near_name, read_file, read_setting
 from forge.errors import BaseConfigError, ConfigError
@@ -217,12 +217,16 @@ def _build(merged: Layer, leaf: str, incomplete: bool) -> tuple[Config | None, l
                 return None, problems
             missing = []
             for item in error.errors(include_url=False):
-                path = tuple(str(part) for part in item["loc"])
+                path = schema_path(item["loc"])
+                if item["type"] == "union_tag_invalid":
+                    path = (*path, "type")
                 origin = _origin(merged.origins, path) or Origin(leaf)
-                if item["type"] == "missing" or (item["type"] == "value_error" and isinstance(item["input"], dict)):
+                if item["type"] in ("missing", "union_tag_not_found") or (
+                    item["type"] == "value_error" and isinstance(item["input"], dict)
+                ):
                     missing.append((path, f"{origin}: {value_problem(path, item)}"))
                 elif item["type"] == "extra_forbidden":
-                    problems.append(f"{origin}: {unknown_key(path)}")
+                    problems.append(f"{origin}: {unknown_key(path, _get(merged.tree, 'task.type'))}")
                 else:
                     problems.append(f"{origin}: {value_problem(path, item)}")
                 _remove(merged, path)

@@ -75,8 +75,11 @@ class DatasetConfig(Section):
     path: Text | None = None
     """A local folder with train.{jsonl,parquet,csv} and validation*.{jsonl,parquet,csv}; relative to where
     forge runs."""
-    demo: Literal["nli"] | None = None
-    """A data set that forge generates itself: nli, sentence pairs with entailment, neutral, contradiction."""
+    demo: Literal["nli", "lines", "chat"] | None = None
+    """A data set that forge generates itself: nli, sentence pairs with entailment, neutral, contradiction; lines,
+    rendered lines of text for OCR; chat, short conversations for causal LMs."""
+    streaming: Bool = False
+    """Read the training rows as they come, with training.max_steps: for data too large to be prepared first."""
     train_split: Text = "train"
     """The split that is trained on."""
     validation_splits: list[Text] | None = None
@@ -91,7 +94,7 @@ class DatasetConfig(Section):
         return self
 
 
-class ColumnsConfig(Section):
+class LabelColumns(Section):
     """Which columns of the data set hold the text and the label."""
 
     text: Text = "text"
@@ -108,11 +111,148 @@ class ClassificationTask(Section):
     type: Literal["classification"]
     """The kind of task."""
     dataset: DatasetConfig
-    columns: ColumnsConfig = ColumnsConfig()
+    columns: LabelColumns = LabelColumns()
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
     """The label names in the order of the data's integers; null: from the data set's own features, or from its rows."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Tokens a row may have; longer rows are cut at the end of the longer sentence, counted and reported."""
+
+    @model_validator(mode="after")
+    def _own_demo(self) -> "ClassificationTask":
+        return _check_demo(self, "nli")
+
+
+class ImageColumns(Section):
+    """Which columns of the data set hold the image and its transcript."""
+
+    image: Text = "image"
+    """The column with the image; in a folder of images, metadata's file_name."""
+    text: Text = "text"
+    """The column with the transcript."""
+
+
+class NormalizationConfig(Section):
+    """What is done to every transcript before it is learned, and to both sides before they are compared."""
+
+    case: Literal["keep", "lower", "upper"] = "keep"
+    """The case of letters."""
+    unicode: Literal["keep", "nfc", "nfkc"] = "nfc"
+    """The form of composed characters; nfkc also makes full-width letters, ligatures and the like plain."""
+    whitespace: Bool = True
+    """Runs of white space become one space, and none is left at the ends."""
+
+
+class ImageConfig(Section):
+    """The size that an image is brought to: scaled without changing its proportions, then padded at right and below."""
+
+    height: Positive | None = None
+    """In pixels; null: as the model's image processor has it."""
+    width: Positive | None = None
+    """In pixels; null: as the model's image processor has it."""
+    fill: Annotated[int, Field(ge=0, le=255)] = 255
+    """The grey of the padding, from 0 (black) to 255 (white)."""
+
+
+class OcrTask(Section):
+    """Text recognition: an image of a line, or of more, and its transcript."""
+
+    type: Literal["ocr"]
+    """The kind of task."""
+    dataset: DatasetConfig
+    columns: ImageColumns = ImageColumns()
+    max_length: Annotated[int, Field(ge=2)] = 64
+    """Tokens a transcript may have; longer ones are cut, counted and reported."""
+    normalization: NormalizationConfig = NormalizationConfig()
+    image: ImageConfig = ImageConfig()
+    prompt: Text | None = None
+    """What a chat-style vision-language model is asked beside the image; null for encoder-decoders."""
+    num_beams: Positive = 1
+    """Beams of the search that reads a line in evaluation; 1: the likeliest token at each place."""
+    skip_broken: Bool = False
+    """Leave out images that are missing or cannot be decoded, and count them, where an error would name the first."""
+
+    @model_validator(mode="after")
+    def _own_demo(self) -> "OcrTask":
+        return _check_demo(self, "lines")
+
+
+class TextColumns(Section):
+    """Which columns of the data set hold the text of a causal LM; task.format says which of them count."""
+
+    messages: Text = "messages"
+    """The column with conversations: lists of {role, content}."""
+    prompt: Text = "prompt"
+    """The column with what a completion follows."""
+    completion: Text = "completion"
+    """The column with the completion, which is learned."""
+    text: Text = "text"
+    """The column with plain text, which is learned whole."""
+
+
+class CausalLmTask(Section):
+    """Causal language modelling: conversations, prompts with completions, or plain text."""
+
+    type: Literal["causal_lm"]
+    """The kind of task."""
+    dataset: DatasetConfig
+    columns: TextColumns = TextColumns()
+    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+    """What a row is; auto: what its columns say."""
+    chat_template: Text | None = None
+    """A file with the chat template (Jinja); null: the tokenizer's own."""
+    max_length: Annotated[int, Field(ge=4)] = 1024
+    """Tokens a row may have."""
+    truncation: Literal["cut", "leave_out", "refuse"] = "cut"
+    """What becomes of longer rows: cut at their end, left out, or an error; counted and reported."""
+    packing: Bool = False
+    """Several training rows share one of max_length, and none of them sees another."""
+    append_eos: Bool = True
+    """A completion, or a plain text, ends in the end token."""
+    remove_text: list[Text] = []
+    """Pieces that are taken out of every text, such as end tokens that a data set carries as text."""
+
+    @model_validator(mode="after")
+    def _own_demo(self) -> "CausalLmTask":
+        return _check_demo(self, "chat")
+
+
+AnyTask = ClassificationTask | OcrTask | CausalLmTask
+
+
+def _check_demo(task: Any, own: str) -> Any:
+    if task.dataset.demo not in (None, own):
+        raise ValueError(f"has the demo data {task.dataset.demo}, and a task of type {task.type} has {own}")
+    return task
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation (arXiv 2106.09685) through peft: small matrices are trained beside frozen weights."""
+
+    rank: Positive = 16
+    """The rank r of the matrices."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What they add is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on what goes into them."""
+    target: Annotated[
+        list[Text], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+    ] = ["all-linear"]
+    """The modules that are adapted: all-linear (all but the head), or names such as [q_proj, v_proj]."""
+    modules_to_save: list[Text] = []
+    """Modules that are trained in full beside them; those whose weights start new always are."""
+    rslora: Bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dora: Bool = False
+    """Train magnitude and direction apart (arXiv 2402.09353)."""
+
+
+class NewTokenizerConfig(Section):
+    """A tokenizer made from the training split, for a model from scratch."""
+
+    kind: Literal["characters", "bpe"]
+    """characters: a token for each printable ASCII character and each other one that occurs; bpe: byte-level BPE."""
+    vocab_size: Annotated[int, Field(ge=300)] = 2000
+    """Tokens of a bpe tokenizer, the 256 bytes among them."""
 
 
 class ModelConfig(Section):
@@ -126,7 +266,19 @@ class ModelConfig(Section):
     config: OpenMap | None = None
     """Builds a model from scratch: the keys of its transformers config, model_type among them."""
     tokenizer: Text | None = None
-    """Where the tokenizer comes from, in the forms of path; null: from path."""
+    """Where the tokenizer (or processor) comes from, in the forms of path; null: from path."""
+    new_tokenizer: NewTokenizerConfig | None = None
+    """The alternative to tokenizer: one made from the training split."""
+    base: Text | None = None
+    """Where path is an adapter: its base, in the forms of path, instead of the one that it names."""
+    adapter: Text | None = None
+    """An adapter that is merged into path: a folder or a run."""
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter; null: all weights."""
+    continue_adapter: Bool = False
+    """Train the adapter that path names on, where it would be merged."""
+    load_in_4bit: Bool = False
+    """QLoRA: keep the frozen weights in 4 bits (NF4); needs model.lora, a GPU and bitsandbytes."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
     """The label names in the order of the checkpoint's outputs, where its own config does not name them."""
     new_head: Bool = False
@@ -138,8 +290,8 @@ class ModelConfig(Section):
     def _one_source(self) -> "ModelConfig":
         if not (self.path or self.config):
             raise ValueError("has no source: set model.path, or model.config to build one from scratch")
-        if self.config is not None and not self.tokenizer:
-            raise ValueError("is built from model.config and needs model.tokenizer")
+        if self.config is not None and not self.tokenizer and self.new_tokenizer is None:
+            raise ValueError("is built from model.config and needs model.tokenizer, or model.new_tokenizer")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("is built from model.config and needs model.config.model_type, such as bert")
         return self
@@ -203,8 +355,9 @@ class TrainingConfig(Section):
     """Only GPU operations that give the same bits each time: slower, and an error where there is none."""
     length_grouping: Bool = True
     """Rows of similar length share a step: less padding, the same rows in every epoch."""
-    num_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that prepare batches, per rank; 0: the training process itself."""
+    num_workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that prepare batches, per rank; 0: the training process itself; null: 2 where images are decoded,
+    else 0."""
 
 
 class EvaluationConfig(Section):
@@ -218,6 +371,8 @@ class EvaluationConfig(Section):
     """Evaluate every so many optimizer steps; null: only before and after."""
     max_samples: Positive | None = None
     """Evaluate only so many rows of each split, chosen by the seed; the metrics say so."""
+    samples: Annotated[int, Field(ge=0)] = 4
+    """Rows of each split that are shown with the text that the model itself gives, where a task has such."""
     per_device_batch_size: Positive = 64
     """Rows that go through the model at once on one device."""
 
@@ -235,6 +390,17 @@ class CheckpointConfig(Section):
     """What is best, such as matched/accuracy or matched/loss; null: the first validation split's main metric."""
     asynchronous: Bool = False
     """Training goes on while a copy of its state is written; takes that much more memory on the host."""
+
+
+class ExportConfig(Section):
+    """What is written at the end, beside the trained weights."""
+
+    merge: Bool = False
+    """Of an adapter: write final/merged too, a whole model that needs neither base nor peft."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in final/ (of final/merged, where an adapter was trained)."""
+    push_to_hub: Text | None = None
+    """Upload final/ to this private repository of the hub once the run is complete."""
 
 
 class LoggingConfig(Section):
@@ -268,13 +434,15 @@ class TrackingConfig(Section):
 class Config(Section):
     """One training run."""
 
-    task: ClassificationTask
+    task: Annotated[AnyTask, Field(discriminator="type")]
+    """What is learned, and from which data; its type decides which keys it has."""
     model: ModelConfig
     teacher: TeacherConfig = TeacherConfig()
     distillation: DistillationConfig = DistillationConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     logging: LoggingConfig = LoggingConfig()
     tracking: TrackingConfig = TrackingConfig()
     output_root: Text = "outputs"
@@ -285,6 +453,7 @@ ALTERNATIVES: tuple[tuple[str, ...], ...] = (
     # Of each group one key counts: a later layer that sets one drops the others of earlier layers.
     ("task.dataset.name", "task.dataset.path", "task.dataset.demo"),
     ("model.path", "model.config"),
+    ("model.tokenizer", "model.new_tokenizer"),
     ("training.max_steps", "training.epochs"),
     ("training.batch_size", "training.gradient_accumulation_steps"),
     ("training.warmup_steps", "training.warmup_ratio"),

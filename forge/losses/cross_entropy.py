@@ -9,10 +9,11 @@ IGNORE = -100  # the label of a position that counts for nothing
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over counted positions of -log softmax(logits)[label], in nats.
 
-    logits: (N, V) in any float dtype, computed in float32. labels: (N,) int64, IGNORE where nothing is counted.
+    logits: (..., V) in any float dtype, computed in float32. labels: (...) int64, IGNORE where nothing is counted.
     Returns a float32 scalar, differentiable in logits; 0 where no position is counted.
     """
-    return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    flat = logits.float().flatten(0, -2)  # (N, V)
+    return torch.nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def count_labels(labels: Tensor) -> Tensor:

@@ -1,36 +1,30 @@
-"""Loads the model that is trained: from a checkpoint or from scratch, its outputs matched to the data's labels."""
+"""Loads and builds models in float32: the parts that every task uses, and what is known of the result."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
-from forge.model.labels import align, named_labels
-from forge.model.source import ModelSource, find_model, load_model_config, not_found
+from forge.model.source import ModelSource, find_model, load_tokenizer, not_found
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in float32, and for each label of the data the index of the model's output."""
+    """A model in float32, and where it comes from."""
 
     model: PreTrainedModel
     source: ModelSource | None  # None: built from scratch
-    label_ids: list[int]
     new_weights: list[str]  # the parameters that no checkpoint gave
+    label_ids: list[int]  # of a classifier: for each label of the data the index of the model's output
 
     def facts(self) -> dict[str, Any]:
         """What run_metadata.json tells of the model."""
@@ -42,41 +36,100 @@ class LoadedModel:
             "architecture": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "labels": list((self.model.config.id2label or {}).values()),
+            "labels": list((self.model.config.id2label or {}).values()) if self.label_ids else [],
             "new_weights": self.new_weights if self.source else "all",
         }
 
 
-def load_classifier(
-    config: ModelConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, key: str = "model"
-) -> LoadedModel:
-    """The sequence classifier of `config` for the data's labels. Raises UsageError where the two do not fit.
+class ReadWeights(NamedTuple):
+    """A model with the weights of a checkpoint."""
 
-    A head that the checkpoint lacks is made anew, in the data's order of labels. One that it has keeps the
-    checkpoint's order, and the data's labels are mapped to it by name.
-    """
-    if config.config is not None:
-        scratch = _scratch_config(config.config, labels, tokenizer, key)
-        _set_dropout(scratch, config.dropout)
+    model: PreTrainedModel
+    missing: list[str]  # names of parameters that start new, sorted: the checkpoint lacks them, or
+    mismatched: list[str]  # has them in another shape
+
+
+def load_own_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model, or that the config names for it. Raises UsageError."""
+    return load_tokenizer(*processing_source(config))
+
+
+def processing_source(config: ModelConfig) -> tuple[ModelSource, str]:
+    """Where the model's tokenizer or processor comes from, and the key that says so."""
+    key = "model.tokenizer" if config.tokenizer else "model.path"
+    name = config.tokenizer or config.path
+    assert name is not None  # the schema requires one of the two, or a new tokenizer
+    return find_model(name, key, None if config.tokenizer else config.revision), key
+
+
+def read_checkpoint(auto_model: Any, source: ModelSource, config: PreTrainedConfig, key: str, what: str) -> ReadWeights:
+    """The model of `config` with the weights of `source`, in float32. Raises UsageError where there are none."""
+    with _quiet_about_missing_weights():
         try:
-            model = AutoModelForSequenceClassification.from_config(scratch)
-        except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # sizes that do not fit each other
-            raise UsageError(_not_buildable(key, error)) from error
-        logger.info("%s: built from scratch (%s)", key, model.config.model_type)
-        loaded = LoadedModel(
-            model.float(), None, list(range(len(labels))), [name for name, _ in model.named_parameters()]
-        )
-    else:
-        assert config.path is not None  # the schema requires one of the two
-        loaded = _load_checkpoint(find_model(config.path, f"{key}.path", config.revision), config, labels, key)
-    embeddings = len(cast(torch.nn.Embedding, loaded.model.get_input_embeddings()).weight)
-    if len(tokenizer) > embeddings:
+            model, info = auto_model.from_pretrained(
+                source.location,
+                revision=source.revision,
+                config=config,
+                dtype=torch.float32,  # master weights; mixed precision computes in less
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head of another size is judged by its task, with a sentence
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(not_found(source, f"{key}.path", what, error)) from error
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    return ReadWeights(model, sorted(set(info["missing_keys"]) | set(mismatched)), mismatched)
+
+
+def refuse_missing(source: ModelSource, model: PreTrainedModel, missing: list[str], key: str) -> None:
+    """Raises UsageError if a checkpoint lacks weights that cannot start new."""
+    if missing:
         raise UsageError(
-            f"{key}: the tokenizer has {len(tokenizer)} tokens and the model embeds {embeddings}; use its own tokenizer"
+            f"{key}.path: {source.name} lacks weights of {model.config.model_type} ({', '.join(missing[:3])}, "
+            f"{len(missing)} in all); it is a checkpoint of another architecture or a part of one"
         )
-    if loaded.model.config.pad_token_id is None:  # decoder models find a row's last token by it
-        loaded.model.config.pad_token_id = tokenizer.pad_token_id
-    return loaded
+
+
+def build_model(auto_model: Any, config: PreTrainedConfig, key: str) -> PreTrainedModel:
+    """A model with new weights, in float32. Raises UsageError for a config that no model can be built from."""
+    try:
+        model = auto_model.from_config(config)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # sizes that do not fit each other
+        raise UsageError(_not_buildable(key, error)) from error
+    logger.info("%s: built from scratch (%s)", key, model.config.model_type)
+    return cast(PreTrainedModel, model.float())
+
+
+def scratch_config(keys: dict[str, Any], key: str, **defaults: Any) -> PreTrainedConfig:
+    """The transformers config of these keys, model_type among them. Raises UsageError for a key that it lacks."""
+    given = dict(keys)
+    model_type = str(given.pop("model_type"))
+    try:
+        known = AutoConfig.for_model(model_type)
+        unknown = [name for name in given if not hasattr(known, name)]
+        if unknown:
+            raise UsageError(f"{key}.config.{unknown[0]} is not a setting of {model_type} models")
+        return AutoConfig.for_model(model_type, **{**defaults, **given})
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise UsageError(_not_buildable(key, error)) from error
+
+
+def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
+    """Sets every dropout rate of the config; their names differ from model to model."""
+    if rate is not None:
+        for name, value in config.to_dict().items():
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, int | float | None):
+                setattr(config, name, rate)
+        for part in config.sub_configs:
+            set_dropout(getattr(config, part), rate)
+
+
+def check_embeddings(embeddings: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    """Raises UsageError for a tokenizer with more tokens than the model embeds."""
+    rows = len(cast(torch.nn.Embedding, embeddings).weight)
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"{key}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; use its own tokenizer"
+        )
 
 
 def check_fits(model: PreTrainedModel, max_length: int, training: TrainingConfig) -> None:
@@ -95,102 +148,20 @@ def check_fits(model: PreTrainedModel, max_length: int, training: TrainingConfig
         raise UsageError(f"{name} cannot recompute activations; set training.gradient_checkpointing: false")
 
 
-def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[str], key: str) -> LoadedModel:
-    checkpoint = load_model_config(source, f"{key}.path")
-    _set_dropout(checkpoint, config.dropout)
-    outputs = checkpoint.num_labels
-    names = config.labels or named_labels(checkpoint.id2label or {})
-    if config.labels is not None and len(config.labels) != outputs:
-        raise UsageError(f"{key}.labels has {len(config.labels)} names and the checkpoint has {outputs} outputs")
-    if config.new_head or names is None:
-        _set_labels(checkpoint, labels)
-    else:
-        align(labels, names)
-        _set_labels(checkpoint, names)
-
-    # transformers reports missing weights as a table; what they mean is judged and said below.
-    report = logging.getLogger("transformers.modeling_utils")
-    report.addFilter(_no_load_report)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source.location,
-            revision=source.revision,
-            config=checkpoint,
-            dtype=torch.float32,  # master weights; mixed precision computes in less
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head of another size is judged below, with a sentence
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(not_found(source, f"{key}.path", "weights for a classifier", error)) from error
-    finally:
-        report.removeFilter(_no_load_report)
-
-    mismatched = [entry[0] for entry in info["mismatched_keys"]]
-    absent = sorted(set(info["missing_keys"]) | set(mismatched))
-    body = f"{model.base_model_prefix}."
-    lost_body = [name for name in absent if name.startswith(body) and ".pooler." not in name]
-    if lost_body:
-        raise UsageError(
-            f"{key}.path: {source.name} lacks weights of {model.config.model_type} ({', '.join(lost_body[:3])}, "
-            f"{len(lost_body)} in all); it is a checkpoint of another architecture or a part of one"
-        )
-    head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
-    if config.new_head:
-        _renew(model, head)
-        absent = sorted({*absent, *head})
-    elif names is None and (mismatched or not any(name in absent for name in head)):
-        raise UsageError(
-            f"{key}.path: {source.name} has a classification head of {outputs} outputs without label names; give "
-            f"them in the order of its outputs with {key}.labels: [...], or start a new head with {key}.new_head: true"
-        )
-    if absent:
-        logger.info("%s: %s has no %s; they start new", key, source.name, ", ".join(absent))
-    final_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    return LoadedModel(model, source, align(labels, final_names), absent)
-
-
-def _scratch_config(
-    keys: dict[str, object], labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, key: str
-) -> PreTrainedConfig:
-    given = dict(keys)
-    model_type = str(given.pop("model_type"))
-    try:
-        known = AutoConfig.for_model(model_type)
-        unknown = [name for name in given if not hasattr(known, name)]
-        if unknown:
-            raise UsageError(f"{key}.config.{unknown[0]} is not a setting of {model_type} models")
-        config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **given})
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UsageError(_not_buildable(key, error)) from error
-    config.pad_token_id = tokenizer.pad_token_id
-    _set_labels(config, labels)
-    return config
-
-
 def _not_buildable(key: str, error: Exception) -> str:
-    return f"{key}.config: transformers cannot build a classifier from this ({' '.join(str(error).split())[:200]})"
+    return f"{key}.config: transformers cannot build a model from this ({' '.join(str(error).split())[:200]})"
 
 
 def _no_load_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
-def _set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
-    """Sets every dropout rate of the config; their names differ from model to model."""
-    if rate is not None:
-        for name, value in config.to_dict().items():
-            if ("dropout" in name or "pdrop" in name) and isinstance(value, int | float | None):
-                setattr(config, name, rate)
-
-
-def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
-    config.num_labels = len(labels)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {name: i for i, name in enumerate(labels)}
-    config.problem_type = "single_label_classification"
-
-
-def _renew(model: PreTrainedModel, head: Sequence[str]) -> None:
-    """Gives the head the weights that a model of its own config starts with."""
-    fresh = AutoModelForSequenceClassification.from_config(model.config).state_dict()
-    model.load_state_dict({name: fresh[name] for name in head}, strict=False)
+@contextmanager
+def _quiet_about_missing_weights() -> Iterator[None]:
+    """transformers reports them as a table; what they mean is judged and said by the task."""
+    report = logging.getLogger("transformers.modeling_utils")
+    report.addFilter(_no_load_report)
+    try:
+        yield
+    finally:
+        report.removeFilter(_no_load_report)

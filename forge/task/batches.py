@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from forge.losses.cross_entropy import IGNORE
+
 Batch = dict[str, torch.Tensor]
 
-FILLER = -1  # a row that only keeps a rank busy: it carries no label and counts for nothing
+FILLER = -1  # a row that only keeps a rank busy, alone in its batch: it carries no label and counts for nothing
+OF_THE_LOOP = ("labels", "tokens", "ids", "truncated")  # what a batch has beside the model's inputs
 # Rows of similar length are sought among so many steps' rows. On MNLI-like rows in steps of 32 the padding falls from
 # 136 % to 8 %; with 8 steps it is 26 %, and with 64 it is 4 % at the price of steps that are more of one kind.
 STEPS_PER_GROUP = 32
@@ -196,11 +200,14 @@ def row_loader(
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
 ) -> DataLoader[Batch]:
-    """A loader of the given batches of row ids; fillers come as row 0 with `label` None."""
+    """A loader of the given batches of row ids, which come along as `ids` (B,) int64.
+
+    A filler is row 0 without labels and tokens.
+    """
     return DataLoader(
-        _Rows(rows),
+        cast(Any, _Rows(rows)),
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=partial(_collate, collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
         # Else every new iterator draws a number from torch's global generator: the dropout after an evaluation, or
@@ -220,21 +227,29 @@ class _Endless:
         return self._batches
 
 
-class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
+def _collate(collate: Callable[[list[dict[str, Any]]], Batch], rows: list[tuple[int, dict[str, Any]]]) -> Batch:
+    batch = collate([row for _, row in rows])
+    ids = [index for index, _ in rows]
+    if ids == [FILLER]:
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+        batch["tokens"] = torch.zeros_like(batch["tokens"])
+    return {**batch, "ids": torch.tensor(ids)}
+
+
+class _Rows(torch.utils.data.Dataset[tuple[int, dict[str, Any]]]):
+    """Rows with their ids."""
+
     def __init__(self, rows: Dataset):
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
         """One read for a whole batch."""
         columns = self._rows[[0 if index == FILLER else index for index in indices]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        for index, row in zip(indices, rows, strict=True):
-            if index == FILLER:
-                row["label"] = None
-        return rows
+        return list(zip(indices, rows, strict=True))

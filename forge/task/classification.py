@@ -3,30 +3,40 @@
 import hashlib
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import tokenizers
 import torch
 from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from forge.config.schema import ClassificationTask
+from forge.config.schema import ClassificationTask, Config, ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.model.classifier import load_classifier
+from forge.model.load import LoadedModel, check_fits, load_own_tokenizer
 from forge.task.batches import Batch
 from forge.task.rows import describe, fingerprint, load_rows
+from forge.task.task import Metrics, Task
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """Tokenized rows with the columns input_ids, label (an index into labels), length."""
 
-    tokenizer: PreTrainedTokenizerBase
+    processing: PreTrainedTokenizerBase
     labels: list[str]  # in the order of the data
+    max_length: int
     train: Dataset
     validation: dict[str, Dataset]  # by short name
     fingerprint: str  # of texts and labels
@@ -34,14 +44,29 @@ class Classification:
     description: str
     label_ids: list[int] = field(default_factory=list)  # the model's output for each of labels
 
-    main_metric: ClassVar[str] = "accuracy"  # what is best, where the config does not say
+    name: ClassVar[str] = "classification"
+    title: ClassVar[str] = "A sequence classifier"
+    pipeline_tag: ClassVar[str] = "text-classification"
+    auto_model: ClassVar[type[Any]] = AutoModelForSequenceClassification
+    main_metric: ClassVar[str] = "accuracy"
+    headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+
+    def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
+        """A classifier whose outputs are named like the labels of the data."""
+        loaded = load_classifier(config, self.labels, self.processing, key)
+        check_fits(loaded.model, self.max_length, training)
+        return loaded
+
+    def for_model(self, loaded: LoadedModel) -> "Classification":
+        """Labels in the order of the model's outputs."""
+        return replace(self, label_ids=loaded.label_ids)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Pads rows to the longest: input_ids, attention_mask (B, T), …, labels (B,) int64 in the model's order."""
-        names = [name for name in rows[0] if name in self.tokenizer.model_input_names]
-        batch = DataCollatorWithPadding(self.tokenizer)([{name: row[name] for name in names} for row in rows])
-        labels = [IGNORE if row["label"] is None else self.label_ids[row["label"]] for row in rows]
-        return {**batch, "labels": torch.tensor(labels)}
+        names = [name for name in rows[0] if name in self.processing.model_input_names]
+        batch = DataCollatorWithPadding(self.processing)([{name: row[name] for name in names} for row in rows])
+        labels = torch.tensor([self.label_ids[row["label"]] for row in rows])
+        return {**batch, "labels": labels, "tokens": batch["attention_mask"].sum()}
 
     def facts(self) -> dict[str, Any]:
         """What run_metadata.json tells of the data."""
@@ -53,25 +78,33 @@ class Classification:
             "labels": self.labels,
         }
 
-    def metrics(self) -> "ClassificationMetrics":
+    def metrics(self, split: str, model: PreTrainedModel) -> "ClassificationMetrics":
         """An empty count of predictions."""
         names = [self.labels[self.label_ids.index(i)] for i in range(len(self.labels))]
         return ClassificationMetrics(names)
 
+    def save_processing(self, folder: Path) -> None:
+        """Tokenizing leaves its truncation and padding behind in the tokenizer; whoever loads it would truncate too."""
+        self.processing.backend_tokenizer.no_truncation()
+        self.processing.backend_tokenizer.no_padding()
+        super().save_processing(folder)
 
-class ClassificationMetrics:
+
+class ClassificationMetrics(Metrics):
     """Counts predictions against labels as a confusion matrix, which ranks can add up."""
 
     def __init__(self, names: list[str]):
         self.names = names  # in the order of the model's outputs
         self.counts = torch.zeros(len(names), len(names), dtype=torch.int64)  # (label, prediction)
+        self.samples = []
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """logits: (B, V) any float dtype. labels: (B,) int64, IGNORE not counted. No sync with the device."""
+    def update(self, outputs: dict[str, Tensor], batch: Batch) -> None:
+        """outputs: predictions (B,) int64. labels of the batch: (B,), IGNORE not counted. No sync with the device."""
+        labels, predictions = batch["labels"], outputs["predictions"]
         width = len(self.names)
         counted = labels != IGNORE
-        cells = labels.clamp(min=0) * width + logits.argmax(dim=-1)
-        self.counts = self.counts.to(logits.device)
+        cells = labels.clamp(min=0) * width + predictions
+        self.counts = self.counts.to(labels.device)
         self.counts += torch.zeros_like(self.counts).view(-1).index_add_(0, cells, counted.long()).view(width, width)
 
     def compute(self) -> dict[str, float]:
@@ -88,8 +121,14 @@ class ClassificationMetrics:
         return metrics
 
 
-def load_classification(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> Classification:
+def load_classification(whole: Config) -> Classification:
     """Loads, checks and tokenizes the data. Raises UsageError for missing columns, bad labels and empty splits."""
+    assert isinstance(whole.task, ClassificationTask)
+    return prepare(whole.task, load_own_tokenizer(whole.model))
+
+
+def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> Classification:
+    """The task from its data and a tokenizer."""
     train, validation = load_rows(config.dataset)
     splits = {"train": train, **validation}
     for split, rows in splits.items():
@@ -118,8 +157,9 @@ def load_classification(config: ClassificationTask, tokenizer: PreTrainedTokeniz
             config.max_length,
         )
     return Classification(
-        tokenizer=tokenizer,
+        processing=tokenizer,
         labels=labels,
+        max_length=config.max_length,
         train=tokenized.pop("train"),
         validation=tokenized,
         fingerprint=fingerprint(splits),

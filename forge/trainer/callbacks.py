@@ -12,9 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from forge.run.directory import RunDirectory
 from forge.run.files import append_json_line, read_json_lines, write_atomically
 from forge.run.state import TrainingState
+from forge.task.task import Sample
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, Any]
+Samples = dict[str, list[Sample]]
 
 
 class Callback:
@@ -30,6 +32,9 @@ class Callback:
 
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
         """Metrics of an evaluation; stage is baseline, training or final."""
+
+    def sampled(self, state: TrainingState, stage: str, samples: Samples) -> None:
+        """Rows of that evaluation, by split, with the text that the model gave."""
 
     def saved(self, state: TrainingState, facts: Metrics) -> None:
         """A checkpoint of that state is committed: its name, size, seconds, and those that training waited."""
@@ -61,6 +66,10 @@ class Callbacks(Callback):
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
         for callback in self._callbacks:
             callback.evaluated(state, stage, metrics)
+
+    def sampled(self, state: TrainingState, stage: str, samples: Samples) -> None:
+        for callback in self._callbacks:
+            callback.sampled(state, stage, samples)
 
     def saved(self, state: TrainingState, facts: Metrics) -> None:
         for callback in self._callbacks:

@@ -24,8 +24,8 @@ from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.provenance import code_facts
 from forge.run.state import Stage, TrainingState
-from forge.task.batches import Batch, StepBatches
-from forge.task.classification import Classification
+from forge.task.batches import FILLER, Batch, StepBatches
+from forge.task.task import Task
 from forge.trainer.callbacks import Callback
 from forge.trainer.evaluation import evaluate
 from forge.trainer.meter import StepMeter
@@ -49,7 +49,7 @@ class FinetuningTrainer:
         self,
         config: Config,
         accelerator: Accelerator,
-        task: Classification,
+        task: Task,
         model: PreTrainedModel,
         run: RunDirectory,
         state: TrainingState,
@@ -68,9 +68,10 @@ class FinetuningTrainer:
         self.undo_averaging = self.micro_batches * accelerator.num_processes
         accelerator.gradient_accumulation_steps = self.micro_batches
 
+        self.num_workers = task.num_workers if training.num_workers is None else training.num_workers
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        student = Student(model.to(accelerator.device))
+        student = Student(model.to(accelerator.device), task.forward_options)
         self.student, self.optimizer = accelerator.prepare(student, build_optimizer(student, training))
         # From here on every rank draws its own dropout.
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
@@ -84,7 +85,7 @@ class FinetuningTrainer:
             micro_batches=self.micro_batches,
             seed=training.seed,
             group_by_length=training.length_grouping,
-            num_workers=training.num_workers,
+            num_workers=self.num_workers,
             pin_memory=accelerator.device.type == "cuda",
             worker_init=in_loader_worker,
         )
@@ -171,13 +172,16 @@ class FinetuningTrainer:
         """One optimizer update at the given rate. Nothing here waits for the device, but for fp16's scaler."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        counts = sum(int(count_labels(batch["labels"])) for batch in micro_batches)  # still on the CPU
+        labels = sum(int(count_labels(batch["labels"])) for batch in micro_batches)  # still on the CPU
+        counts = {
+            "rows": sum(int((batch["ids"] != FILLER).sum()) for batch in micro_batches),
+            "tokens": sum(int(batch["tokens"]) for batch in micro_batches),
+            "truncated": sum(int(batch["truncated"]) for batch in micro_batches if "truncated" in batch),
+        }
         # torch.full and not torch.tensor: a copy from the CPU would wait for the GPU
-        label_count = self.accelerator.reduce(torch.full((), counts, device=self.accelerator.device), "sum")
+        label_count = self.accelerator.reduce(torch.full((), labels, device=self.accelerator.device), "sum")
         ce_sum = torch.zeros((), device=self.accelerator.device)  # float32, this rank's
-        tokens = 0
         for cpu_batch in micro_batches:
-            tokens += int(cpu_batch["attention_mask"].sum())
             batch = send_to_device(cpu_batch, self.accelerator.device, non_blocking=True)
             with self.accelerator.accumulate(self.student):
                 losses = self.student(batch)
@@ -187,23 +191,26 @@ class FinetuningTrainer:
         grad_norm = self.accelerator.clip_grad_norm_(self.student.parameters(), max_norm or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.meter.add(ce_sum, label_count, grad_norm, tokens)
+        self.meter.add(ce_sum, label_count, grad_norm, counts)
 
-    def evaluate(self, stage: str) -> dict[str, float]:
+    def evaluate(self, stage: str) -> dict[str, Any]:
         """Evaluates every validation split and reports it; stage is baseline, training or final. Raises Stopped."""
         try:
-            metrics = evaluate(
+            metrics, samples = evaluate(
                 self.student,
                 self.task,
                 self.accelerator,
                 batch_size=self.config.evaluation.per_device_batch_size,
                 max_samples=self.config.evaluation.max_samples,
                 seed=self.config.training.seed,
+                num_workers=self.num_workers,
                 between_batches=self._break_off_if_stopped,
             )
         except Stopped:
             self._save_and_stop()
         self._on_rank_0_of_this_attempt(lambda: self.callbacks.evaluated(self.state, stage, metrics))
+        if samples:
+            self._on_rank_0_of_this_attempt(lambda: self.callbacks.sampled(self.state, stage, samples))
         return metrics
 
     def stop_if_asked(self) -> None:
@@ -249,7 +256,7 @@ class FinetuningTrainer:
         if missing and self._evaluate_in_training():
             self._save()
 
-    def _note_best(self, metrics: dict[str, float]) -> bool:
+    def _note_best(self, metrics: dict[str, Any]) -> bool:
         name = self.config.checkpoint.best_metric or f"{next(iter(self.task.validation))}/{self.task.main_metric}"
         if name not in metrics:
             raise UsageError(f"checkpoint.best_metric is {name}, and the evaluation has: {', '.join(metrics)}")

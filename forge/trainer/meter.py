@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+COUNTED = ("rows", "tokens", "truncated")  # beside the labels, which the loss is a mean over
+
 
 class StepMeter:
     """What has happened since the last report. Adding waits for nothing; settling waits for the device."""
@@ -24,21 +26,22 @@ class StepMeter:
         self._loss_sums: list[float] = []
         self._label_counts: list[int] = []
         self._norms: list[float] = []
-        self._token_count = 0
+        self._counts = dict.fromkeys(COUNTED, 0)
         seconds = 0.0
         if progress is not None:
             self._loss_sums, self._label_counts = list(progress["loss_sums"]), list(progress["labels"])
-            self._norms, self._token_count = list(progress["grad_norms"]), progress["tokens"]
-            seconds = progress["seconds"]
+            self._norms, seconds = list(progress["grad_norms"]), progress["seconds"]
+            self._counts = {name: progress[name] for name in COUNTED}
         self._forget_steps()
         self._start = time.perf_counter() - seconds
 
-    def add(self, ce_sum: Tensor, labels: Tensor, grad_norm: Tensor, tokens: int) -> None:
-        """ce_sum: this rank's; labels: of all ranks; grad_norm: before clipping; tokens: this rank's."""
+    def add(self, ce_sum: Tensor, labels: Tensor, grad_norm: Tensor, counts: dict[str, int]) -> None:
+        """ce_sum: this rank's; labels: of all ranks; grad_norm: before clipping; counts: this rank's, by COUNTED."""
         self._step_sums.append(ce_sum)
         self._step_labels.append(labels)
         self._step_norms.append(grad_norm)
-        self._step_tokens += tokens
+        for name in COUNTED:
+            self._step_counts[name] += counts[name]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -51,14 +54,14 @@ class StepMeter:
         """Adds up over the ranks what came since the last call, and returns the tokens of it. On every rank at once."""
         if not self._step_sums:
             return 0
-        tokens = torch.tensor(self._step_tokens, device=self._accelerator.device)
-        new_tokens = int(self._accelerator.reduce(tokens, "sum").item())
+        counts = torch.tensor([self._step_counts[name] for name in COUNTED], device=self._accelerator.device)
+        new = dict(zip(COUNTED, self._accelerator.reduce(counts, "sum").tolist(), strict=True))
         self._loss_sums += self._accelerator.reduce(torch.stack(self._step_sums), "sum").double().tolist()
         self._label_counts += torch.stack(self._step_labels).tolist()
         self._norms += torch.stack([norm.double() for norm in self._step_norms]).tolist()
-        self._token_count += new_tokens
+        self._counts = {name: self._counts[name] + new[name] for name in COUNTED}
         self._forget_steps()
-        return new_tokens
+        return int(new["tokens"])
 
     def progress(self) -> dict[str, Any]:
         """What the next report has so far, for a checkpoint. After settle."""
@@ -66,7 +69,7 @@ class StepMeter:
             "loss_sums": list(self._loss_sums),  # copies: training goes on while they are written
             "labels": list(self._label_counts),
             "grad_norms": list(self._norms),
-            "tokens": self._token_count,
+            **self._counts,
             "seconds": time.perf_counter() - self._start,
         }
 
@@ -89,10 +92,12 @@ class StepMeter:
             "loss": sum(self._loss_sums) / labels,
             "learning_rate": rate,
             "grad_norm": self._norms[-1],
-            "samples_per_second": round(labels / seconds, 2),
-            "tokens_per_second": round(self._token_count / seconds, 1),
+            "samples_per_second": round(self._counts["rows"] / seconds, 2),
+            "tokens_per_second": round(self._counts["tokens"] / seconds, 1),
             "peak_memory_mib": round(peak, 1),
         }
+        if self._counts["truncated"]:  # of rows that are tokenized as they come; others are counted before training
+            metrics["truncated"] = self._counts["truncated"]
         self.restart()
         return metrics
 
@@ -100,7 +105,7 @@ class StepMeter:
         self._step_sums: list[Tensor] = []  # float32 scalars, this rank's
         self._step_labels: list[Tensor] = []  # int64 scalars, of all ranks
         self._step_norms: list[Tensor] = []
-        self._step_tokens = 0
+        self._step_counts = dict.fromkeys(COUNTED, 0)
 
 
 def _peak_memory_mib(device: torch.device) -> float:

@@ -1,0 +1,92 @@
+"""Loads a sequence classifier: from a checkpoint or from scratch, its outputs matched to the data's labels."""
+
+import logging
+from collections.abc import Sequence
+from typing import cast
+
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from forge.config.schema import ModelConfig
+from forge.errors import UsageError
+from forge.model.labels import align, named_labels
+from forge.model.load import (
+    LoadedModel,
+    build_model,
+    check_embeddings,
+    read_checkpoint,
+    refuse_missing,
+    scratch_config,
+    set_dropout,
+)
+from forge.model.source import ModelSource, find_model, load_model_config
+
+logger = logging.getLogger(__name__)
+
+
+def load_classifier(
+    config: ModelConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, key: str = "model"
+) -> LoadedModel:
+    """The sequence classifier of `config` for the data's labels. Raises UsageError where the two do not fit.
+
+    A head that the checkpoint lacks is made anew, in the data's order of labels. One that it has keeps the
+    checkpoint's order, and the data's labels are mapped to it by name.
+    """
+    if config.config is not None:
+        scratch = scratch_config(config.config, key, vocab_size=len(tokenizer))
+        scratch.pad_token_id = tokenizer.pad_token_id
+        _set_labels(scratch, labels)
+        set_dropout(scratch, config.dropout)
+        model = build_model(AutoModelForSequenceClassification, scratch, key)
+        loaded = LoadedModel(model, None, [name for name, _ in model.named_parameters()], list(range(len(labels))))
+    else:
+        assert config.path is not None  # the schema requires one of the two
+        loaded = _load_checkpoint(find_model(config.path, f"{key}.path", config.revision), config, labels, key)
+    check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
+    if loaded.model.config.pad_token_id is None:  # decoder models find a row's last token by it
+        loaded.model.config.pad_token_id = tokenizer.pad_token_id
+    return loaded
+
+
+def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[str], key: str) -> LoadedModel:
+    checkpoint = load_model_config(source, f"{key}.path")
+    set_dropout(checkpoint, config.dropout)
+    outputs = checkpoint.num_labels
+    names = config.labels or named_labels(checkpoint.id2label or {})
+    if config.labels is not None and len(config.labels) != outputs:
+        raise UsageError(f"{key}.labels has {len(config.labels)} names and the checkpoint has {outputs} outputs")
+    if config.new_head or names is None:
+        _set_labels(checkpoint, labels)
+    else:
+        align(labels, names)
+        _set_labels(checkpoint, names)
+
+    read = read_checkpoint(AutoModelForSequenceClassification, source, checkpoint, key, "weights for a classifier")
+    model, absent = read.model, read.missing
+    body = f"{model.base_model_prefix}."
+    refuse_missing(source, model, [name for name in absent if name.startswith(body) and ".pooler." not in name], key)
+    head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
+    if config.new_head:
+        _renew(model, head)
+        absent = sorted({*absent, *head})
+    elif names is None and (read.mismatched or not any(name in absent for name in head)):
+        raise UsageError(
+            f"{key}.path: {source.name} has a classification head of {outputs} outputs without label names; give "
+            f"them in the order of its outputs with {key}.labels: [...], or start a new head with {key}.new_head: true"
+        )
+    if absent:
+        logger.info("%s: %s has no %s; they start new", key, source.name, ", ".join(absent))
+    final_names = cast(dict[int, str], model.config.id2label)
+    return LoadedModel(model, source, absent, align(labels, [final_names[i] for i in sorted(final_names)]))
+
+
+def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: i for i, name in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+
+
+def _renew(model: PreTrainedModel, head: Sequence[str]) -> None:
+    """Gives the head the weights that a model of its own config starts with."""
+    fresh = AutoModelForSequenceClassification.from_config(model.config).state_dict()
+    model.load_state_dict({name: fresh[name] for name in head}, strict=False)

@@ -1,0 +1,14 @@
+"""Chooses the task that the config names."""
+
+from forge.config.schema import Config
+from forge.task.classification import load_classification
+from forge.task.task import Task
+
+
+def load_task(config: Config) -> Task:
+    """The task with its data, checked and tokenized. Raises UsageError for data that cannot be trained on."""
+    match config.task.type:
+        case "classification":
+            return load_classification(config)
+        case _:
+            raise NotImplementedError(config.task.type)
