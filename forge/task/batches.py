@@ -16,7 +16,7 @@ from forge.losses.cross_entropy import IGNORE
 Batch = dict[str, torch.Tensor]
 
 FILLER = -1  # a row that only keeps a rank busy, alone in its batch: it carries no label and counts for nothing
-OF_THE_LOOP = ("labels", "tokens", "ids", "truncated")  # what a batch has beside the model's inputs
+OF_THE_LOOP = ("labels", "positions", "tokens", "ids", "truncated")  # what a batch has beside the model's inputs
 # Rows of similar length are sought among so many steps' rows. On MNLI-like rows in steps of 32 the padding falls from
 # 136 % to 8 %; with 8 steps it is 26 %, and with 64 it is 4 % at the price of steps that are more of one kind.
 STEPS_PER_GROUP = 32
@@ -233,6 +233,8 @@ def _collate(collate: Callable[[list[dict[str, Any]]], Batch], rows: list[tuple[
     if ids == [FILLER]:
         batch["labels"] = torch.full_like(batch["labels"], IGNORE)
         batch["tokens"] = torch.zeros_like(batch["tokens"])
+        if "positions" in batch:
+            batch["positions"] = torch.zeros(1, dtype=torch.int64)  # one, so that gradients of 0 reach every weight
     return {**batch, "ids": torch.tensor(ids)}
 
 

@@ -50,6 +50,7 @@ class Task(ABC):
     main_metric: ClassVar[str]  # what is best, where the config does not say
     headline: ClassVar[tuple[str, ...]]  # the metrics of the table before and after
     forward_options: ClassVar[dict[str, Any]] = {}  # given to the model with every batch
+    has_language_head: ClassVar[bool] = False  # the loss may be computed from hidden states, where the head allows it
     num_workers: ClassVar[int] = 0  # processes that prepare batches, where the config does not say
 
     train: Dataset  # a row has at least the column `length`, by which rows are grouped
@@ -72,6 +73,7 @@ class Task(ABC):
 
         labels: int64, of the shape of the logits without their last dimension and aligned with them, so that targets
         of a causal model are already shifted; IGNORE where nothing is counted. tokens: int64 scalar, those read.
+        A task with a language head may add positions, int64: where labels.flatten() is counted, at least one.
         """
 
     @abstractmethod

@@ -20,6 +20,7 @@ from forge.config.placing import located
 from forge.config.schema import Config, TrainingConfig
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
+from forge.model.head import LinearHead, find_head
 from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.provenance import code_facts
@@ -71,7 +72,8 @@ class FinetuningTrainer:
         self.num_workers = task.num_workers if training.num_workers is None else training.num_workers
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        student = Student(model.to(accelerator.device), task.forward_options)
+        model.to(accelerator.device)
+        student = Student(model, task.forward_options, self._language_head(model))
         self.student, self.optimizer = accelerator.prepare(student, build_optimizer(student, training))
         # From here on every rank draws its own dropout.
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
@@ -222,6 +224,16 @@ class FinetuningTrainer:
     def model(self) -> PreTrainedModel:
         """The bare model, for export."""
         return self.accelerator.unwrap_model(self.student).model
+
+    def _language_head(self, model: PreTrainedModel) -> LinearHead | None:
+        """With it the loss needs no logits of a whole batch, which a large vocabulary makes larger than the model."""
+        if not self.task.has_language_head:
+            return None
+        head = find_head(model, self.task.forward_options)
+        if isinstance(head, str):
+            logger.warning("the loss is computed from whole logits, which takes more memory: %s", head)
+            return None
+        return head
 
     def _note_total(self) -> None:
         training = self.config.training
