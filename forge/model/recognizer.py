@@ -1,7 +1,7 @@
 """Loads a model that reads images: an encoder-decoder from a checkpoint or from scratch, or a vision-language model."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from transformers import (
     AutoModelForImageTextToText,
@@ -62,8 +62,7 @@ def reads_lines(config: PreTrainedConfig | dict[str, Any]) -> bool:
 
 def writer(model: PreTrainedModel) -> PreTrainedModel:
     """The part of the model that writes text."""
-    part: PreTrainedModel = model.decoder if reads_lines(model.config) else model.get_decoder()
-    return part
+    return cast(PreTrainedModel, model.decoder if reads_lines(model.config) else model.get_decoder())
 
 
 def start_token(config: PreTrainedConfig | None, tokenizer: PreTrainedTokenizerBase) -> int:

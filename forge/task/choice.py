@@ -2,6 +2,7 @@
 
 from forge.config.schema import Config
 from forge.task.classification import load_classification
+from forge.task.ocr import load_ocr
 from forge.task.task import Task
 
 
@@ -10,5 +11,7 @@ def load_task(config: Config) -> Task:
     match config.task.type:
         case "classification":
             return load_classification(config)
+        case "ocr":
+            return load_ocr(config)
         case _:
             raise NotImplementedError(config.task.type)

@@ -27,7 +27,7 @@ HELD_OUT = "*"
 VALIDATION_SHARE = 5  # one in so many lines without words is for validation
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-WORDS = """
+LEXICON = """
     total cash change tax invoice table *receipt date time amount *balance paid due *discount item price *unit
     qty no tel fax *counter cashier served by thank you *again please come open daily *closed sunday monday *friday
     card visa *debit credit *voucher member points *saved round off *rounding gst incl excl *vat net gross sub
@@ -40,7 +40,7 @@ WORDS = """
     *plaza lane park *garden hall shop *market store mart *bakery cafe *kitchen hotel *garage city *town north
     *south east *west main *upper lower *centre floor *level lot block *tower gate quiz *fjord jumbo *zigzag oxygen
     *wax
-""".split()
+"""
 
 T = TypeVar("T")
 
@@ -66,8 +66,8 @@ class Draw:
         digest = hashlib.sha256(f"demo_lines {split} {seed}".encode()).digest()
         # Of random's methods only random() is promised to give the same numbers in all versions of Python.
         self._random = random.Random(int.from_bytes(digest, "big")).random
-        self._held_out = [word[1:] for word in WORDS if word.startswith(HELD_OUT)]
-        common = [word for word in WORDS if not word.startswith(HELD_OUT)]
+        self._held_out = [word[1:] for word in LEXICON.split() if word.startswith(HELD_OUT)]
+        common = [word for word in LEXICON.split() if not word.startswith(HELD_OUT)]
         self._telling = self._held_out if self.validates else common
 
     def between(self, low: float, high: float) -> float:
@@ -167,4 +167,6 @@ def _date(draw: Draw) -> str:
 
 def _code(draw: Draw) -> str:
     letters, digits = draw.letters(draw.number(1, 3)), str(draw.number(0, 9999))
-    return draw.one_of(("", "-", "/", "#", "(", "&", "*", "_")).join(draw.one_of(((letters, digits), (digits, letters))))
+    return draw.one_of(("", "-", "/", "#", "(", "&", "*", "_")).join(
+        draw.one_of(((letters, digits), (digits, letters)))
+    )

@@ -30,7 +30,7 @@ class ImageChat:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.processing.tokenizer  # type: ignore[attr-defined]
+        return self.processing.tokenizer
 
     def facts(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "chat": f"{self.opening}{{transcript}}{self.closing}"}
@@ -87,7 +87,7 @@ class ImageChat:
 
     def decode(self, tokens: Sequence[list[int]]) -> list[str]:
         return [
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
             .removesuffix(self.closing)
             .strip()
             for ids in tokens
@@ -113,7 +113,7 @@ class ImageChat:
 
 
 def image_chat(processing: Any, prompt: str, image: ImageConfig) -> ImageChat:
-    """The chat in the form of the processor's template. Raises UsageError where that does not show where replies are."""
+    """The chat in the processor's own template. Raises UsageError where that does not show where a reply begins."""
     if (image.height is None) != (image.width is None):
         raise UsageError("task.image has one of height and width; a vision-language model needs both, or neither")
     if not getattr(processing, "chat_template", None):

@@ -67,7 +67,8 @@ def png(image: Image.Image) -> bytes:
 def check_images(rows: Dataset, column: str, where: str, skip_broken: bool) -> tuple[Dataset, list[str]]:
     """The rows whose image can be decoded, and what is wrong with each other one.
 
-    New columns: row, the place in the data, and image_hash, the SHA-256 of the encoded image. Every image is decoded once. Raises UsageError for the first that cannot be, unless skip_broken.
+    New columns: row, the place in the data, and image_hash, the SHA-256 of the encoded image. Every image is decoded
+    once. Raises UsageError for the first that cannot be, unless skip_broken.
     """
     rows = keep_encoded(rows, column, where)
     hashes: list[str] = []

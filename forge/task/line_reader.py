@@ -63,9 +63,7 @@ class LineReader:
         mode = "L" if self.channels == 1 else "RGB"
         fitted = [np.asarray(fit(image.convert(mode), self.height, self.width, self.fill)) for image in images]
         arrays = [array[..., None] if array.ndim == 2 else array for array in fitted]  # (height, width, C) uint8
-        return processor(
-            arrays, do_resize=False, input_data_format="channels_last", return_tensors="pt"
-        ).pixel_values
+        return processor(arrays, do_resize=False, input_data_format="channels_last", return_tensors="pt").pixel_values
 
     def generation_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What generate is asked with, of a batch."""
@@ -77,7 +75,8 @@ class LineReader:
 
     def decode(self, tokens: Sequence[list[int]]) -> list[str]:
         return [
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in tokens
+            str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            for ids in tokens
         ]
 
     def for_model(self, config: PreTrainedConfig) -> "LineReader":
@@ -107,7 +106,8 @@ def image_size(image: ImageConfig, processing: TrOCRProcessor) -> tuple[int, int
     height, width = image.height or size.get("height"), image.width or size.get("width")
     if not height or not width:
         raise UsageError(
-            "the model's image processor does not say how large images are; set task.image.height and task.image.width"
+            "the model's image processor does not say how high and wide images are; set task.image.height and "
+            "task.image.width, or, for a chat-style model, task.prompt"
         )
     return height, width
 

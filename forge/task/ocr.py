@@ -1,6 +1,5 @@
 """The OCR task: images of text with their transcripts, read by an encoder-decoder or by a chat-style vision model."""
 
-import hashlib
 import logging
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
 from forge.errors import UsageError
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source
 from forge.model.recognizer import load_recognizer, reads_lines, start_token, writer
-from forge.model.source import find_model, load_model_config, load_processor
+from forge.model.source import load_processor
 from forge.task.batches import FILLER, Batch
 from forge.task.characters import character_tokenizer
 from forge.task.image_chat import ImageChat, image_chat
@@ -46,6 +45,7 @@ class Ocr(Task):
     truncated: dict[str, int]  # transcripts cut to max_length, by split
     broken: dict[str, int]  # images left out, by split
     description: str
+    samples: int = 4  # rows of each split that are shown, on each rank
 
     name: ClassVar[str] = "ocr"
     title: ClassVar[str] = "A model that reads text in images"
@@ -62,11 +62,13 @@ class Ocr(Task):
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A model that reads images of this size and writes with this tokenizer."""
-        asked = f"{key} is a chat-style model, which is asked for the text: set task.prompt"
         loaded = load_recognizer(config, self.reader.tokenizer, key)
         model = loaded.model
         if isinstance(self.reader, LineReader) != reads_lines(model.config):
-            raise UsageError(f"{key} is an encoder-decoder, which takes no task.prompt" if self.config.prompt else asked)
+            asked = "which is asked for the text: set task.prompt"
+            untold = "which is asked nothing: take task.prompt out"
+            kind = model.config.model_type
+            raise UsageError(f"{key} is of type {kind}, {untold if reads_lines(model.config) else asked}")
         if isinstance(self.reader, LineReader):
             check_image_size(model.config.encoder, self.reader.height, self.reader.width, self.reader.channels, key)
         check_fits(writer(model), self._longest(), training)
@@ -108,8 +110,6 @@ class Ocr(Task):
 class OcrMetrics(Metrics):
     """Counts the edits between transcripts and what the model writes, which it is asked for batch by batch."""
 
-    SHOWN: ClassVar[int] = 4
-
     def __init__(self, task: Ocr, rows: Dataset, model: PreTrainedModel):
         self.counts = torch.zeros(len(EDIT_COUNTS), dtype=torch.int64)
         self.samples: list[Sample] = []
@@ -128,10 +128,14 @@ class OcrMetrics(Metrics):
                 continue
             reference = self._rows[row]["text"]
             self.counts += edit_counts(reference, prediction).to(self.counts.device)
-            if row < self.SHOWN:
-                image = png(open_image(self._rows[row]["image"]))
-                prompt = None if config.prompt is None else config.prompt
-                self.samples.append(Sample(row, reference, prediction, prompt, image))
+            self._show(row, reference, prediction)
+
+    def _show(self, row: int, reference: str, prediction: str) -> None:
+        """Keeps the first rows of the data, in whatever order they come."""
+        if len(self.samples) < self._task.samples or (self.samples and row < self.samples[-1].row):
+            image = png(open_image(self._rows[row]["image"]))
+            sample = Sample(row, reference, prediction, self._task.config.prompt, image)
+            self.samples = sorted([*self.samples, sample], key=lambda shown: shown.row)[: self._task.samples]
 
     def compute(self) -> dict[str, Any]:
         """cer and wer: edits over the characters and words of all references; exact_match and empty: shares of rows."""
@@ -192,6 +196,7 @@ def load_ocr(whole: Config) -> Ocr:
         truncated=truncated,
         broken=broken,
         description=describe(config.dataset),
+        samples=whole.evaluation.samples,
     )
 
 
