@@ -25,7 +25,8 @@ class ImageChat:
     processing: ProcessorMixin
     prompt: str
     image: ImageConfig
-    opening: str  # what the chat template makes of the user's turn, up to where the reply begins
+    opening: str  # what the chat template makes of the user's turn, up to where generation begins
+    lead: str  # what it puts before a reply, such as a space
     closing: str  # what it puts after the reply, up to the end of the turn
 
     @property
@@ -33,11 +34,11 @@ class ImageChat:
         return self.processing.tokenizer
 
     def facts(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "chat": f"{self.opening}{{transcript}}{self.closing}"}
+        return {"prompt": self.prompt, "chat": f"{self.opening}{self.lead}{{transcript}}{self.closing}"}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of the replies, up to the end of the turn."""
-        return self.tokenizer([text + self.closing for text in texts], add_special_tokens=False).input_ids
+        return self.tokenizer([self.lead + text + self.closing for text in texts], add_special_tokens=False).input_ids
 
     def collate(self, images: Sequence[Image.Image], tokens: Sequence[list[int]]) -> Batch:
         """What the processor makes of the prompts, with the replies after them and the padding at the right.
@@ -100,7 +101,7 @@ class ImageChat:
         height, width = self.image.height, self.image.width
         shown = [image.convert("RGB") for image in images]
         if height and width:
-            shown = [fit(image, height, width, self.image.fill) for image in shown]
+            shown = [fit(image, height, width, fill=self.image.fill, stretch=self.image.stretch) for image in shown]
         return dict(
             self.processing(
                 images=[[image] for image in shown],
@@ -127,7 +128,7 @@ def image_chat(processing: Any, prompt: str, image: ImageConfig) -> ImageChat:
             "the model's chat template writes a reply otherwise than it asks for one, so that forge cannot tell where "
             "replies begin; use another model"
         )
-    before, _, closing = whole[len(opening) :].partition(PROBE)
+    lead, _, closing = whole[len(opening) :].partition(PROBE)
     tokenizer = processing.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -137,4 +138,4 @@ def image_chat(processing: Any, prompt: str, image: ImageConfig) -> ImageChat:
         closing = closing[: closing.index(first) + len(first)]
     else:
         closing += tokenizer.eos_token or ""
-    return ImageChat(processing, prompt, image, opening + before, closing)
+    return ImageChat(processing, prompt, image, opening, lead, closing)

@@ -48,8 +48,13 @@ def read_bytes(value: Any) -> bytes:
     return value if isinstance(value, bytes) else Path(value).read_bytes()
 
 
-def fit(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:
-    """The image scaled to fit with its proportions kept, then padded at right and below with the grey `fill`."""
+def fit(image: Image.Image, height: int, width: int, *, fill: int, stretch: bool = False) -> Image.Image:
+    """The image scaled to fit with its proportions kept, then padded at right and below with the grey `fill`.
+
+    stretch: scaled to the whole size instead, whatever its proportions.
+    """
+    if stretch:
+        return image.resize((width, height), Image.Resampling.BICUBIC)
     scale = min(height / image.height, width / image.width)
     size = max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale)))
     canvas = Image.new(image.mode, (width, height), fill if image.mode == "L" else (fill,) * 3)

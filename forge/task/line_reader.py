@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class LineReader:
     processing: TrOCRProcessor
     height: int
     width: int
-    fill: int
+    image: ImageConfig
     start: int  # the token that a transcript begins after
 
     @property
@@ -39,7 +40,7 @@ class LineReader:
         return len(self.processing.image_processor.image_mean)
 
     def facts(self) -> dict[str, Any]:
-        return {"image_size": [self.height, self.width]}
+        return {"image_size": [self.height, self.width], "proportions_kept": not self.image.stretch}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens that the decoder is to give: the tokenizer's own for the text, with the end token."""
@@ -61,7 +62,8 @@ class LineReader:
         """(B, C, height, width) float32: scaled, padded, and normalised as the processor does."""
         processor = self.processing.image_processor
         mode = "L" if self.channels == 1 else "RGB"
-        fitted = [np.asarray(fit(image.convert(mode), self.height, self.width, self.fill)) for image in images]
+        scale = partial(fit, height=self.height, width=self.width, fill=self.image.fill, stretch=self.image.stretch)
+        fitted = [np.asarray(scale(image.convert(mode))) for image in images]
         arrays = [array[..., None] if array.ndim == 2 else array for array in fitted]  # (height, width, C) uint8
         return processor(arrays, do_resize=False, input_data_format="channels_last", return_tensors="pt").pixel_values
 

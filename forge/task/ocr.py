@@ -64,7 +64,7 @@ class Ocr(Task):
         """A model that reads images of this size and writes with this tokenizer."""
         loaded = load_recognizer(config, self.reader.tokenizer, key)
         model = loaded.model
-        if isinstance(self.reader, LineReader) != reads_lines(model.config):
+        if reads_lines(model.config) != (self.config.prompt is None):
             asked = "which is asked for the text: set task.prompt"
             untold = "which is asked nothing: take task.prompt out"
             kind = model.config.model_type
@@ -222,7 +222,7 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
             return image_chat(processing, config.prompt, config.image)
         start = start_token(None, processing.tokenizer)  # until the model says its own
     height, width = image_size(config.image, processing)
-    return LineReader(processing, height, width, config.image.fill, start)
+    return LineReader(processing, height, width, config.image, start)
 
 
 def _with_columns(rows: Dataset, columns: dict[str, list[Any]]) -> Dataset:
