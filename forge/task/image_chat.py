@@ -132,7 +132,8 @@ def image_chat(processing: Any, prompt: str, image: ImageConfig) -> ImageChat:
     tokenizer = processing.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    ends = [token for token in tokenizer.all_special_tokens if token and token in closing]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = [token for token in special if token in closing]
     if ends:  # generation stops at the end of the turn: what a template puts behind it is never read
         first = min(ends, key=closing.index)
         closing = closing[: closing.index(first) + len(first)]
