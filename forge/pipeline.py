@@ -37,6 +37,7 @@ from forge.task.task import Task
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
 from forge.trainer.optimizer import step_shape
+from forge.trainer.samples import SamplesFolder
 from forge.trainer.tracking import WandbTracker
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
 
 
 def _callbacks(config: Config, run: RunDirectory, state: TrainingState, log: RunLog) -> list[Callback]:
-    callbacks: list[Callback] = [MetricsFile(run), ConsoleReport(log.console)]
+    callbacks: list[Callback] = [MetricsFile(run), ConsoleReport(log.console), SamplesFolder(run)]
     if config.tracking.wandb is not None:
         contents = {**effective(config), "run_metadata": read_json(run.metadata_file)}
         callbacks.append(WandbTracker(config.tracking.wandb, run, state, contents))

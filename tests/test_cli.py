@@ -53,7 +53,8 @@ def test_help_answers_at_once(entry: list[str], expected: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("text", "arguments", "expected"),
     [
-        (WHOLE.replace("classification", "ocr"), [], "c.yaml:1: task.type is `ocr`; forge knows classification only"),
+        (WHOLE.replace("classification", "nope"), [],
+         "c.yaml:1: task.type is `nope`; it must be one of classification, ocr, causal_lm"),
         (WHOLE + "trainig: {}\n", [], "c.yaml:3: trainig is not a config key; did you mean training?"),
         (WHOLE, ["--max_steps", "x"], "--max_steps: training.max_steps is `x`; it must be a whole number, or null"),
         ("a: [\n", [], "c.yaml:2: YAML syntax: expected the node content, but found '<stream end>' while parsing a "

@@ -409,6 +409,7 @@ for run in (rank_0_first, on_every_rank, on_rank_0):
     except ForgeError as error:
         lines.append(f"{run.__name__} {error}")
 open(f"{sys.argv[2]}/{rank}", "w").write("\\n".join(lines))
+accelerator.end_training()
 """)
     done = forge_on_two_ranks(REPOSITORY, tmp_path, script=script)
     assert done.returncode == 0, done.stderr

@@ -90,7 +90,8 @@ def quarantine(run: RunDirectory, folder: Path, reason: str) -> None:
 
 def remove_leftovers(run: RunDirectory) -> None:
     """What attempts before this one began to write, or to delete, and did not end. Under the run's lock."""
-    for folder in [*run.path.glob(f"{STAGING_PREFIX}*"), *run.path.glob(f"{TRASH_PREFIX}*")]:
+    prefixes = (STAGING_PREFIX, TRASH_PREFIX)
+    for folder in [found for above in (run.path, run.samples) for name in prefixes for found in above.glob(f"{name}*")]:
         if folder.is_symlink():
             folder.unlink()
         else:

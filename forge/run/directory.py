@@ -53,6 +53,10 @@ class RunDirectory:
         return self.path / "final"
 
     @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
     def latest_checkpoint_file(self) -> Path:
         return self.path / "latest_checkpoint"
 

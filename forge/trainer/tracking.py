@@ -1,5 +1,6 @@
 """Sends a run's config, metadata and metrics to Weights & Biases; whatever fails there, training goes on."""
 
+import io
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from forge.config.schema import WandbConfig
 from forge.run.directory import RunDirectory
 from forge.run.state import TrainingState
-from forge.trainer.callbacks import Callback, Metrics
+from forge.task.task import Sample
+from forge.trainer.callbacks import Callback, Metrics, Samples
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,12 @@ class WandbTracker(Callback):
         self._log(state.step, {f"{stage}/{name}": value for name, value in metrics.items()})
         if self._run is not None and stage != "training":
             self._guarded(lambda: self._run.summary.update({f"{stage}/{n}": value for n, value in metrics.items()}))
+
+    def sampled(self, state: TrainingState, stage: str, samples: Samples) -> None:
+        if self._run is not None:
+            self._guarded(
+                lambda: self._log(state.step, {f"{stage}/{split}/samples": _table(samples[split]) for split in samples})
+            )
 
     def saved(self, state: TrainingState, facts: Metrics) -> None:
         self._log(state.step, {f"checkpoint/{name}": facts[name] for name in ("mib", "seconds", "stall_seconds")})
@@ -67,3 +75,14 @@ class WandbTracker(Callback):
             self._run = None
             reason = " ".join(str(error).split())[:300]
             logger.warning("W&B failed and is off for the rest of this run (%s: %s)", type(error).__name__, reason)
+
+
+def _table(samples: list[Sample]) -> Any:
+    import wandb
+    from PIL import Image
+
+    def image(sample: Sample) -> Any:
+        return None if sample.image is None else wandb.Image(Image.open(io.BytesIO(sample.image)))
+
+    rows = [[sample.row, image(sample), sample.prompt, sample.prediction, sample.reference] for sample in samples]
+    return wandb.Table(columns=["row", "image", "prompt", "prediction", "reference"], data=rows)
