@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import forge, forge_on_two_ranks
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.run.files import read_json_lines
 from forge.task.batches import FILLER, row_loader
 from forge.task.demo_lines import Draw, render
 from forge.task.ocr import Ocr, load_ocr
@@ -347,3 +349,42 @@ def test_pixels_are_normalised_around_paper(lines: Path) -> None:
     assert pixels.dtype == torch.float32
     np.testing.assert_allclose(pixels[0, 0, :, :32], (128 / 255 - 0.9) / 0.25, rtol=1e-5)  # 40 x 20 becomes 32 x 16
     np.testing.assert_allclose(pixels[0, 0, :, 32:], (1 - 0.9) / 0.25, rtol=1e-4)  # padding is white
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_read_and_learn_as_one_does(lines: Path, tmp_path: Path) -> None:
+    config = tmp_path / "lines.yaml"
+    model = {"config": TINY, "new_tokenizer": {"kind": "characters"}}
+    config.write_text(f"""
+task: {{type: ocr, dataset: {{path: {lines}}}, max_length: 16}}
+model: {json.dumps(model)}
+training: {{max_steps: 4, per_device_batch_size: 2, batch_size: 4, learning_rate: 3e-3, adam_epsilon: 1e-3,
+  mixed_precision: no, num_workers: 1}}
+evaluation: {{per_device_batch_size: 3}}
+logging: {{every_steps: 1}}
+output_root: {tmp_path / "outputs"}
+""")
+    alone, both = (
+        forge("--config", config, "--run_name", "alone"),
+        forge_on_two_ranks("--config", config, "--run_name", "both"),
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert both.returncode == 0, both.stderr
+
+    runs = tmp_path / "outputs" / "lines"
+    one, two = (read_json_lines(runs / name / "metrics.jsonl") for name in ("alone", "both"))
+    losses, others = ([row["loss"] for row in rows if "loss" in row] for rows in (one, two))
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert others == pytest.approx(losses, rel=1e-5)
+    assert two[-1]["validation/loss"] == pytest.approx(one[-1]["validation/loss"], rel=1e-5)
+    names = [f"validation/{name}" for name in ("cer", "wer", "exact_match", "samples", "characters")]
+    assert [two[-1][name] for name in names] == [one[-1][name] for name in names]
+    final = runs / "both" / "final"
+    image = Image.open(lines / "validation" / "0.png")
+    task = load(lines, model={"path": str(runs / "both")})
+    reader = AutoModelForImageTextToText.from_pretrained(final)
+    written = reader.generate(task.reader.pixels([image]), max_new_tokens=16, do_sample=False)  # type: ignore[union-attr]
+    samples = read_json_lines(runs / "both" / "samples" / "final-4" / "samples.jsonl")
+    assert samples[0]["prediction"] == " ".join(task.reader.decode(written.tolist())[0].split())
+    assert (runs / "both" / "samples" / "final-4" / samples[0]["image"]).is_file()
