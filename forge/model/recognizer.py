@@ -79,6 +79,14 @@ def start_token(config: PreTrainedConfig | None, tokenizer: PreTrainedTokenizerB
     raise UsageError("the tokenizer has neither a start nor an end token, and a decoder needs one; use another")
 
 
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text ends with."""
+    token = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if token is None:
+        raise UsageError("the tokenizer has no end token, and a decoder needs one to know when to stop; use another")
+    return int(token)
+
+
 def freeze_unused(model: PreTrainedModel) -> list[str]:
     """Freezes the weights that no logit depends on, and names them: data parallelism waits for their gradients.
 
@@ -116,7 +124,7 @@ def _scratch_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ke
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": end_token(tokenizer),
         "decoder_start_token_id": start,
     }
     encoder = scratch_config(keys["encoder"], f"{key}.config.encoder")
@@ -129,7 +137,7 @@ def _scratch_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ke
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """In the config and in what generate goes by, where the checkpoint leaves them open."""
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end_token(tokenizer)}
     if reads_lines(model.config):
         tokens["decoder_start_token_id"] = start_token(model.config, tokenizer)
     for holder in (model.config, model.generation_config):

@@ -30,6 +30,7 @@ class LineReader:
     width: int
     image: ImageConfig
     start: int  # the token that a transcript begins after
+    end: int  # the token that it ends with
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -43,10 +44,9 @@ class LineReader:
         return {"image_size": [self.height, self.width], "proportions_kept": not self.image.stretch}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens that the decoder is to give: the tokenizer's own for the text, with the end token."""
-        end = self.tokenizer.eos_token_id
-        encoded = self.tokenizer(list(texts)).input_ids
-        return [ids if ids and ids[-1] == end else [*ids, end] for ids in encoded]
+        """The tokens that the decoder is to give: those of the text alone, then the end token."""
+        encoded = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        return [[*ids, self.end] for ids in encoded]
 
     def collate(self, images: Sequence[Image.Image], tokens: Sequence[list[int]]) -> Batch:
         """pixel_values (B, C, height, width) float32; decoder_input_ids and labels (B, T) int64."""

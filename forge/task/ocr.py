@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
 from forge.errors import UsageError
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source
-from forge.model.recognizer import load_recognizer, reads_lines, start_token, writer
+from forge.model.recognizer import end_token, load_recognizer, reads_lines, start_token, writer
 from forge.model.source import load_processor
 from forge.task.batches import FILLER, Batch
 from forge.task.characters import character_tokenizer
@@ -222,7 +222,7 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
             return image_chat(processing, config.prompt, config.image)
         start = start_token(None, processing.tokenizer)  # until the model says its own
     height, width = image_size(config.image, processing)
-    return LineReader(processing, height, width, config.image, start)
+    return LineReader(processing, height, width, config.image, start, end_token(processing.tokenizer))
 
 
 def _with_columns(rows: Dataset, columns: dict[str, list[Any]]) -> Dataset:
