@@ -70,7 +70,7 @@ def export_merged(
 ) -> Merge:
     """Merges the adapter in the folder `adapter` into its base, and writes a whole model into `merged` within it.
 
-    The base is read anew from its own files, on the CPU: nothing of the training is needed but the configs of `trained`,
+    The base is read anew from its own files, on the CPU: nothing of the training is needed but `trained`'s configs,
     and there is one model in memory at a time. inputs: of a few rows, for the model's forward. Raises TrainingError
     where the model that was written does not compute what the model with its adapter does.
     """
@@ -126,7 +126,7 @@ def _unmerged(below: Origin, auto_model: Any, trained: PreTrainedModel) -> PreTr
     if hasattr(config, "quantization_config"):  # of QLoRA: its base is merged as it lies in its files
         del config.quantization_config
     base = below.base
-    source = ModelSource(base.name, base.location, base.commit or base.revision, below.adapters)
+    source = ModelSource(base.name, base.location, base.commit or base.revision, below.adapters, base=base.name)
     model = read_checkpoint(auto_model, source, config, "model", "weights of the base").model
     if trained.can_generate():  # its task may have told it how
         model.generation_config = copy.deepcopy(trained.generation_config)
