@@ -70,9 +70,9 @@ def export_merged(
 ) -> Merge:
     """Merges the adapter in the folder `adapter` into its base, and writes a whole model into `merged` within it.
 
-    The base is read anew from its own files, on the CPU: nothing of the training is needed but `trained`'s configs,
-    and there is one model in memory at a time. inputs: of a few rows, for the model's forward. Raises TrainingError
-    where the model that was written does not compute what the model with its adapter does.
+    The base is read anew from its own files, on the CPU: nothing of the training is needed but the configs of
+    `trained`, and there is one model in memory at a time. inputs: of a few rows, for the model's forward. Raises
+    TrainingError where the model that was written does not compute what the model with its adapter does.
     """
     folder = adapter / MERGED
     model = _unmerged(below, auto_model, trained)
