@@ -145,7 +145,7 @@ class NormalizationConfig(Section):
 
 
 class ImageConfig(Section):
-    """The size that an image is brought to: scaled without changing its proportions, then padded at right and below."""
+    """The size that an image is brought to: scaled with its proportions kept, then padded at right and below."""
 
     height: Positive | None = None
     """In pixels; null: as the model's image processor has it."""
@@ -153,6 +153,8 @@ class ImageConfig(Section):
     """In pixels; null: as the model's image processor has it."""
     fill: Annotated[int, Field(ge=0, le=255)] = 255
     """The grey of the padding, from 0 (black) to 255 (white)."""
+    stretch: Bool = False
+    """Scale to height and width whatever the proportions, without padding: what TrOCR's own checkpoints expect."""
 
 
 class OcrTask(Section):

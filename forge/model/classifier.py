@@ -32,7 +32,7 @@ def load_classifier(
     checkpoint's order, and the data's labels are mapped to it by name.
     """
     if config.config is not None:
-        scratch = scratch_config(config.config, key, vocab_size=len(tokenizer))
+        scratch = scratch_config(config.config, f"{key}.config", vocab_size=len(tokenizer))
         scratch.pad_token_id = tokenizer.pad_token_id
         _set_labels(scratch, labels)
         set_dropout(scratch, config.dropout)

@@ -94,23 +94,26 @@ def build_model(auto_model: Any, config: PreTrainedConfig, key: str) -> PreTrain
     try:
         model = auto_model.from_config(config)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # sizes that do not fit each other
-        raise UsageError(_not_buildable(key, error)) from error
+        raise UsageError(_not_buildable(f"{key}.config", error)) from error
     logger.info("%s: built from scratch (%s)", key, model.config.model_type)
     return cast(PreTrainedModel, model.float())
 
 
-def scratch_config(keys: dict[str, Any], key: str, **defaults: Any) -> PreTrainedConfig:
-    """The transformers config of these keys, model_type among them. Raises UsageError for a key that it lacks."""
+def scratch_config(keys: dict[str, Any], where: str, **defaults: Any) -> PreTrainedConfig:
+    """The transformers config of these keys, model_type among them; `where` is their place in forge's config.
+
+    Raises UsageError for a key that it lacks.
+    """
     given = dict(keys)
     model_type = str(given.pop("model_type"))
     try:
         known = AutoConfig.for_model(model_type)
         unknown = [name for name in given if not hasattr(known, name)]
         if unknown:
-            raise UsageError(f"{key}.config.{unknown[0]} is not a setting of {model_type} models")
+            raise UsageError(f"{where}.{unknown[0]} is not a setting of {model_type} models")
         return AutoConfig.for_model(model_type, **{**defaults, **given})
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UsageError(_not_buildable(key, error)) from error
+        raise UsageError(_not_buildable(where, error)) from error
 
 
 def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
@@ -148,8 +151,8 @@ def check_fits(model: PreTrainedModel, max_length: int, training: TrainingConfig
         raise UsageError(f"{name} cannot recompute activations; set training.gradient_checkpointing: false")
 
 
-def _not_buildable(key: str, error: Exception) -> str:
-    return f"{key}.config: transformers cannot build a model from this ({' '.join(str(error).split())[:200]})"
+def _not_buildable(where: str, error: Exception) -> str:
+    return f"{where}: transformers cannot build a model from this ({' '.join(str(error).split())[:200]})"
 
 
 def _no_load_report(record: logging.LogRecord) -> bool:

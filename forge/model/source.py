@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from forge.errors import UsageError
 
@@ -58,12 +65,23 @@ def load_tokenizer(source: ModelSource, key: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_processor(source: ModelSource, key: str) -> ProcessorMixin:
+    """What prepares images and texts for the model. Raises UsageError where there is no such thing."""
+    processor = _from_pretrained(AutoProcessor, source, key, "processor")
+    if not isinstance(processor, ProcessorMixin):
+        raise UsageError(
+            f"{key}: {source.name} has a {type(processor).__name__} and no processor of images and text; use a model "
+            "that reads images, or the folder of one that was exported with its processor"
+        )
+    return processor
+
+
 def _from_pretrained(factory: Any, source: ModelSource, key: str, what: str) -> Any:
     if not source.is_local:
         logger.info("%s: looking for %s in the local cache and on the hub", key, source.name)
     try:
         return factory.from_pretrained(source.location, revision=source.revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(not_found(source, key, what, error)) from error
 
 

@@ -73,6 +73,7 @@ class CausalLm(Task):
     main_metric: ClassVar[str] = "loss"
     headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
+    has_language_head: ClassVar[bool] = True
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A causal LM with an embedding for every token; one that mixes packed rows is refused."""
@@ -101,18 +102,10 @@ class CausalLm(Task):
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """input_ids, labels (B, T) int64, labels[:, t] the token t + 1 where it is learned; attention_mask (B, T), or
-        position_ids for packed rows; tokens () int64."""
+        position_ids for packed rows; tokens () int64; positions (N,) int64, where labels.flatten() is counted."""
         pad = int(self.processing.pad_token_id)
-        if "lengths" in rows[0]:
-            return collate_packed(rows, pad)
-        shape = (len(rows), max(row["length"] for row in rows))
-        ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE)
-        mask = torch.zeros(shape, dtype=torch.int64)
-        for b, row in enumerate(rows):
-            ids[b, : row["length"]] = torch.tensor(row["input_ids"])
-            labels[b, : row["length"]] = torch.tensor(shifted_labels(row["input_ids"], row["learned"]))
-            mask[b, : row["length"]] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": mask.sum()}
+        batch = collate_packed(rows, pad) if "lengths" in rows[0] else _padded(rows, pad)
+        return {**batch, "positions": (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)}
 
     def metrics(self, split: str, model: PreTrainedModel) -> "CausalLmMetrics":
         """An empty count, and the rows that the model is to write itself."""
@@ -163,6 +156,18 @@ class CausalLmMetrics(Metrics):
             "token_accuracy": (right / labels).item(),
             "labels": int(labels),
         }
+
+
+def _padded(rows: list[dict[str, Any]], pad: int) -> Batch:
+    """A document a row, the shorter ones padded behind their end."""
+    shape = (len(rows), max(row["length"] for row in rows))
+    ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        ids[b, : row["length"]] = torch.tensor(row["input_ids"])
+        labels[b, : row["length"]] = torch.tensor(shifted_labels(row["input_ids"], row["learned"]))
+        mask[b, : row["length"]] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": mask.sum()}
 
 
 @torch.no_grad()

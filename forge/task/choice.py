@@ -3,6 +3,7 @@
 from forge.config.schema import Config
 from forge.task.causal_lm import load_causal_lm
 from forge.task.classification import load_classification
+from forge.task.ocr import load_ocr
 from forge.task.task import Task
 
 
@@ -11,7 +12,7 @@ def load_task(config: Config) -> Task:
     match config.task.type:
         case "classification":
             return load_classification(config)
+        case "ocr":
+            return load_ocr(config)
         case "causal_lm":
             return load_causal_lm(config)
-        case _:
-            raise NotImplementedError(config.task.type)

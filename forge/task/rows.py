@@ -13,13 +13,16 @@ from huggingface_hub import is_offline_mode
 from forge.config.schema import DatasetConfig
 from forge.errors import UsageError
 from forge.task.demo_chat import demo_chat
+from forge.task.demo_lines import demo_lines
 from forge.task.demo_nli import demo_nli
 
 logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+METADATA = "metadata"  # the file in a split's folder that gives each image there, by file_name, its row
 DEMOS = {  # what generates so many rows of a split, and how many each has
     "nli": (demo_nli, {"train": 6000, "validation": 1000}),
+    "lines": (demo_lines, {"train": 10000, "validation": 500}),
     "chat": (demo_chat, {"train": 8000, "validation": 500}),
 }
 
@@ -117,7 +120,8 @@ def _short(split: str) -> str:
 def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
     files = _find_files(folder, config)
     wanted = {config.train_split, *(config.validation_splits or [])}
-    splits = {split: _read(file) for split, file in files.items() if split in wanted or split.startswith("validation")}
+    read = {split: file for split, file in files.items() if split in wanted or split.startswith("validation")}
+    splits = {split: _read(file) if file.parent == folder else _read_images(file) for split, file in read.items()}
     return splits or {file: Dataset.from_list([]) for file in files}
 
 
@@ -128,22 +132,43 @@ def _find_files(folder: Path, config: DatasetConfig) -> dict[str, Path]:
         raise UsageError(
             f"task.dataset.path is {folder}, which {what}; name the folder with {config.train_split}.jsonl in it"
         )
-    files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in READERS or file.name.startswith("."):
-            continue
-        if file.stem in files:
-            raise UsageError(f"{folder} has both {files[file.stem].name} and {file.name}; keep one file per split")
-        files[file.stem] = file
-    if not files:
-        raise UsageError(
-            f"{folder} has no .jsonl, .parquet or .csv file; forge reads train.jsonl and validation*.jsonl there"
-        )
+    files = _files_by_split(folder)
     wanted = {config.train_split, *(config.validation_splits or [])}
     for split, file in files.items():
         if (split in wanted or split.startswith("validation")) and file.stat().st_size == 0:
             raise UsageError(f"{file} is empty; forge needs at least one row in each split")
     return files
+
+
+def _files_by_split(folder: Path) -> dict[str, Path]:
+    """train.jsonl, or train/metadata.jsonl of a folder of images, each under its split."""
+    files: dict[str, Path] = {}
+    for entry in sorted(folder.iterdir()):
+        candidates = sorted(entry.glob(f"{METADATA}.*")) if entry.is_dir() else [entry]
+        for file in candidates:
+            if file.suffix not in READERS or entry.name.startswith("."):
+                continue
+            split = entry.name if entry.is_dir() else entry.stem
+            if split in files:
+                both = f"{files[split].relative_to(folder)} and {file.relative_to(folder)}"
+                raise UsageError(f"{folder} has both {both}; keep one file per split")
+            files[split] = file
+    if not files:
+        raise UsageError(
+            f"{folder} has no .jsonl, .parquet or .csv file; forge reads train.jsonl and validation*.jsonl there, or "
+            f"train/{METADATA}.jsonl with the images beside it"
+        )
+    return files
+
+
+def _read_images(file: Path) -> Dataset:
+    """The rows of an image folder's metadata, with the path of each image as `image` in place of its file_name."""
+    rows = _read(file)
+    if "file_name" not in rows.column_names:
+        has = ", ".join(rows.column_names)
+        raise UsageError(f"{file} has no column file_name, which names the image of each row beside it; it has: {has}")
+    paths = [None if name is None else str(file.parent.absolute() / str(name)) for name in rows["file_name"]]
+    return rows.remove_columns(["file_name"]).add_column("image", paths)
 
 
 def _read(file: Path, *, streaming: bool = False) -> Any:

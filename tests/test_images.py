@@ -1,0 +1,96 @@
+"""Images of any kind are opened the same way, keep their proportions, and are checked without being kept decoded."""
+
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from forge.errors import UsageError
+from forge.task.images import check_images, fit, open_image, png
+
+
+def square(mode: str = "L") -> Image.Image:
+    """Black, with a white upper left quarter."""
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4, :4] = 255
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize(("height", "width", "box"), [(20, 100, (20, 40)), (40, 40, (20, 40)), (5, 100, (5, 10))])
+def test_padding_leaves_the_proportions(height: int, width: int, box: tuple[int, int]) -> None:
+    shown = np.asarray(fit(Image.new("L", (20, 10), 0), height, width, fill=200))
+    assert shown.shape == (height, width)
+    assert (shown[: box[0], : box[1]] == 0).all()
+    assert (shown[box[0] :] == 200).all()
+    assert (shown[:, box[1] :] == 200).all()
+
+
+def test_colours_stay_and_a_stretched_image_fills_everything() -> None:
+    red = Image.new("RGB", (20, 10), (255, 0, 0))
+    assert fit(red, 10, 40, fill=7).getpixel((39, 0)) == (7, 7, 7)
+    assert fit(red, 10, 40, fill=7).getpixel((19, 9)) == (255, 0, 0)
+    assert fit(red, 10, 40, fill=7, stretch=True).getpixel((39, 0)) == (255, 0, 0)
+
+
+def test_a_line_of_a_thousand_to_one_still_has_a_row_of_pixels() -> None:
+    assert fit(Image.new("L", (3000, 3), 0), 32, 128, fill=255).size == (128, 32)
+
+
+def test_every_kind_of_image_is_opened_as_grey_or_colour(tmp_path: Path) -> None:
+    for mode in ("L", "1", "LA"):
+        assert open_image(png(square(mode))).convert("L").tobytes() == square().tobytes()
+    for mode in ("RGB", "P", "RGBA"):
+        shown = open_image(png(square(mode)))
+        assert shown.mode == "RGB"
+        assert shown.getpixel((0, 0)) == (255, 255, 255)
+        assert shown.getpixel((7, 7)) == (0, 0, 0)
+    assert open_image(png(square())).mode == "L"
+    deep = Image.fromarray(np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16))
+    assert np.asarray(open_image(png(deep))).tolist() == [[0, 100], [200, 255]]
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert open_image(png(clear)).getpixel((0, 0)) == (255, 255, 255), "what is transparent shows white paper"
+
+
+def test_a_photograph_on_its_side_is_turned_upright() -> None:
+    file = BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees to the right
+    Image.new("L", (30, 10)).save(file, "JPEG", exif=exif)
+    assert open_image(file.getvalue()).size == (10, 30)
+
+
+def test_paths_bytes_and_how_datasets_keeps_images_are_the_same_image(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(png(square()))
+    for value in (str(file), file.read_bytes(), {"path": str(file), "bytes": None}, {"bytes": file.read_bytes()}):
+        assert open_image(value).tobytes() == square().tobytes()
+    hashes = []
+    for column in (
+        [str(file)],
+        [file.read_bytes()],
+        [{"bytes": file.read_bytes(), "path": None}],
+    ):
+        checked, broken = check_images(Dataset.from_dict({"image": column}), "image", "data", skip_broken=False)
+        hashes += checked["image_hash"][:]
+        assert not broken
+    encoded = Dataset.from_dict({"image": [str(file)]}).cast_column("image", datasets.Image())
+    checked, _ = check_images(encoded, "image", "data", skip_broken=False)
+    assert len({*hashes, *checked["image_hash"][:]}) == 1
+    assert checked[0]["image"] == {"bytes": None, "path": str(file)}, "it stays encoded"
+
+
+def test_rows_keep_their_place_in_the_data_where_others_are_left_out() -> None:
+    images = [png(square()), b"", None, b"GIF89a", png(square())[:60], png(square("RGB"))]
+    checked, broken = check_images(Dataset.from_dict({"image": images}), "image", "data", skip_broken=True)
+    assert checked["row"][:] == [0, 5]
+    assert [fault.split(",")[0] for fault in broken] == ["row 1", "row 2", "row 3", "row 4"]
+    assert "there is none" in broken[1]
+
+
+def test_a_column_of_something_else_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"the column image \(task.columns.image\) holds .*int64.*, not images"):
+        check_images(Dataset.from_dict({"image": [1, 2]}), "image", "data", skip_broken=False)
