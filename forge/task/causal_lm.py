@@ -81,7 +81,7 @@ class CausalLm(Task):
         if config.config is not None:
             ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             scratch = scratch_config(
-                config.config, key, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends
+                config.config, f"{key}.config", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends
             )
             set_dropout(scratch, config.dropout)
             model = build_model(AutoModelForCausalLM, scratch, key)
