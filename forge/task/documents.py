@@ -95,7 +95,7 @@ class Encoder:
         parts = [
             *(forge.__version__, transformers.__version__, tokenizers.__version__, backend, self.form),
             *(self.template, self.specials, self.tokenizer.eos_token_id),
-            *(config.max_length, config.remove_text, config.append_eos),
+            *(config.max_length, config.remove_text, config.append_eos, FEATURES),  # a cache may be of an older forge
         ]
         return repr(parts)
 
