@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, forge, write_rows
+from conftest import REPOSITORY, forge, forge_on_two_ranks, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forge.config.loader import load_config
@@ -333,6 +333,16 @@ def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(loa
         assert tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True).strip()[:8] == sample.prediction[:8]
 
 
+def test_the_reference_of_a_row_that_was_cut_behind_its_last_reply_is_that_reply(load: Any) -> None:
+    messages = [*conversation(0)["messages"], {"role": "user", "content": "dog " * 60}, conversation(1)["messages"][1]]
+    task = load([conversation(0)], [{"messages": messages}])
+    model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
+    (sample,) = generate_replies(model, task, list(task.validation["validation"]))
+
+    assert sample.reference == "red 0"
+    assert sample.prompt.endswith("say red 0<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_a_text_is_written_on_from_its_middle(load: Any) -> None:
     rows = [{"text": "one two three cat dog bird"}]
     task = load(rows, rows)
@@ -451,6 +461,23 @@ def test_a_stream_trains_on_its_rows_in_their_order(tmp_path: Path, model_folder
     reports = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "stage" not in row]
     assert [row.get("truncated") for row in reports] == [None, None, 2]
     assert [row["epoch"] for row in reports] == [0, 0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_take_the_steps_of_one_from_a_stream_and_from_packed_rows(tmp_path: Path, model_folder: Path) -> None:
+    rows = [conversation(i, turns=1 + i % 3) for i in range(21)]
+    config_on(tmp_path, model_folder, rows, rows[:5])
+    told: dict[tuple[str, int], list[Any]] = {}
+    for name in ("task.dataset.streaming", "task.packing"):
+        for ranks, run in ((1, forge), (2, forge_on_two_ranks)):
+            out = tmp_path / f"{name}-{ranks}"
+            done = run("--config", tmp_path / "c.yaml", "--set", f"{name}=true", "--output_root", out)
+            assert done.returncode == 0, done.stderr + done.stdout
+            rows_told = [json.loads(line) for line in next(out.rglob("metrics.jsonl")).open()]
+            told[name, ranks] = [row.get("loss", row.get("validation/loss")) for row in rows_told]
+            assert len(told[name, ranks]) == 6  # four steps between two evaluations
+        assert told[name, 2] == pytest.approx(told[name, 1], rel=1e-4)
 
 
 def test_the_rows_of_a_stream_are_those_of_the_data_set(load: Any, caplog: pytest.LogCaptureFixture) -> None:

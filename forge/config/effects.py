@@ -33,6 +33,7 @@ def inert_keys(config: Config) -> dict[str, Inert]:
     else:
         reason = "a stream is read in its order, whatever the lengths of its rows"
         add("training.length_grouping", reason, "task.dataset.streaming")
+        add("training.num_workers", "a stream is read by the training process", "task.dataset.streaming")
     if config.model.config is not None:
         reason = "the model is built from model.config"
         add("model.path model.revision model.base model.adapter model.labels model.new_head", reason, "model.config")

@@ -81,7 +81,7 @@ class CausalLm(Task):
         if config.config is not None:
             ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             scratch = scratch_config(
-                config.config, key, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends
+                config.config, f"{key}.config", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends
             )
             set_dropout(scratch, config.dropout)
             model = build_model(AutoModelForCausalLM, scratch, key)
@@ -176,8 +176,10 @@ def generate_replies(model: PreTrainedModel, task: CausalLm, rows: list[dict[str
     A plain text is written on from its middle.
     """
     tokenizer = task.processing
-    starts = [_last_reply(row) if task.encoder.form.name != "text" else max(1, row["length"] // 2) for row in rows]
-    replies = [row["input_ids"][start:] for row, start in zip(rows, starts, strict=True)]
+    plain_text = task.encoder.form.name == "text"
+    places = [(max(1, row["length"] // 2), row["length"]) if plain_text else _last_reply(row) for row in rows]
+    starts = [start for start, _ in places]
+    replies = [row["input_ids"][start:end] for row, (start, end) in zip(rows, places, strict=True)]
     width = max(starts)
     ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))
     mask = torch.zeros_like(ids)
@@ -208,11 +210,11 @@ def generate_replies(model: PreTrainedModel, task: CausalLm, rows: list[dict[str
     ]
 
 
-def _last_reply(row: dict[str, Any]) -> int:
-    """Where the last run of learned tokens begins; behind at least one token."""
+def _last_reply(row: dict[str, Any]) -> tuple[int, int]:
+    """Where the last run of learned tokens begins, behind at least one token, and where it ends."""
     learned = row["learned"]
-    end = max(i for i, wanted in enumerate(learned) if wanted)
-    return max(1, max((i for i in range(end) if not learned[i]), default=-1) + 1)
+    last = max(i for i, wanted in enumerate(learned) if wanted)
+    return max(1, max((i for i in range(last) if not learned[i]), default=-1) + 1), last + 1
 
 
 def load_causal_lm(whole: Config) -> CausalLm:

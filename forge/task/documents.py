@@ -24,6 +24,7 @@ FEATURES = Features(
         "input_ids": ListOf(Value("int32")),
         "learned": ListOf(Value("bool")),  # False: the model only reads the token
         "length": Value("int32"),
+        "labels": Value("int32"),  # learned tokens that another one comes before
         "tokens_cut": Value("int32"),
         "row": Value("int64"),  # of the data set
         "special": Value("string"),  # a special token of the tokenizer that stands in the row's own text, else ""
@@ -82,6 +83,7 @@ class Encoder:
             encoded["input_ids"].append(ids[: self.config.max_length])
             encoded["learned"].append(learned[: self.config.max_length])
             encoded["length"].append(len(encoded["input_ids"][-1]))
+            encoded["labels"].append(sum(encoded["learned"][-1][1:]))
             encoded["tokens_cut"].append(max(0, len(ids) - self.config.max_length))
         return {**encoded, "row": list(numbers), "special": special}
 
@@ -93,7 +95,7 @@ class Encoder:
         parts = [
             *(forge.__version__, transformers.__version__, tokenizers.__version__, backend, self.form),
             *(self.template, self.specials, self.tokenizer.eos_token_id),
-            *(config.max_length, config.remove_text, config.append_eos),
+            *(config.max_length, config.remove_text, config.append_eos, FEATURES),  # a cache may be of an older forge
         ]
         return repr(parts)
 
@@ -206,7 +208,7 @@ def prepare_rows(
     lost = [row for row in encoded if row["tokens_cut"]]
     if lost and config.truncation == "refuse":
         raise UsageError(_too_long(config, where, lost[0]))
-    kept = [row for row in encoded if any(row["learned"][1:])]
+    kept = [row for row in encoded if row["labels"]]
     if config.truncation == "leave_out":
         kept = [row for row in kept if not row["tokens_cut"]]
     ids = {row["row"] for row in kept}
@@ -238,7 +240,7 @@ def encode_split(encoder: Encoder, rows: Dataset, where: str, split: str) -> tup
     )
     kept, cut = select_rows(encoder.config, encoded, place)
     lengths = kept["length"][:]
-    labels = sum(sum(learned[1:]) for learned in kept["learned"])
+    labels = sum(kept["labels"][:])
     logger.info(
         "%s: %d rows as %s, %.1f tokens a row, %.1f of them learned",
         *(split, len(kept), encoder.form.name, sum(lengths) / len(kept), labels / len(kept)),
@@ -257,7 +259,7 @@ def select_rows(config: CausalLmTask, encoded: Dataset, place: str) -> tuple[Dat
         raise UsageError(
             f"{_too_long(config, place, encoded[too_long[0]])} ({len(too_long)} such rows, the longest of {longest})"
         )
-    out = {i for i, learned in enumerate(encoded["learned"]) if not any(learned[1:])}
+    out = {i for i, labels in enumerate(encoded["labels"][:]) if not labels}
     if config.truncation == "leave_out":
         out |= set(too_long)
     cut = [i for i in too_long if i not in out]

@@ -73,7 +73,7 @@ def pack(rows: Dataset, capacity: int) -> Dataset:
             joined["length"].append(sum(found["length"]))
         return joined
 
-    fingerprint = hashlib.sha256(f"{rows._fingerprint} packed {capacity}".encode()).hexdigest()[:32]
+    fingerprint = hashlib.sha256(f"{rows._fingerprint} packed {capacity} {FEATURES}".encode()).hexdigest()[:32]
     on_disk = rows.cache_files
     return Dataset.from_dict({"documents": bins}).map(
         join,

@@ -196,7 +196,8 @@ def _read(file: Path, *, streaming: bool = False) -> Any:
 def _load_hub(config: DatasetConfig, *, streaming: bool = False) -> dict[str, Any]:
     logger.info("data: looking for %s in the local cache and on the hub", describe(config))
     try:
-        loaded = datasets.load_dataset(config.name, config.config, revision=config.revision, streaming=streaming)
+        options = {"streaming": True} if streaming else {}
+        loaded = datasets.load_dataset(config.name, config.config, revision=config.revision, **options)
     except (OSError, ValueError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
         reason = " ".join(str(error).split())[:200]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
@@ -60,12 +59,12 @@ class StreamBatches:
         pin_memory: bool = False,
         worker_init: Callable[[int], None] | None = None,
     ):
-        """group_by_length: of no effect, lengths are unknown. num_workers: one, if any; each would read all rows."""
+        """Of no effect: group_by_length, for lengths are unknown; num_workers and worker_init, for each process would
+        read all rows, and a fork of one whose reader or tokenizer has threads can hang."""
         self.micro_batches = micro_batches
         self.step_sizes: list[list[int]] = [[0, rows_per_step]]  # [first step, rows of each step from there on]
         self._rows, self._collate = rows, collate
-        self._rank, self._ranks, self._seed = rank, ranks, seed
-        self._num_workers, self._pin_memory, self._worker_init = min(num_workers, 1), pin_memory, worker_init
+        self._rank, self._ranks, self._seed, self._pin_memory = rank, ranks, seed, pin_memory
         self._loaded: Iterator[Batch] = iter(())
         self._passes = 0
 
@@ -78,16 +77,7 @@ class StreamBatches:
 
     def start_at(self, step: int) -> None:
         """Goes to optimizer step `step`, counted from 0."""
-        loader: DataLoader[Batch] = DataLoader(
-            _MicroBatches(lambda: self._from(step)),
-            batch_size=None,
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-            worker_init_fn=self._worker_init,
-            generator=torch.Generator(),  # else torch's global one would be drawn from
-            multiprocessing_context="fork" if self._num_workers else None,
-        )
-        self._loaded = iter(loader)
+        self._loaded = self._from(step)
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next optimizer step, on the CPU. Raises UsageError for a row that cannot be read."""
@@ -96,8 +86,8 @@ class StreamBatches:
         return batches
 
     def close(self) -> None:
-        """Ends the worker process, which would go on preparing batches for ever."""
-        self._loaded = iter(())  # nothing else holds the loader's iterator, whose end is its own
+        """Stops reading."""
+        self._loaded = iter(())
 
     def samples_at(self, step: int) -> int:
         """Rows read, over all ranks and passes, once `step` steps are taken."""
@@ -132,7 +122,7 @@ class StreamBatches:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE)
             batch["tokens"] = torch.zeros_like(batch["tokens"])
             batch["ids"] = torch.full_like(batch["ids"], FILLER)
-        return batch
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
 
 
 @dataclass(frozen=True)
@@ -175,11 +165,3 @@ def _one_pass(stream: RowStream, seed: int, passes: int) -> Iterator[tuple[int, 
         yield drawn
     for i in draw.permutation(len(buffer)):
         yield buffer[i]
-
-
-class _MicroBatches(IterableDataset[Batch]):
-    def __init__(self, batches: Callable[[], Iterator[Batch]]):
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._batches()
