@@ -102,6 +102,10 @@ def test_a_value_that_the_last_author_set_again_is_his() -> None:
             {"model.path", "model.revision", "model.labels", "model.new_head"},
         ),
         (WHOLE.replace("path: data", "name: n").replace("path: m", "path: m, new_head: yes"), {"model.labels"}),
+        (
+            WHOLE.replace("path: data", "name: n").replace("path: m", "path: m, new_tokenizer: {kind: characters}"),
+            {"model.new_tokenizer"},
+        ),
         (WHOLE.replace("path: data", "name: n") + "training: {max_steps: 1}\n", {"training.epochs"}),
         (WHOLE.replace("path: data", "name: n") + "training: {warmup_steps: 0}\n", {"training.warmup_ratio"}),
         (

@@ -33,6 +33,8 @@ def inert_keys(config: Config) -> dict[str, Inert]:
         add("model.path model.revision model.labels model.new_head", reason, "model.config")
     elif config.model.new_head:
         add("model.labels", "model.new_head is true", "model.new_head")
+    if config.model.config is None and config.model.new_tokenizer is not None:
+        add("model.new_tokenizer", "model.path is set", "model.path")
     if training.max_steps is not None:
         add("training.epochs", "training.max_steps is set", "training.max_steps")
     if training.warmup_steps is not None:
