@@ -120,6 +120,7 @@ def test_every_key_is_judged_and_every_rule_is_about_a_key() -> None:
     elsewhere = {  # in a test of their own below, or of one possible value
         *("training.epochs", "training.batch_size", "training.gradient_accumulation_steps", "training.warmup_steps"),
         *("task.type", "task.dataset.name", "task.dataset.config", "task.dataset.revision", "task.dataset.demo"),
+        "task.dataset.shuffle_buffer",  # of a stream, and so without effect here
         *("model.config", "output_root", "teacher.path", "distillation.alpha", "distillation.temperature"),
         *(key for key in keys if key.startswith(("tracking.wandb.", "model.lora.", "model.new_tokenizer."))),
     }

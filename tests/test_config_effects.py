@@ -51,6 +51,13 @@ def test_a_control_run_of_a_distillation_is_one_notice() -> None:
     ]
 
 
+def test_a_new_tokenizer_of_a_config_is_left_where_the_command_line_names_a_model() -> None:
+    text = WHOLE.replace("path: m", "config: {model_type: bert}, new_tokenizer: {kind: characters}")
+    loaded = load(text, "model.path=m")
+    assert loaded.config.model.config is None
+    assert loaded.notices == ["without effect in this run: model.new_tokenizer (c.yaml:2: model.path is set)"]
+
+
 @pytest.mark.parametrize(("parent", "child"), [(ALPHA_0, HOT), (HOT, ALPHA_0)])
 def test_a_parent_and_its_child_are_two_authors(parent: str, child: str) -> None:
     Path("b.yaml").write_text(parent)
@@ -102,10 +109,6 @@ def test_a_value_that_the_last_author_set_again_is_his() -> None:
             {"model.path", "model.revision", "model.labels", "model.new_head"},
         ),
         (WHOLE.replace("path: data", "name: n").replace("path: m", "path: m, new_head: yes"), {"model.labels"}),
-        (
-            WHOLE.replace("path: data", "name: n").replace("path: m", "path: m, new_tokenizer: {kind: characters}"),
-            {"model.new_tokenizer"},
-        ),
         (WHOLE.replace("path: data", "name: n") + "training: {max_steps: 1}\n", {"training.epochs"}),
         (WHOLE.replace("path: data", "name: n") + "training: {warmup_steps: 0}\n", {"training.warmup_ratio"}),
         (
@@ -131,7 +134,7 @@ def test_each_mode_has_its_keys_without_effect(text: str, expected: set[str]) ->
     config = load(text).config
     inert = inert_keys(config)
     best = {"checkpoint.keep_best", "checkpoint.best_metric"}  # nothing is evaluated beside the checkpoints
-    always = {"distillation.temperature", "teacher.path"}
+    always = {"distillation.temperature", "teacher.path", "task.dataset.shuffle_buffer"}
     assert set(inert) == always | (expected - WITH_EVALUATIONS if expected >= WITH_EVALUATIONS else expected | best)
     assert all(found(config, why.mode_key) != "absent" for why in inert.values())
     assert all(found(config, key) != "absent" for key in inert)
@@ -145,6 +148,44 @@ def test_with_a_teacher_its_keys_have_their_effect_but_this_version_has_none() -
     assert unsupported(config) == {
         "distillation.alpha": "distillation.alpha is 0.5, and this version of forge trains with 0 only; set it to 0"
     }
+
+
+STREAM = "task: {type: causal_lm, dataset: {path: data, streaming: yes}}\nmodel: {path: m}\ntraining: {max_steps: 5}\n"
+
+
+def test_a_stream_has_its_own_keys_with_and_without_effect() -> None:
+    config = load(STREAM).config
+    assert unsupported(config) == {}
+    assert "training.length_grouping" in inert_keys(config)
+    assert "task.dataset.shuffle_buffer" not in inert_keys(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (STREAM.replace("max_steps: 5", "epochs: 1"), "the number of its rows is unknown; set training.max_steps"),
+        (STREAM.replace("path: data", "demo: chat"), "demo data are made at once; set it to false"),
+        (
+            STREAM.replace("path: data", "name: n"),
+            "of a split on the hub only the first rows are evaluated then; set evaluation.max_samples",
+        ),
+        (
+            STREAM.replace("{path: data, streaming: yes}", "{path: data, streaming: yes}, packing: yes"),
+            "rows can be packed only where all are known; set task.packing: false",
+        ),
+        (
+            STREAM.replace("path: m", "config: {model_type: llama}, new_tokenizer: {kind: bpe}"),
+            "model.new_tokenizer is made from all training rows; name one with model.tokenizer",
+        ),
+        (
+            STREAM.replace("causal_lm", "classification"),
+            "only a causal_lm task reads its rows so; set it to false for classification",
+        ),
+    ],
+)
+def test_a_stream_that_cannot_be_trained_on_is_refused_with_the_way_out(text: str, expected: str) -> None:
+    (problem,) = problems(text)
+    assert problem.endswith(f": task.dataset.streaming is true, and {expected}")
 
 
 def test_a_batch_size_below_the_device_limit_is_no_clash() -> None:

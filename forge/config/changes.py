@@ -60,6 +60,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "output_root": (Kind.HARMLESS, "the run stays in its directory"),
     # The rows' fingerprint is compared as well, so another path is another place and not other data.
     "task.dataset.path": (Kind.HARMLESS, "where the data lies; its rows must have the same fingerprint"),
+    "task.chat_template": (Kind.HARMLESS, "where the template lies; its text is part of the rows' fingerprint"),
     # The weights come from the checkpoint, but nothing compares the rest of the folder.
     "model.path": (
         Kind.MEANING,

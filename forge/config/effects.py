@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from forge.config.schema import Config
+from forge.config.schema import CausalLmTask, Config
 
 
 class Inert(NamedTuple):
@@ -28,6 +28,11 @@ def inert_keys(config: Config) -> dict[str, Inert]:
         add("task.dataset.name task.dataset.config task.dataset.revision", f"{source} is set", source)
     if dataset.demo is not None:
         add("task.dataset.train_split task.dataset.validation_splits", "task.dataset.demo is set", "task.dataset.demo")
+    if not dataset.streaming:
+        add("task.dataset.shuffle_buffer", "task.dataset.streaming is false", "task.dataset.streaming")
+    else:
+        reason = "a stream is read in its order, whatever the lengths of its rows"
+        add("training.length_grouping", reason, "task.dataset.streaming")
     if config.model.config is not None:
         reason = "the model is built from model.config"
         add("model.path model.revision model.labels model.new_head", reason, "model.config")
@@ -52,8 +57,28 @@ def inert_keys(config: Config) -> dict[str, Inert]:
 
 
 def unsupported(config: Config) -> dict[str, str]:
-    """Dotted keys whose value this version of forge cannot train with yet, each with a sentence."""
-    if config.distillation.alpha == 0:
-        return {}
-    given = f"distillation.alpha is {config.distillation.alpha:g}"
-    return {"distillation.alpha": f"{given}, and this version of forge trains with 0 only; set it to 0"}
+    """Dotted keys whose value cannot be trained with in this config, or not yet, each with a sentence."""
+    problems: dict[str, str] = {}
+    if config.distillation.alpha > 0:
+        given = f"distillation.alpha is {config.distillation.alpha:g}"
+        problems["distillation.alpha"] = f"{given}, and this version of forge trains with 0 only; set it to 0"
+    if config.task.dataset.streaming and (reason := _not_streamed(config)):
+        problems["task.dataset.streaming"] = f"task.dataset.streaming is true, and {reason}"
+    return problems
+
+
+def _not_streamed(config: Config) -> str | None:
+    """Why the training rows of this config cannot be read as they come, and what to do."""
+    if not isinstance(config.task, CausalLmTask):
+        return f"only a causal_lm task reads its rows so; set it to false for {config.task.type}"
+    if config.task.dataset.demo is not None:
+        return "demo data are made at once; set it to false"
+    if config.training.max_steps is None:
+        return "the number of its rows is unknown; set training.max_steps"
+    if config.task.packing:
+        return "rows can be packed only where all are known; set task.packing: false"
+    if config.model.new_tokenizer is not None:
+        return "model.new_tokenizer is made from all training rows; name one with model.tokenizer"
+    if config.task.dataset.path is None and config.evaluation.max_samples is None:
+        return "of a split on the hub only the first rows are evaluated then; set evaluation.max_samples"
+    return None

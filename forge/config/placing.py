@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from forge.config.schema import Config
+from forge.config.schema import CausalLmTask, Config
 
 
 def config_name(file: Path) -> Path:
@@ -21,10 +21,13 @@ def located(config: Config) -> Config:
         return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name
 
     dataset = config.task.dataset.model_copy(update={"path": place(config.task.dataset.path)})
+    task: dict[str, object] = {"dataset": dataset}
+    if isinstance(config.task, CausalLmTask) and config.task.chat_template:
+        task["chat_template"] = str(Path(config.task.chat_template).expanduser().absolute())
     model = {"path": place(config.model.path), "tokenizer": place(config.model.tokenizer)}
     return config.model_copy(
         update={
-            "task": config.task.model_copy(update={"dataset": dataset}),
+            "task": config.task.model_copy(update=task),
             "model": config.model.model_copy(update=model),
             "output_root": str(Path(config.output_root).absolute()),
         }

@@ -80,6 +80,8 @@ class DatasetConfig(Section):
     rendered lines of text for OCR; chat, short conversations for causal LMs."""
     streaming: Bool = False
     """Read the training rows as they come, with training.max_steps: for data too large to be prepared first."""
+    shuffle_buffer: Annotated[int, Field(ge=0)] = 0
+    """Of a stream: each row is drawn, by the seed, from so many that were read ahead; 0: rows come in their order."""
     train_split: Text = "train"
     """The split that is trained on."""
     validation_splits: list[Text] | None = None

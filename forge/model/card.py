@@ -31,6 +31,7 @@ def model_card(
     labels = f"- Labels: {', '.join(model['labels'])}\n" if model["labels"] else ""
     sampled = any(name.endswith("/samples_of") for name in {**before, **after})
     note = "\nEvaluated on a sample of the rows (evaluation.max_samples), not on all of them.\n" if sampled else ""
+    rows_read = f"{data['rows']['train']:,}" if "train" in data["rows"] else "a stream of unknown length"
     processing = task["auto_processing"].removeprefix("Auto").lower()
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -42,7 +43,7 @@ def model_card(
 
 {numbers}
 {note}
-{labels}- Parameters: {model["parameters"]:,}; training rows: {data["rows"]["train"]:,}; optimizer steps: {steps:,}
+{labels}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
 - Data fingerprint (SHA-256 of the rows): `{data["fingerprint"]}`
 - Run id: `{metadata["run_id"]}`; code: {code}
 - Versions: {", ".join(f"{name} {attempt['packages'][name]}" for name in PACKAGES)}

@@ -62,6 +62,13 @@ def evaluation_batches(lengths: np.ndarray, rows: np.ndarray, batch_size: int, r
     return [batches[rank::ranks] for rank in range(ranks)]
 
 
+def evaluated_rows(count: int, max_samples: int | None, seed: int) -> np.ndarray:
+    """The ids of the rows of a split that are evaluated, in ascending order: all, or so many drawn by the seed."""
+    if max_samples is None or max_samples >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:max_samples])
+
+
 class StepBatches:
     """Gives this rank's micro-batches of one optimizer step after another, from any step on, epoch after epoch."""
 
@@ -125,6 +132,10 @@ class StepBatches:
         place = self._place(step)
         taken = len(self._rows) - len(place.rows) + min(place.steps * place.rows_per_step, len(place.rows))
         return place.epoch * len(self._rows) + taken
+
+    def epochs_at(self, step: int) -> float:
+        """Epochs trained on, once `step` steps are taken."""
+        return self.samples_at(step) / len(self._rows)
 
     def steps_for(self, epochs: float) -> int:
         """The step at which so many epochs are trained on, with the size that steps have now to the end."""

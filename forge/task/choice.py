@@ -1,6 +1,7 @@
 """Chooses the task that the config names."""
 
 from forge.config.schema import Config
+from forge.task.causal_lm import load_causal_lm
 from forge.task.classification import load_classification
 from forge.task.ocr import load_ocr
 from forge.task.task import Task
@@ -13,5 +14,5 @@ def load_task(config: Config) -> Task:
             return load_classification(config)
         case "ocr":
             return load_ocr(config)
-        case _:
-            raise NotImplementedError(config.task.type)
+        case "causal_lm":
+            return load_causal_lm(config)

@@ -3,14 +3,16 @@
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, IterableDataset
 from huggingface_hub import is_offline_mode
 
 from forge.config.schema import DatasetConfig
 from forge.errors import UsageError
+from forge.task.demo_chat import demo_chat
 from forge.task.demo_lines import demo_lines
 from forge.task.demo_nli import demo_nli
 
@@ -18,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 METADATA = "metadata"  # the file in a split's folder that gives each image there, by file_name, its row
-DEMOS = {
+DEMOS = {  # what generates so many rows of a split, and how many each has
     "nli": (demo_nli, {"train": 6000, "validation": 1000}),
     "lines": (demo_lines, {"train": 20000, "validation": 500}),
+    "chat": (demo_chat, {"train": 8000, "validation": 500}),
 }
 
 
@@ -30,34 +33,46 @@ def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
     Raises UsageError for a data set that cannot be found or read, for a missing and for an empty split.
     """
     if config.demo is not None:
-        demo, sizes = DEMOS[config.demo]
-        splits = {split: Dataset.from_list(demo(split, rows)) for split, rows in sizes.items()}
+        generate, counts = DEMOS[config.demo]
+        splits = {split: Dataset.from_list(generate(split, rows)) for split, rows in counts.items()}
     elif config.path is not None:
         splits = _load_folder(Path(config.path), config)
     else:
         splits = _load_hub(config)
 
     where = describe(config)
-    if config.train_split not in splits:
-        raise UsageError(
-            f"{where} has no split {config.train_split}; it has: {', '.join(splits)} (task.dataset.train_split)"
-        )
-    wanted = config.validation_splits or [name for name in splits if name.startswith("validation")]
-    absent = [name for name in wanted if name not in splits]
-    if absent:
-        raise UsageError(
-            f"{where} has no split {absent[0]}; it has: {', '.join(splits)} (task.dataset.validation_splits)"
-        )
-    if not wanted:
-        raise UsageError(
-            f"{where} has no validation split (it has: {', '.join(splits)}); add one, such as validation.jsonl"
-        )
+    wanted = _evaluated(config, list(splits))
     for name in [config.train_split, *wanted]:
         if len(splits[name]) == 0:
             raise UsageError(f"{where}: the split {name} is empty; forge needs at least one row in each")
     if config.max_rows is not None:
         splits = {name: _spread(rows, config.max_rows) for name, rows in splits.items()}
     return splits[config.train_split], {_short(name): splits[name] for name in wanted}
+
+
+def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[IterableDataset, dict[str, Dataset], str]:
+    """The training split, to be read as it comes; the evaluated splits by their short names, loaded; what names the
+    data, whose rows nobody has seen.
+
+    Of a hub's splits the first max_samples rows are evaluated. Raises UsageError as load_rows does.
+    """
+    if config.path is not None:
+        files = _find_files(Path(config.path), config)
+        wanted = _evaluated(config, list(files))
+        train = _read(files[config.train_split], streaming=True)
+        identity = f"{files[config.train_split].name} of {files[config.train_split].stat().st_size} bytes"
+        splits = {name: _read(files[name]) for name in wanted}
+    else:
+        assert max_samples is not None  # the config is refused without
+        streams = _load_hub(config, streaming=True)
+        wanted = _evaluated(config, list(streams))
+        train = streams[config.train_split]
+        identity = f"{describe(config)} {config.revision} {config.train_split}"
+        splits = {name: Dataset.from_list(list(streams[name].take(max_samples))) for name in wanted}
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            raise UsageError(f"{describe(config)}: the split {name} is empty; forge needs at least one row in each")
+    return train, {_short(name): rows for name, rows in splits.items()}, identity
 
 
 def describe(config: DatasetConfig) -> str:
@@ -84,11 +99,34 @@ def _spread(rows: Dataset, count: int) -> Dataset:
     return rows.select(np.linspace(0, len(rows) - 1, count).astype(int)) if count < len(rows) else rows
 
 
+def _evaluated(config: DatasetConfig, splits: list[str]) -> list[str]:
+    """The splits that are evaluated. Raises UsageError if there is none, or if one that is asked for is missing."""
+    where, has = describe(config), ", ".join(splits)
+    if config.train_split not in splits:
+        raise UsageError(f"{where} has no split {config.train_split}; it has: {has} (task.dataset.train_split)")
+    wanted = config.validation_splits or [name for name in splits if name.startswith("validation")]
+    absent = [name for name in wanted if name not in splits]
+    if absent:
+        raise UsageError(f"{where} has no split {absent[0]}; it has: {has} (task.dataset.validation_splits)")
+    if not wanted:
+        raise UsageError(f"{where} has no validation split (it has: {has}); add one, such as validation.jsonl")
+    return wanted
+
+
 def _short(split: str) -> str:
     return split.removeprefix("validation").strip("_-.") or split
 
 
 def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
+    files = _find_files(folder, config)
+    wanted = {config.train_split, *(config.validation_splits or [])}
+    read = {split: file for split, file in files.items() if split in wanted or split.startswith("validation")}
+    splits = {split: _read(file) if file.parent == folder else _read_images(file) for split, file in read.items()}
+    return splits or {file: Dataset.from_list([]) for file in files}
+
+
+def _find_files(folder: Path, config: DatasetConfig) -> dict[str, Path]:
+    """The file of each split; those that forge reads are not empty."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise UsageError(
@@ -96,14 +134,10 @@ def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
         )
     files = _files_by_split(folder)
     wanted = {config.train_split, *(config.validation_splits or [])}
-    splits = {}
     for split, file in files.items():
-        if split not in wanted and not split.startswith("validation"):
-            continue
-        if file.stat().st_size == 0:
+        if (split in wanted or split.startswith("validation")) and file.stat().st_size == 0:
             raise UsageError(f"{file} is empty; forge needs at least one row in each split")
-        splits[split] = _read(file) if file.parent == folder else _read_images(file)
-    return splits or {file: Dataset.from_list([]) for file in files}
+    return files
 
 
 def _files_by_split(folder: Path) -> dict[str, Path]:
@@ -137,13 +171,15 @@ def _read_images(file: Path) -> Dataset:
     return rows.remove_columns(["file_name"]).add_column("image", paths)
 
 
-def _read(file: Path) -> Dataset:
+def _read(file: Path, *, streaming: bool = False) -> Any:
     options = {"keep_default_na": False} if file.suffix == ".csv" else {}  # a cell that reads NA is text
     library = logging.getLogger("datasets")
     level = library.level
     library.setLevel(logging.CRITICAL)  # it logs the error that is said below
     try:
-        return datasets.load_dataset(READERS[file.suffix], data_files=str(file.absolute()), split="train", **options)
+        return datasets.load_dataset(
+            READERS[file.suffix], data_files=str(file.absolute()), split="train", streaming=streaming, **options
+        )
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         hint = "check that it is whole, that text is UTF-8, and that every row has the same columns"
@@ -157,10 +193,10 @@ def _read(file: Path) -> Dataset:
         library.setLevel(level)
 
 
-def _load_hub(config: DatasetConfig) -> dict[str, Dataset]:
+def _load_hub(config: DatasetConfig, *, streaming: bool = False) -> dict[str, Any]:
     logger.info("data: looking for %s in the local cache and on the hub", describe(config))
     try:
-        loaded = datasets.load_dataset(config.name, config.config, revision=config.revision)
+        loaded = datasets.load_dataset(config.name, config.config, revision=config.revision, streaming=streaming)
     except (OSError, ValueError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
         reason = " ".join(str(error).split())[:200]
@@ -168,5 +204,5 @@ def _load_hub(config: DatasetConfig) -> dict[str, Dataset]:
             f"the data set {describe(config)} could not be loaded from the hub{offline}: {reason}; check its name "
             "and the network, or give a local folder with task.dataset.path"
         ) from error
-    assert isinstance(loaded, DatasetDict)
+    assert isinstance(loaded, dict)  # by split
     return dict(loaded)

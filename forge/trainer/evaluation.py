@@ -12,7 +12,7 @@ from torch import nn
 
 from forge.cluster.signals import in_loader_worker
 from forge.losses.cross_entropy import count_labels
-from forge.task.batches import FILLER, evaluation_batches, row_loader
+from forge.task.batches import FILLER, evaluated_rows, evaluation_batches, row_loader
 from forge.task.task import Sample, Task
 
 
@@ -38,9 +38,7 @@ def evaluate(
     samples: dict[str, list[Sample]] = {}
     try:
         for split, rows in task.validation.items():
-            chosen = np.arange(len(rows))
-            if max_samples is not None and max_samples < len(rows):
-                chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_samples])
+            chosen = evaluated_rows(len(rows), max_samples, seed)
             values, shown = _evaluate_split(
                 student, task, accelerator, split, chosen, batch_size, num_workers, between_batches
             )

@@ -25,7 +25,8 @@ from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.provenance import code_facts
 from forge.run.state import Stage, TrainingState
-from forge.task.batches import FILLER, Batch, StepBatches
+from forge.task.batches import FILLER, Batch
+from forge.task.stream import step_batches
 from forge.task.task import Task
 from forge.trainer.callbacks import Callback
 from forge.trainer.evaluation import evaluate
@@ -78,7 +79,7 @@ class FinetuningTrainer:
         # From here on every rank draws its own dropout.
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
 
-        self.batches = StepBatches(
+        self.batches = step_batches(
             task.train,
             task.collate,
             rows_per_step=self.rows_per_step,
@@ -242,7 +243,7 @@ class FinetuningTrainer:
 
     def _note_position(self) -> None:
         self.state.samples = self.batches.samples_at(self.state.step)
-        self.state.epoch = self.state.samples / len(self.task.train)
+        self.state.epoch = self.batches.epochs_at(self.state.step)
 
     def _report(self, rate: float) -> None:
         self._settle()

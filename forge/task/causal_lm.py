@@ -1,0 +1,309 @@
+"""The causal LM task: conversations, completions and plain text, their batches, their model and their metrics."""
+
+import hashlib
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from forge.config.schema import CausalLmTask, Config, EvaluationConfig, ModelConfig, TrainingConfig
+from forge.errors import UsageError
+from forge.losses.cross_entropy import IGNORE
+from forge.model.load import (
+    LoadedModel,
+    build_model,
+    check_embeddings,
+    check_fits,
+    load_own_tokenizer,
+    read_checkpoint,
+    refuse_missing,
+    scratch_config,
+    set_dropout,
+)
+from forge.model.source import find_model, load_model_config
+from forge.task.batches import Batch, evaluated_rows
+from forge.task.bpe import train_bpe
+from forge.task.chat import load_text
+from forge.task.documents import (
+    Cut,
+    Encoder,
+    RowForm,
+    build_encoder,
+    choose_form,
+    encode_split,
+    prepare_rows,
+    training_texts,
+)
+from forge.task.packing import check_packing, collate_packed, pack, shifted_labels
+from forge.task.rows import describe, fingerprint, load_rows, load_stream
+from forge.task.stream import RowStream
+from forge.task.task import Metrics, Sample, Task
+
+logger = logging.getLogger(__name__)
+
+SHOWN_TOKENS = 256  # of a sample's own text at most: samples are looked at, and take time in every evaluation
+
+
+@dataclass(frozen=True)
+class CausalLm(Task):
+    """Documents with the columns input_ids, learned (a token that is a label), length; training rows may be packed."""
+
+    config: CausalLmTask
+    evaluation: EvaluationConfig
+    seed: int  # of the rows that are evaluated
+    processing: PreTrainedTokenizerBase
+    encoder: Encoder
+    train: Any  # a Dataset, or a RowStream
+    validation: dict[str, Dataset]  # by short name
+    fingerprint: str  # of texts and messages
+    description: str
+    rows: dict[str, int]  # by split, before packing; of a stream unknown
+    cuts: dict[str, Cut]  # by split
+
+    name: ClassVar[str] = "causal_lm"
+    title: ClassVar[str] = "A causal language model"
+    pipeline_tag: ClassVar[str] = "text-generation"
+    auto_model: ClassVar[type[Any]] = AutoModelForCausalLM
+    main_metric: ClassVar[str] = "loss"
+    headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
+    has_language_head: ClassVar[bool] = True
+
+    def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
+        """A causal LM with an embedding for every token; one that mixes packed rows is refused."""
+        tokenizer = self.processing
+        if config.config is not None:
+            ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+            scratch = scratch_config(
+                config.config, key, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends
+            )
+            set_dropout(scratch, config.dropout)
+            model = build_model(AutoModelForCausalLM, scratch, key)
+            loaded = LoadedModel(model, None, [name for name, _ in model.named_parameters()], [])
+        else:
+            assert config.path is not None  # the schema requires one of the two
+            source = find_model(config.path, f"{key}.path", config.revision)
+            checkpoint = load_model_config(source, f"{key}.path")
+            set_dropout(checkpoint, config.dropout)
+            read = read_checkpoint(AutoModelForCausalLM, source, checkpoint, key, "weights for a causal LM")
+            refuse_missing(source, read.model, read.missing, key)
+            loaded = LoadedModel(read.model, source, read.missing, [])
+        check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
+        check_fits(loaded.model, self.config.max_length, training)
+        if self.config.packing and key == "model":
+            check_packing(loaded.model, self.forward_options)
+        return loaded
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        """input_ids, labels (B, T) int64, labels[:, t] the token t + 1 where it is learned; attention_mask (B, T), or
+        position_ids for packed rows; tokens () int64; positions (N,) int64, where labels.flatten() is counted."""
+        pad = int(self.processing.pad_token_id)
+        batch = collate_packed(rows, pad) if "lengths" in rows[0] else _padded(rows, pad)
+        return {**batch, "positions": (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)}
+
+    def metrics(self, split: str, model: PreTrainedModel) -> "CausalLmMetrics":
+        """An empty count, and the rows that the model is to write itself."""
+        rows = self.validation[split]
+        chosen = evaluated_rows(len(rows), self.evaluation.max_samples, self.seed)
+        spread = np.linspace(0, len(chosen) - 1, min(self.evaluation.samples, len(chosen))).astype(int)
+        return CausalLmMetrics(self, model, [rows[int(chosen[i])] for i in spread])
+
+    def facts(self) -> dict[str, Any]:
+        """What run_metadata.json tells of the data."""
+        packed = {} if isinstance(self.train, RowStream) else {"train": len(self.train)}
+        return {
+            "description": self.description,
+            "fingerprint": self.fingerprint,
+            "rows": self.rows,
+            **({"packed_rows": packed} if self.config.packing else {}),
+            "format": self.encoder.form.name,
+            "chat_template": self.encoder.template.text if self.encoder.template else None,
+            "cut": {split: asdict(cut) for split, cut in self.cuts.items()},
+        }
+
+
+class CausalLmMetrics(Metrics):
+    """Counts label tokens, those predicted right, and their cross-entropy; then lets the model write a few rows."""
+
+    def __init__(self, task: CausalLm, model: PreTrainedModel, shown: list[dict[str, Any]]):
+        self.counts = torch.zeros(3, dtype=torch.float64)  # labels, right, cross-entropy in nats
+        self.samples = []
+        self._task, self._model, self._shown = task, model, shown
+
+    def update(self, outputs: dict[str, Tensor], batch: Batch) -> None:
+        """outputs: ce_sum (), predictions (B, T) int64, aligned with the labels. No sync with the device."""
+        labels = batch["labels"]
+        counted = labels != IGNORE
+        right = counted & (outputs["predictions"] == labels)
+        sums = torch.stack([counted.sum().double(), right.sum().double(), outputs["ce_sum"].double()])
+        self.counts = self.counts.to(labels.device) + sums
+
+    def compute(self) -> dict[str, float | int]:
+        """perplexity, the exponential of the mean loss; token_accuracy, the share of labels that are the likeliest
+        token, each behind the true text; labels, their number. Fills samples, on the first rank."""
+        labels, right, ce_sum = self.counts.cpu()  # waits for the GPU
+        if self._shown:
+            written = generate_replies(self._model, self._task, self._shown)  # on all ranks: weights may be sharded
+            self.samples = written if PartialState().is_main_process else []
+        return {
+            "perplexity": (ce_sum / labels).exp().item(),
+            "token_accuracy": (right / labels).item(),
+            "labels": int(labels),
+        }
+
+
+def _padded(rows: list[dict[str, Any]], pad: int) -> Batch:
+    """A document a row, the shorter ones padded behind their end."""
+    shape = (len(rows), max(row["length"] for row in rows))
+    ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        ids[b, : row["length"]] = torch.tensor(row["input_ids"])
+        labels[b, : row["length"]] = torch.tensor(shifted_labels(row["input_ids"], row["learned"]))
+        mask[b, : row["length"]] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": mask.sum()}
+
+
+@torch.no_grad()
+def generate_replies(model: PreTrainedModel, task: CausalLm, rows: list[dict[str, Any]]) -> list[Sample]:
+    """What the model itself writes, always taking the likeliest token, where the last reply of each row stands.
+
+    A plain text is written on from its middle.
+    """
+    tokenizer = task.processing
+    starts = [_last_reply(row) if task.encoder.form.name != "text" else max(1, row["length"] // 2) for row in rows]
+    replies = [row["input_ids"][start:] for row, start in zip(rows, starts, strict=True)]
+    width = max(starts)
+    ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for b, (row, start) in enumerate(zip(rows, starts, strict=True)):  # padded at the left: all end at one place
+        ids[b, width - start :] = torch.tensor(row["input_ids"][:start])
+        mask[b, width - start :] = 1
+    room = min(SHOWN_TOKENS, max(len(reply) for reply in replies) + 16)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = min(room, positions - width) if positions else room
+    special = set(tokenizer.all_special_ids)
+    ends = {reply[-1] for reply in replies if reply[-1] in special} | {tokenizer.eos_token_id} - {None}
+    options = GenerationConfig(
+        max_new_tokens=max(1, room),
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    generate: Any = model.generate
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    written = generate(**inputs, generation_config=options)[:, width:].tolist()  # waits for the GPU
+
+    def plain(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    return [
+        Sample(row["row"], plain(reply[:SHOWN_TOKENS]), plain(ours), str(tokenizer.decode(row["input_ids"][:start])))
+        for row, start, reply, ours in zip(rows, starts, replies, written, strict=True)
+    ]
+
+
+def _last_reply(row: dict[str, Any]) -> int:
+    """Where the last run of learned tokens begins; behind at least one token."""
+    learned = row["learned"]
+    end = max(i for i, wanted in enumerate(learned) if wanted)
+    return max(1, max((i for i in range(end) if not learned[i]), default=-1) + 1)
+
+
+def load_causal_lm(whole: Config) -> CausalLm:
+    """Loads, checks and tokenizes the data. Raises UsageError for a row that cannot be learned from."""
+    config = whole.task
+    assert isinstance(config, CausalLmTask)
+    where = describe(config.dataset)
+    train: Any
+    stream = ""
+    if config.dataset.streaming:
+        train, validation, stream = load_stream(config.dataset, whole.evaluation.max_samples)
+        columns = list(next(iter(validation.values())).column_names)
+    else:
+        train, validation = load_rows(config.dataset)
+        columns = train.column_names
+    form = choose_form(config, columns, where)
+    splits: dict[str, Dataset] = validation if config.dataset.streaming else {"train": train, **validation}
+    for split, rows in splits.items():
+        if lacking := [name for name in form.columns if name not in rows.column_names]:
+            has = ", ".join(rows.column_names)
+            raise UsageError(f"{where}, {split}: there is no column {lacking[0]}, as train has it; it has: {has}")
+    tokenizer = _tokenizer(whole, config, form, train, where)
+    if config.max_length > tokenizer.model_max_length:
+        raise UsageError(
+            f"task.max_length is {config.max_length}, and the tokenizer's model takes at most "
+            f"{tokenizer.model_max_length}"
+        )
+    encoder = build_encoder(config, tokenizer, form)
+    if config.chat_template is not None:  # whoever loads the trained model is to speak to it as it was trained
+        tokenizer.chat_template = load_text(config.chat_template)
+
+    encoded: dict[str, Dataset] = {}
+    cuts: dict[str, Cut] = {}
+    for split, rows in splits.items():
+        encoded[split], cuts[split] = encode_split(encoder, rows, where, split)
+    counts = {split: len(rows) for split, rows in encoded.items()}
+    if config.dataset.streaming:
+        source = train
+        train = RowStream(
+            source,
+            lambda rows, numbers: prepare_rows(encoder, rows, numbers, f"{where}, train"),
+            shuffle_buffer=config.dataset.shuffle_buffer,
+            description=f"{where}, train",
+        )
+    else:
+        train = encoded.pop("train")
+        if config.packing:
+            train = _packed(train, config.max_length)
+    return CausalLm(
+        config=config,
+        evaluation=whole.evaluation,
+        seed=whole.training.seed,
+        processing=tokenizer,
+        encoder=encoder,
+        train=train,
+        validation=encoded,
+        fingerprint=_fingerprint(encoder, splits, stream),
+        description=where,
+        rows=counts,
+        cuts=cuts,
+    )
+
+
+def _tokenizer(whole: Config, config: CausalLmTask, form: RowForm, train: Any, where: str) -> PreTrainedTokenizerBase:
+    new = whole.model.new_tokenizer
+    if new is None:
+        return load_own_tokenizer(whole.model)
+    if new.kind != "bpe":
+        raise UsageError(f"model.new_tokenizer.kind is {new.kind}, and a causal LM is given a bpe one; set kind: bpe")
+    chat = form.name == "messages"
+    tokenizer = train_bpe(training_texts(config, form, train, where), new.vocab_size, config.max_length, chat=chat)
+    logger.info("a new tokenizer of %d tokens is made from the training split", len(tokenizer))
+    return tokenizer
+
+
+def _fingerprint(encoder: Encoder, splits: dict[str, Dataset], stream: str) -> str:
+    """Of the columns that are read, and of the template, which a file may bring; of a stream a name must do."""
+    rows = fingerprint({split: rows.select_columns(list(encoder.form.columns)) for split, rows in splits.items()})
+    template = encoder.template.text if encoder.template else ""
+    return hashlib.sha256(f"{rows} {template} {stream}".encode()).hexdigest()
+
+
+def _packed(train: Dataset, max_length: int) -> Dataset:
+    packed = pack(train, max_length)
+    full = sum(packed["length"][:]) / (len(packed) * max_length)
+    logger.info(
+        "train: %d rows are packed into %d of up to %d tokens, %.1f %% full",
+        len(train),
+        len(packed),
+        max_length,
+        100 * full,
+    )
+    return packed

@@ -1,0 +1,195 @@
+"""Writes a conversation by a chat template, and says which characters of the text are the replies to be learned.
+
+A template with `{% generation %}` markers says it itself. Any other is asked by prefixes: the text up to a reply, with
+the opening of the assistant's turn (add_generation_prompt), must begin the whole text, and so must the text up to the
+end of that reply; what lies between is the reply with the token that ends the turn. Templates that write an earlier
+turn otherwise once a later one follows (Qwen3 drops its <think>) fail that test and are refused: no mask would be
+right, for the model never sees in use what it would learn.
+"""
+
+import datetime
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from forge.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+DATE = datetime.date(2024, 7, 26)  # what Llama's templates write where no date is given
+MARKED = "give a template that marks the replies with {% generation %} and {% endgeneration %} by task.chat_template"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)  # of a tokenizer that forge trains
+
+_render_template: Any = render_jinja_template  # (texts, spans), whatever its annotation says
+Message = dict[str, Any]
+Span = tuple[int, int]  # characters from, to (not included)
+
+
+class BadRow(ValueError):
+    """What is wrong with one row, as the rest of a sentence that begins with its place."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text, and what of it is learned."""
+
+    text: str
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template's text, and the special tokens that it names."""
+
+    text: str
+    special_tokens: dict[str, Any]
+    ends: tuple[str, ...]  # special tokens as text: a reply ends with one
+
+    def write(self, messages: Sequence[Message]) -> Written:
+        """The whole conversation and its replies. Raises BadRow where roles or template do not allow it."""
+        check_roles(messages)
+        messages = [_plain(message) for message in messages]
+        if MARKER.search(self.text):
+            text, spans = self._render(messages)
+            if not any(end > start for start, end in spans):
+                raise BadRow(f"has no reply by the template's own markers; {MARKED} round each reply")
+            return Written(text, spans)
+        text, _ = self._render(messages)
+        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return Written(text, [self._reply(messages, i, text) for i in replies])
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text that asks for the next reply."""
+        return self._render([_plain(message) for message in messages], opened=True)[0]
+
+    def _reply(self, messages: list[Message], i: int, text: str) -> Span:
+        before, _ = self._render(messages[:i], opened=True)
+        if not text.startswith(before):
+            raise BadRow(
+                f"is written by the chat template with another text before message {i} than the one that asks for it; "
+                + MARKED
+            )
+        through, _ = self._render(messages[: i + 1])
+        if not text.startswith(through):
+            raise BadRow(
+                f"is not to be masked: the chat template writes message {i} otherwise once a later one follows (some "
+                f"templates drop earlier thoughts); {MARKED}, or end each conversation at the one reply to learn"
+            )
+        reply = through[len(before) :]
+        closed = reply.rstrip()
+        if closed.endswith(self.ends):  # white space after the end of the turn is the template's, and never generated
+            reply = closed
+        return len(before), len(before) + len(reply)
+
+    def _render(self, messages: list[Message], *, opened: bool = False) -> tuple[str, list[Span]]:
+        try:
+            texts, spans = _render_template(
+                [messages],
+                chat_template=self.text,
+                return_assistant_tokens_mask=bool(MARKER.search(self.text)),
+                add_generation_prompt=opened,
+                **self.special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise BadRow(
+                f"is refused by the chat template ({_short(error)}); its roles are {_roles(messages)}"
+            ) from error
+        return texts[0], [(start, end) for start, end in spans[0]] if spans else []
+
+
+def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> ChatTemplate:
+    """The template of `file` (task.chat_template), else the tokenizer's own. Raises UsageError where there is none.
+
+    A template that writes today's date is given a fixed one: a resumed run must read what the first attempt read.
+    """
+    if file is not None:
+        text = load_text(file)
+    else:
+        own = tokenizer.chat_template
+        text = own.get("default", "") if isinstance(own, dict) else own or ""
+        if not text:
+            raise UsageError(
+                "the tokenizer has no chat template, and the data are messages; name a file with one as "
+                "task.chat_template, or use the tokenizer of an instruct model"
+            )
+    dated = NOW.sub(lambda found: repr(DATE.strftime(found[2])), text)
+    if dated != text:
+        logger.info("the chat template writes today's date; forge writes %s instead, on every day", DATE)
+    return ChatTemplate(dated, dict(tokenizer.special_tokens_map), special_texts(tokenizer))
+
+
+def load_text(file: str) -> str:
+    """The template in a file (task.chat_template), as it stands there. Raises UsageError."""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"task.chat_template is {file}, which cannot be read ({_short(error)})") from error
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Every special token as text, the longest first."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token)))
+
+
+def check_roles(messages: Sequence[Message]) -> None:
+    """Raises BadRow unless: system (or developer) at most first, user and assistant in turn, assistant last.
+
+    Messages of role tool may stand between two of the assistant.
+    """
+    if not messages:
+        raise BadRow("has no messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not message.get("role"):
+            raise BadRow(f"has no role in message {i}; each message is a map with role and content")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise BadRow(f"has no text as the content of message {i} ({message['role']})")
+    before = ""
+    for i, message in enumerate(messages):
+        role = message["role"]
+        allowed = {
+            "": ("system", "developer", "user"),
+            "system": ("user",),
+            "developer": ("user",),
+            "user": ("assistant",),
+            "assistant": ("user", "tool"),
+            "tool": ("tool", "assistant"),
+        }[before]
+        if role not in allowed:
+            what = f"after {before}" if before else "at the beginning"
+            raise BadRow(
+                f"has the role {role} {what} (message {i}) where {' or '.join(allowed)} belongs; "
+                f"its roles are {_roles(messages)}"
+            )
+        before = role
+    if before != "assistant":
+        raise BadRow(f"ends with the role {before} and not with a reply; its roles are {_roles(messages)}")
+
+
+def _plain(message: Message) -> Message:
+    """Without the keys that only other rows have: a table gives them to every row, as None."""
+    return {"content": "", **{key: value for key, value in message.items() if value is not None}}
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    roles = [str(message.get("role")) for message in messages]
+    return ", ".join(roles if len(roles) <= 12 else [*roles[:11], f"… ({len(roles)} in all)"])
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

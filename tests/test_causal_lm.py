@@ -1,0 +1,476 @@
+"""The causal LM task: what is learned of each kind of row, what is cut, its metrics, and whole runs."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY, forge, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from forge.config.loader import load_config
+from forge.config.schema import Config
+from forge.errors import UsageError
+from forge.losses.cross_entropy import IGNORE
+from forge.task.bpe import train_bpe
+from forge.task.causal_lm import CausalLm, generate_replies, load_causal_lm
+from forge.task.demo_chat import KINDS, Draw, demo_chat, is_held_out
+from forge.task.stream import RowStream
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "tree"]
+END = "<|im_end|>"
+
+
+def conversation(i: int, turns: int = 1) -> dict[str, Any]:
+    messages = []
+    for turn in range(turns):
+        word = WORDS[(i + turn) % 10]
+        messages += [{"role": "user", "content": f"say {word} {i}"}, {"role": "assistant", "content": f"{word} {i}"}]
+    return {"messages": messages}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with a chat tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    texts = [f"say {word} 123 user assistant: " for word in WORDS] * 5
+    tokenizer = train_bpe(texts, 340, 64, chat=True)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96},
+        **{"initializer_range": 0.2, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def load(tmp_path: Path, model_folder: Path) -> Any:
+    """Loads the task on the given rows: load(train, validation, "task.max_length=32", …)."""
+
+    def load_rows(train: list[dict[str, Any]], validation: list[dict[str, Any]], *settings: str) -> CausalLm:
+        return load_causal_lm(config_on(tmp_path, model_folder, train, validation, *settings))
+
+    return load_rows
+
+
+def config_on(
+    folder: Path, model: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], *settings: str
+) -> Config:
+    write_rows(folder / "data" / "train.jsonl", train)
+    write_rows(folder / "data" / "validation.jsonl", validation)
+    file = folder / "c.yaml"
+    file.write_text(
+        f"task: {{type: causal_lm, dataset: {{path: {folder / 'data'}}}, max_length: 64}}\nmodel: {{path: {model}}}\n"
+        f"training: {{max_steps: 4, batch_size: 8, learning_rate: 1e-3, mixed_precision: no}}\n"
+        f"logging: {{every_steps: 1}}\noutput_root: {folder / 'outputs'}\n"
+    )
+    return load_config(file, settings).config
+
+
+def labels_as_text(task: CausalLm, rows: list[dict[str, Any]]) -> list[str]:
+    labels = task.collate(rows)["labels"]
+    return [str(task.processing.decode(row[row != IGNORE])) for row in labels]
+
+
+def test_messages_are_learned_by_their_replies(load: Any) -> None:
+    task = load([conversation(0), conversation(1, turns=2)], [conversation(2)])
+
+    assert labels_as_text(task, list(task.train)) == [f"red 0{END}", f"green 1{END}blue 1{END}"]
+    assert task.processing.decode(task.train[0]["input_ids"]) == (
+        f"<|im_start|>user\nsay red 0{END}\n<|im_start|>assistant\nred 0{END}\n"
+    )
+
+
+def test_labels_stand_where_the_logits_foretell_them(load: Any) -> None:
+    task = load([conversation(0), conversation(1, turns=2)], [conversation(2)])
+    rows = list(task.train)
+    batch = task.collate(rows)
+
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert batch["tokens"].item() == sum(len(row["input_ids"]) for row in rows) == batch["attention_mask"].sum()
+    for b, row in enumerate(rows):
+        for t, label in enumerate(batch["labels"][b].tolist()):
+            if label != IGNORE:
+                assert label == row["input_ids"][t + 1]
+                assert row["learned"][t + 1]
+    assert batch["labels"][0, rows[0]["length"] - 1 :].unique().tolist() == [IGNORE]
+    assert batch["input_ids"][0, rows[0]["length"] :].unique().tolist() == [task.processing.pad_token_id]
+
+
+def test_a_completion_is_learned_with_an_end_token_and_its_prompt_is_not(load: Any) -> None:
+    rows = [{"prompt": "say red:", "completion": " red"}]
+    task = load(rows, rows)
+
+    assert task.encoder.form.name == "prompt_completion"
+    assert task.processing.decode(task.train[0]["input_ids"]) == f"say red: red{END}"
+    assert labels_as_text(task, list(task.train)) == [f" red{END}"]
+    without = load(rows, rows, "task.append_eos=false")
+    assert labels_as_text(without, list(without.train)) == [" red"]
+
+
+def test_prompt_and_completion_become_a_conversation_where_the_format_says_so(load: Any) -> None:
+    rows = [{"question": "say red", "answer": "red"}]
+    columns = "task.columns={prompt: question, completion: answer}"
+    task = load(rows, rows, columns, "task.format=messages")
+
+    assert labels_as_text(task, list(task.train)) == [f"red{END}"]
+    assert task.processing.decode(task.train[0]["input_ids"]).startswith("<|im_start|>user\nsay red<|im_end|>")
+
+
+def test_plain_text_is_learned_whole(load: Any) -> None:
+    task = load([{"text": "one two three"}], [{"text": "cat"}])
+
+    assert labels_as_text(task, list(task.train)) == [task.processing.decode(task.train[0]["input_ids"][1:])]
+    assert task.processing.decode(task.train[0]["input_ids"]) == f"one two three{END}"
+
+
+def test_a_tokenizer_that_writes_its_own_ends_is_given_none_twice(model_folder: Path, tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<|im_start|> $A {END}", special_tokens=[("<|im_start|>", 2), (END, end)]
+    )
+    tokenizer.save_pretrained(tmp_path / "own")
+    rows = [{"prompt": "say red:", "completion": " red"}]
+    task = load_causal_lm(config_on(tmp_path, model_folder, rows, rows, f"model.tokenizer={tmp_path / 'own'}"))
+
+    assert task.processing.decode(task.train[0]["input_ids"]) == f"<|im_start|>say red: red{END}"
+    assert labels_as_text(task, list(task.train)) == [f" red{END}"]
+
+
+LONG = {"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "cat " * 60}]}
+LOST = {"messages": [{"role": "user", "content": "dog " * 60}, {"role": "assistant", "content": "red"}]}
+
+
+def whole_length(task: CausalLm, row: dict[str, Any]) -> int:
+    text = task.processing.apply_chat_template(row["messages"], tokenize=False)
+    return len(task.processing(text, add_special_tokens=False)["input_ids"])
+
+
+def test_rows_that_are_too_long_are_cut_counted_and_told(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+    task = load([conversation(0), LONG, LOST, LOST], [conversation(1)])
+
+    assert len(task.train) == 2
+    assert max(task.train["length"]) == 64
+    whole = whole_length(task, LONG)
+    assert task.facts()["cut"]["train"] == {"rows": 1, "tokens": whole - 64, "left_out": 2, "first_left_out": 2}
+    assert task.facts()["cut"]["validation"] == {"rows": 0, "tokens": 0, "left_out": 0, "first_left_out": None}
+    assert task.facts()["rows"] == {"train": 2, "validation": 1}
+    assert f"train: 1 rows are cut to task.max_length 64 and lose {whole - 64} tokens in all" in caplog.messages
+    assert (
+        "train: 2 rows are left out, the first is row 2: nothing to learn is left of them within task.max_length 64"
+        in caplog.messages
+    )
+
+
+def test_long_rows_are_left_out_or_refused_where_that_is_asked_for(load: Any) -> None:
+    rows = [conversation(0), LONG]
+    left = load(rows, [conversation(1)], "task.truncation=leave_out")
+
+    assert left.train["row"][:] == [0]
+    assert left.facts()["cut"]["train"] == {"rows": 0, "tokens": 0, "left_out": 1, "first_left_out": 1}
+    with pytest.raises(UsageError) as refused:
+        load(rows, [conversation(1)], "task.truncation=refuse")
+    length = whole_length(left, LONG)
+    assert str(refused.value).endswith(
+        f"data, train: row 1 has {length} tokens, more than task.max_length 64; raise it, or set task.truncation: cut "
+        f"or leave_out (1 such rows, the longest of {length})"
+    )
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(load: Any) -> None:
+    with pytest.raises(UsageError, match=r"validation: no row has a reply within task.max_length 64 tokens; raise it"):
+        load([conversation(0)], [LOST])
+
+
+def test_a_special_token_in_the_text_is_told_with_the_way_out(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+    messages = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red<|endoftext|>"}]
+    rows = [conversation(0), {"messages": messages}]
+    load(rows, [conversation(1)])
+
+    assert (
+        "train: 1 rows hold a special token of the tokenizer in their own text, such as <|endoftext|> in row 1, and "
+        "the model reads it as such; where that is not meant, take it out with task.remove_text: ['<|endoftext|>']"
+    ) in caplog.messages
+    caplog.clear()
+    cleaned = load(rows, [conversation(1)], "task.remove_text=['<|endoftext|>']")
+    assert labels_as_text(cleaned, list(cleaned.train)) == [f"red 0{END}", f"red{END}"]
+    assert "special token" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]},
+            "data, train: row 1 has the role assistant at the beginning (message 0) where system or developer or user "
+            "belongs; its roles are assistant, user",
+        ),
+        ({"messages": [{"role": "user", "content": "x"}]}, "data, train: row 1 ends with the role user and not with"),
+        ({"messages": []}, "data, train: row 1 has no messages"),
+        ({"messages": None}, "data, train: row 1 has NoneType where a text belongs (messages)"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_split(load: Any, row: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        load([conversation(0), row], [conversation(1)])
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "expected"),
+    [
+        ([{"words": "x"}], (), "there is no column messages, nor prompt with completion, nor text; it has: words"),
+        ([{"text": "x"}], ("task.format=messages",), "there is no column messages, which task.format messages reads"),
+        (
+            [{"text": "x y"}],
+            ("task.chat_template=t.jinja",),
+            "task.chat_template writes messages, and the rows are read",
+        ),
+        ([{"prompt": "x", "completion": ""}], (), "train: row 0 has an empty completion"),
+        ([{"text": 3}], (), "train: row 0 has int where a text belongs (text)"),
+        (
+            [{"text": "x y"}],
+            ("task.max_length=65",),
+            "task.max_length is 65, and the tokenizer's model takes at most 64",
+        ),
+        (
+            [{"text": "x y"}],
+            ("model.new_tokenizer={kind: characters}", "model.config={model_type: llama}"),
+            "model.new_tokenizer.kind is characters, and a causal LM is given a bpe one; set kind: bpe",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(load: Any, rows: Any, settings: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        load(rows, rows, *settings)
+    assert expected in str(refused.value)
+
+
+def test_another_template_makes_other_data(load: Any, tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n"
+        "{% else %}A:{% generation %} {{ m.content }}"
+        "{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    rows = [conversation(0)]
+    own, given = load(rows, rows), load(rows, rows, f"task.chat_template={file}")
+
+    assert labels_as_text(given, list(given.train)) == [f" red 0{END}"]
+    assert own.fingerprint != given.fingerprint
+    assert own.fingerprint == load(rows, rows).fingerprint
+    assert given.processing.chat_template == file.read_text()  # it is saved with the model
+
+
+def test_packed_training_rows_hold_the_same_labels_and_evaluation_stays_as_it_is(
+    load: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    rows = [conversation(i, turns=1 + i % 2) for i in range(12)]
+    plain, packed = load(rows, rows[:3]), load(rows, rows[:3], "task.packing=true")
+
+    assert len(packed.train) < 12
+    assert "position_ids" in packed.collate([packed.train[0]])
+    assert "attention_mask" in packed.collate([packed.validation["validation"][0]])
+    ours = torch.cat([packed.collate([row])["labels"].flatten() for row in packed.train])
+    theirs = torch.cat([plain.collate([row])["labels"].flatten() for row in plain.train])
+    assert sorted(ours[ours != IGNORE].tolist()) == sorted(theirs[theirs != IGNORE].tolist())
+    assert packed.facts()["packed_rows"] == {"train": len(packed.train)}
+    assert f"train: 12 rows are packed into {len(packed.train)} of up to 64 tokens" in caplog.text
+
+
+def test_the_metrics_are_of_label_tokens_and_their_perplexity_is_that_of_the_loss(load: Any) -> None:
+    task = load([conversation(0)], [conversation(1), conversation(2, turns=2)], "evaluation.samples=0")
+    loaded = task.load_model(config_of(task).model, config_of(task).training)
+    metrics = task.metrics("validation", loaded.model)
+    batch = task.collate(list(task.validation["validation"]))
+    with torch.no_grad():
+        logits = loaded.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    wanted = batch["labels"] != IGNORE
+    logs = logits.log_softmax(-1)[wanted].gather(1, batch["labels"][wanted][:, None])
+    right = (logits.argmax(-1) == batch["labels"])[wanted]
+    metrics.update({"ce_sum": -logs.sum(), "predictions": logits.argmax(-1)}, batch)
+
+    found = metrics.compute()
+    assert found["perplexity"] == pytest.approx(math.exp(-logs.mean().item()), rel=1e-5)
+    assert found["token_accuracy"] == pytest.approx(right.double().mean().item())
+    assert found["labels"] == wanted.sum().item()
+    assert metrics.samples == []
+
+
+def config_of(task: CausalLm) -> Config:
+    """The config that a task was loaded with."""
+    return load_config(Path(task.description).parent / "c.yaml", ()).config
+
+
+def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(load: Any) -> None:
+    task = load([conversation(0)], [conversation(i, turns=1 + i % 2) for i in range(5)], "evaluation.samples=3")
+    model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
+    metrics = task.metrics("validation", model)
+    metrics.counts += 1
+    metrics.compute()
+
+    assert [sample.row for sample in metrics.samples] == [0, 2, 4]
+    assert [sample.reference for sample in metrics.samples] == ["red 0", "blue 2", "two 4"]
+    assert metrics.samples[0].prompt == f"<|im_start|>user\nsay red 0{END}\n<|im_start|>assistant\n"
+    tokenizer = task.processing
+    for sample in metrics.samples:  # the rows are generated together, padded at the left: alone they are the same
+        ids = tokenizer(sample.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        assert ids[0].tolist() == task.validation["validation"][sample.row]["input_ids"][: ids.shape[1]]
+        ends = [tokenizer.eos_token_id]
+        alone = model.generate(ids, max_new_tokens=19, do_sample=False, eos_token_id=ends, pad_token_id=0)
+        assert tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True).strip()[:8] == sample.prediction[:8]
+
+
+def test_a_text_is_written_on_from_its_middle(load: Any) -> None:
+    rows = [{"text": "one two three cat dog bird"}]
+    task = load(rows, rows)
+    model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
+    (sample,) = generate_replies(model, task, list(task.train))
+
+    ids = task.train[0]["input_ids"]
+    middle = len(ids) // 2
+    assert sample.prompt == task.processing.decode(ids[:middle])
+    assert sample.reference == task.processing.decode(ids[middle:-1]).strip()
+
+
+def test_a_new_tokenizer_is_the_same_in_every_process() -> None:
+    code = (
+        "from forge.task.bpe import train_bpe; import hashlib\n"
+        "from forge.task.demo_chat import demo_chat\n"
+        "texts = [m['content'] for row in demo_chat('train', 300) for m in row['messages']]\n"
+        "made = train_bpe(texts, 400, 64, chat=True)\n"
+        "print(hashlib.sha256(made.backend_tokenizer.to_str().encode()).hexdigest(), len(made))"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env={"PYTHONHASHSEED": seed, "PATH": "", "TOKENIZERS_PARALLELISM": parallel},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed, parallel in (("1", "false"), ("2", "true"))
+    ]
+    assert told[0] == told[1]
+    assert told[0].split()[1] == "400"
+
+
+def test_a_new_tokenizer_writes_every_text_and_stops_with_the_turn() -> None:
+    tokenizer = train_bpe(["red green", "red blue"], 300, 64, chat=True)
+
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    assert tokenizer.decode(tokenizer("  Größe 日本 👍🏽\n\t")["input_ids"]) == "  Größe 日本 👍🏽\n\t"
+    assert [tokenizer.eos_token, tokenizer.pad_token] == [END, "<|pad|>"]
+    assert train_bpe(["red"], 300, 64, chat=False).eos_token == "<|endoftext|>"
+    assert train_bpe(["red"], 300, 64, chat=False).chat_template is None
+    assert len(tokenizer("47")["input_ids"]) == 2
+
+
+def test_the_demo_holds_its_questions_apart_and_needs_nothing_unseen() -> None:
+    train, validation = demo_chat("train", 3000), demo_chat("validation", 300)
+
+    def asked(rows: list[dict[str, Any]]) -> set[str]:
+        return {m["content"] for row in rows for m in row["messages"] if m["role"] == "user"}
+
+    assert demo_chat("train", 20) == train[:20]
+    assert not asked(train) & asked(validation)
+    assert all(map(is_held_out, asked(validation)))
+    texts = " ".join(m["content"] for row in train for m in row["messages"])
+    words = {word for row in validation for m in row["messages"] for word in m["content"].split()}
+    assert {word for word in words if word.isalpha()} <= set(texts.replace(".", " ").replace("?", " ").split()) | set(
+        texts.split()
+    )
+
+
+def test_the_replies_of_the_demo_are_right() -> None:
+    draw = Draw("test")
+    for kind in KINDS:
+        for _ in range(50):
+            question, reply = kind(draw)
+            numbers = [int(word.strip(".,?")) for word in question.split() if word.strip(".,?").isdigit()]
+            if kind.__name__ == "_next":
+                assert reply == f"{numbers[0] + 1}."
+            elif kind.__name__ == "_larger":
+                assert reply == f"{max(numbers)} is larger."
+            elif kind.__name__ == "_sums":
+                assert reply == f"{numbers[0]} + {numbers[1]} = {sum(numbers)}."
+            elif kind.__name__ == "_backwards":
+                assert question == f"Write {' '.join(reversed(reply.split()))} backwards."
+            elif kind.__name__ in ("_holdings", "_places"):
+                asked = question.split(". ")[-1].rstrip("?").split()
+                assert reply in question
+                assert asked[-1 if kind.__name__ == "_places" else 2] in reply
+                assert kind.__name__ == "_places" or asked[-2] in reply
+
+
+def test_a_run_from_scratch_with_packing_learns_and_its_model_answers(tmp_path: Path, model_folder: Path) -> None:
+    rows = [conversation(i) for i in range(40)]
+    config_on(tmp_path, model_folder, rows, rows[:8])
+    scratch = (
+        "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, "
+        "max_position_embeddings: 96}"
+    )
+    settings = (f"model.config={scratch}", "model.new_tokenizer={kind: bpe, vocab_size: 330}", "task.packing=true")
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    done = forge("--config", tmp_path / "c.yaml", "--run_name", "r", "--max_steps", 12, *arguments)
+
+    assert done.returncode == 0, done.stderr + done.stdout
+    run = next((tmp_path / "outputs").rglob("run_metadata.json")).parent
+    evaluations = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "stage" in row]
+    before, after = (row["validation/loss"] for row in evaluations)
+    assert after < before - 0.2
+    assert evaluations[0]["validation/perplexity"] == pytest.approx(math.exp(before), rel=1e-4)
+    assert evaluations[0]["validation/labels"] == evaluations[1]["validation/labels"] > 0
+    model, tokenizer = (kind.from_pretrained(run / "final") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say red 0"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_a_stream_trains_on_its_rows_in_their_order(tmp_path: Path, model_folder: Path) -> None:
+    rows = [*[conversation(i) for i in range(20)], LONG, LOST]
+    config_on(tmp_path, model_folder, rows, rows[:8])
+    done = forge("--config", tmp_path / "c.yaml", "--set", "task.dataset.streaming=true", "--max_steps", 3)
+
+    assert done.returncode == 0, done.stderr + done.stdout
+    run = next((tmp_path / "outputs").rglob("run_metadata.json")).parent
+    reports = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "stage" not in row]
+    assert [row.get("truncated") for row in reports] == [None, None, 2]
+    assert [row["epoch"] for row in reports] == [0, 0, 1]
+
+
+def test_the_rows_of_a_stream_are_those_of_the_data_set(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [conversation(0), LOST, LONG, conversation(3)]
+    plain = load(rows, rows[:1])
+    stream = load(rows, rows[:1], "task.dataset.streaming=true", "training.max_steps=2").train
+
+    assert isinstance(stream, RowStream)
+    raw = list(stream.rows)
+    taken, truncated = stream.prepare(raw, list(range(4)))
+    assert [row["input_ids"] for row in taken] == plain.train["input_ids"][:]
+    assert [row["learned"] for row in taken] == plain.train["learned"][:]
+    assert ([row["row"] for row in taken], truncated) == ([0, 2, 3], 2)
+    (only,), lost = stream.prepare(raw[1:2], [1])
+    assert (only["length"], only["learned"], only["row"], lost) == (1, [False], 1, 1)
+
+
+def test_a_bad_row_of_a_stream_is_named(load: Any) -> None:
+    rows = [conversation(0), {"messages": [{"role": "user", "content": "x"}]}]
+    stream = load(rows, rows[:1], "task.dataset.streaming=true", "training.max_steps=2").train
+
+    with pytest.raises(UsageError, match=r"data, train: row 1 ends with the role user"):
+        stream.prepare(list(stream.rows), [0, 1])
