@@ -23,6 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from forge.checkpoint.commit import Checkpoints, RunFacts
 from forge.checkpoint.contents import Training
 from forge.config.schema import CheckpointConfig
+from forge.model.trained import trained_weights
 from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.state import TrainingState
@@ -89,7 +90,7 @@ def _forge(
     checkpoints = Checkpoints(
         run,
         lock,
-        Training(accelerator, student, optimizer, seed=0),
+        Training(accelerator, trained_weights(accelerator.unwrap_model(student).model, None), optimizer, seed=0),
         CheckpointConfig(asynchronous=asynchronous, keep_last=1),
         RunFacts(1, 1, "no", {}, "", None, {}),
         lambda _, saved: times.append((saved.stall_seconds, saved.seconds)),

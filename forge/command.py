@@ -204,7 +204,7 @@ def _print_summary(result: "Result") -> None:
     python = "python" if active else os.path.relpath(sys.executable)
     lines = (
         ("run", path, "metrics, log, config, provenance"),
-        ("model", f"{path}/final", "loads with from_pretrained; its README.md is the model card"),
+        ("model", f"{path}/final", "its README.md is the model card, and says how to load it"),
         ("next", "forge runs" if active else f"{python} -m forge.cli runs", "all runs"),
         ("", f"{python} forge.py --config X.yaml --set model.path={shlex.quote(str(path))}", "go on from this model"),
     )

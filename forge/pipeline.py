@@ -4,7 +4,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from forge.checkpoint.beginning import Beginning, begin_again, with_rows
+from forge.checkpoint.beginning import Beginning, begin_again, check_base, with_rows
 from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.explain import effective, to_yaml
@@ -23,15 +23,28 @@ from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import LostRank, Stopped, Superseded, TrainingError
 from forge.model.card import compare, model_card
-from forge.model.export import export_model
+from forge.model.export import MERGED, export_adapter, export_merged, export_model, push_to_hub
+from forge.model.lineage import lineage
 from forge.model.load import LoadedModel
+from forge.model.lora import with_lora
+from forge.model.source import origin_of, with_run_paths
+from forge.model.trained import AdapterWeights
 from forge.run.directory import RunDirectory, check_run_name, check_writable
-from forge.run.files import publish_folder, read_json, read_json_lines, sync_file, unguarded, write_atomically
+from forge.run.files import (
+    publish_folder,
+    read_json,
+    read_json_lines,
+    sync_file,
+    unguarded,
+    write_atomically,
+    write_json,
+)
 from forge.run.lock import RunLock
 from forge.run.log import RunLog
 from forge.run.opening import Attempt, open_run
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
+from forge.task.batches import OF_THE_LOOP
 from forge.task.choice import load_task
 from forge.task.task import Task
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
@@ -41,6 +54,8 @@ from forge.trainer.samples import SamplesFolder
 from forge.trainer.tracking import WandbTracker
 
 logger = logging.getLogger(__name__)
+
+ROWS_OF_PROOF = 4  # whose logits are compared, of the model with its adapter and of the merged one
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Result:
 
 def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
     """Runs every stage that the run has not finished. Raises ForgeError, with the run's state saved."""
+    request = replace(request, loaded=replace(request.loaded, config=with_run_paths(request.loaded.config)))
     config = request.loaded.config
     training = config.training
     accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
@@ -84,6 +100,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         # What bad input can break comes first: until the next call of on_rank_0 nothing of a new run is created.
         task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
         loaded_model = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_model(config, task)))
+        loaded_model = _with_origin(loaded_model, beginning, accelerator)
         task = task.for_model(loaded_model)
         beginning = on_rank_0(
             accelerator, lambda: with_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
@@ -95,6 +112,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
             "task": task.about(),
             "data": task.facts(),
             "model": loaded_model.facts(),
+            "lineage": lineage(loaded_model.origin),
             "world": world_facts(accelerator, training),
         }
         run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts, lock))
@@ -109,9 +127,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
 
         with _recorded(run, state, accelerator, lock):
             callbacks = Callbacks(_callbacks(config, run, state, log) if accelerator.is_main_process else [])
-            trainer = FinetuningTrainer(
-                config, accelerator, task, loaded_model.model, run, state, callbacks, lock, stop
-            )
+            trainer = FinetuningTrainer(config, accelerator, task, loaded_model, run, state, callbacks, lock, stop)
             try:
                 result = _run_stages(trainer, beginning)
             finally:
@@ -225,7 +241,17 @@ def _hide_progress_bars() -> None:
 
 def _load_model(config: Config, task: Task) -> LoadedModel:
     set_seed(config.training.seed)  # new weights depend on the seed alone, not on what was drawn before
-    return task.load_model(config.model, config.training)
+    return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
+
+
+def _with_origin(loaded: LoadedModel, beginning: Beginning, accelerator: Accelerator) -> LoadedModel:
+    """Rank 0 hashes the files that the model came from. Raises UsageError where an adapter was made for others."""
+    source = loaded.source
+    if source is None:
+        return loaded
+    known = replace(loaded, origin=on_rank_0(accelerator, lambda: origin_of(source, "model")))
+    on_rank_0(accelerator, lambda: check_base(beginning, known.base_sha256))
+    return known
 
 
 def _callbacks(config: Config, run: RunDirectory, state: TrainingState, log: RunLog) -> list[Callback]:
@@ -250,13 +276,28 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
 
 
 def _export(trainer: FinetuningTrainer) -> None:
+    wanted, weights, task = trainer.config.export, trainer.weights, trainer.task
+    merged: dict[str, Any] = {}
+
     def write(folder: Path) -> None:
-        export_model(trainer.model, folder)
-        trainer.task.save_processing(folder)
+        if not isinstance(weights, AdapterWeights):
+            export_model(trainer.model, folder, wanted.dtype)
+        else:
+            export_adapter(weights, folder)
+            if wanted.merge:
+                inputs = _few_inputs(task)
+                merged.update(
+                    asdict(export_merged(folder, weights.below, task.auto_model, trainer.model, wanted.dtype, inputs))
+                )
+                task.save_processing(folder / MERGED)
+        task.save_processing(folder)
 
     def export() -> None:
         try:
             publish_folder(trainer.run.final, write, trainer.lock.check)
+            if merged:
+                metadata = read_json(trainer.run.metadata_file)
+                write_json(trainer.run.metadata_file, {**metadata, "merged": merged}, trainer.lock.check)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(
@@ -267,6 +308,13 @@ def _export(trainer: FinetuningTrainer) -> None:
     logger.info("final model in %s", trainer.run.final)
 
 
+def _few_inputs(task: Task) -> dict[str, Any]:
+    """What the model is given for the first rows of the first validation split."""
+    rows = next(iter(task.validation.values()))
+    batch = task.collate([rows[i] for i in range(min(ROWS_OF_PROOF, len(rows)))])
+    return {**{name: tensor for name, tensor in batch.items() if name not in OF_THE_LOOP}, **task.forward_options}
+
+
 def _complete(result: Result, trainer: FinetuningTrainer) -> None:
     state, config = trainer.state, trainer.config
     metadata = read_json(result.run.metadata_file)
@@ -275,6 +323,8 @@ def _complete(result: Result, trainer: FinetuningTrainer) -> None:
     state.stage, state.pipeline_complete = Stage.COMPLETE, True
     state.save(result.run.state_file, trainer.lock.check)
     unregister(Path(config.output_root), state.run_id)
+    if config.export.push_to_hub is not None:
+        push_to_hub(result.run.final, config.export.push_to_hub)
 
 
 def _recorded_evaluation(run: RunDirectory, stage: str) -> dict[str, Any]:

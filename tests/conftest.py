@@ -165,10 +165,11 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
+    from forge.checkpoint.beginning import Beginning
     from forge.cluster.ranks import build_accelerator
     from forge.cluster.signals import StopRequest
     from forge.config.loader import load_config
-    from forge.pipeline import _load_model
+    from forge.pipeline import _load_model, _with_origin
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
@@ -198,7 +199,7 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         training = config.training
         accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
         task = load_task(config)
-        loaded = _load_model(config, task)
+        loaded = _with_origin(_load_model(config, task), Beginning(), accelerator)
         if mutate is not None:
             mutate(loaded.model)
         run = create_run_directory(tmp_path / "trainer_runs", Path("tiny"), None)
@@ -206,7 +207,7 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         state = TrainingState(run_id=new_run_id())
         lock = RunLock(run)
         lock.take()
-        return FinetuningTrainer(config, accelerator, task, loaded.model, run, state, Recorder(), lock, StopRequest())
+        return FinetuningTrainer(config, accelerator, task, loaded, run, state, Recorder(), lock, StopRequest())
 
     yield build
     torch.use_deterministic_algorithms(False)

@@ -1,5 +1,6 @@
 """What a training saves and when, what it keeps, what it goes on from, and what no failure of a save costs."""
 
+import json
 import shutil
 import threading
 import time
@@ -308,8 +309,8 @@ def test_what_cannot_be_read_now_or_by_this_forge_is_not_called_bad(
         with pytest.raises(TrainingError, match=r"cannot be read now \(Stale file handle\); nothing was changed"):
             select(run, state)
     manifest = manifests.Manifest.read(run.path / "checkpoint-6")
-    replace(manifest, format=2).write(run.path / "checkpoint-6")
-    with pytest.raises(TrainingError, match="is of format 2, and this forge reads format 1"):
+    replace(manifest, format=3).write(run.path / "checkpoint-6")
+    with pytest.raises(TrainingError, match="is of format 3, and this forge reads format 2"):
         select(run, state)
     assert sorted(path.name for path in run.path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
 
@@ -389,3 +390,18 @@ def test_a_file_system_that_loses_bytes_without_a_word_gets_nothing_named(
         assert told in caplog.text
         assert not list(trainer.run.path.glob("*checkpoint-*"))
         caplog.clear()
+
+
+def test_a_checkpoint_of_the_format_before_adapters_is_read(build_trainer: Build) -> None:
+    from forge.checkpoint.manifest import Manifest, digest, verify
+
+    trainer = build_trainer()
+    trainer.train()
+    folder = trainer.run.path / "checkpoint-6"
+    values = read_json(folder / "manifest.json")
+    del values["digest"], values["base"]
+    values["format"] = 1
+    (folder / "manifest.json").write_text(json.dumps({**values, "digest": digest(values)}))
+    manifest = verify(folder, trainer.state.run_id)
+    assert (manifest.step, manifest.base) == (6, None)
+    assert isinstance(manifest, Manifest)

@@ -106,7 +106,7 @@ def test_a_value_that_the_last_author_set_again_is_his() -> None:
         ),
         (
             WHOLE.replace("path: data", "name: n").replace("path: m", "config: {model_type: bert}, tokenizer: t"),
-            {"model.path", "model.revision", "model.labels", "model.new_head"},
+            {f"model.{key}" for key in ("path", "revision", "base", "adapter", "labels", "new_head")},
         ),
         (WHOLE.replace("path: data", "name: n").replace("path: m", "path: m, new_head: yes"), {"model.labels"}),
         (WHOLE.replace("path: data", "name: n") + "training: {max_steps: 1}\n", {"training.epochs"}),
@@ -134,7 +134,7 @@ def test_each_mode_has_its_keys_without_effect(text: str, expected: set[str]) ->
     config = load(text).config
     inert = inert_keys(config)
     best = {"checkpoint.keep_best", "checkpoint.best_metric"}  # nothing is evaluated beside the checkpoints
-    always = {"distillation.temperature", "teacher.path", "task.dataset.shuffle_buffer"}
+    always = {"distillation.temperature", "teacher.path", "task.dataset.shuffle_buffer", "export.merge"}
     assert set(inert) == always | (expected - WITH_EVALUATIONS if expected >= WITH_EVALUATIONS else expected | best)
     assert all(found(config, why.mode_key) != "absent" for why in inert.values())
     assert all(found(config, key) != "absent" for key in inert)
@@ -186,6 +186,17 @@ def test_a_stream_has_its_own_keys_with_and_without_effect() -> None:
 def test_a_stream_that_cannot_be_trained_on_is_refused_with_the_way_out(text: str, expected: str) -> None:
     (problem,) = problems(text)
     assert problem.endswith(f": task.dataset.streaming is true, and {expected}")
+
+
+def test_of_an_export_what_is_written_has_an_effect() -> None:
+    def inert(model: str, export: str) -> set[str]:
+        text = WHOLE.replace("path: m", f"path: m, {model}") + f"export: {{{export}}}\n"
+        return {key for key in inert_keys(load(text).config) if key.startswith("export.")}
+
+    assert inert("lora: {rank: 2}", "merge: yes, dtype: bfloat16") == set()
+    assert inert("continue_adapter: yes", "merge: yes") == set()
+    assert inert("lora: {rank: 2}", "merge: no") == {"export.dtype"}
+    assert inert("adapter: a", "dtype: bfloat16") == {"export.merge"}
 
 
 def test_a_batch_size_below_the_device_limit_is_no_clash() -> None:

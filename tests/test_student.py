@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from forge.losses.cross_entropy import IGNORE
+from forge.model.adapter import put_on
 from forge.model.head import LinearHead, find_head
 from forge.trainer.student import Student
 
@@ -85,14 +87,12 @@ def test_a_fused_head_gives_the_loss_gradients_and_predictions_of_whole_logits(n
 
 
 def test_a_head_that_is_more_than_a_matrix_is_not_fused() -> None:
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
     model = build(CONFIGS["llama"])
-    adapted = get_peft_model(model, PeftConfig(target_modules=["q_proj"]))
-    assert isinstance(find_head(adapted, {}), LinearHead)
-    adapted = get_peft_model(build(CONFIGS["llama"]), PeftConfig(target_modules=["lm_head"]))
-    assert find_head(adapted, {}) == "its head is peft.tuners.lora.layer.Linear"
+    put_on(model, LoraConfig(target_modules=["q_proj"]))
+    assert isinstance(find_head(model, {}), LinearHead)
+    model = build(CONFIGS["llama"])
+    put_on(model, LoraConfig(target_modules=["lm_head"]))
+    assert find_head(model, {}) == "its head is peft.tuners.lora.layer.Linear"
     odd = build(CONFIGS["gemma 2 with a softcap"])
     original = odd.forward
     odd.forward = lambda **inputs: _doubled(original(**inputs))

@@ -17,6 +17,8 @@ from forge.run.files import read_json
 from forge.run.lock import RunLock
 from forge.run.state import TrainingState
 
+SHOWN = 12  # digits of a hash in a message
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -82,6 +84,19 @@ def with_rows(beginning: Beginning, fingerprint: str, description: str, allowed_
     line = f"changed: the rows of {description}: {known[:12]} -> {fingerprint[:12]} (allowed by --allow-change {ROWS})"
     allowed = {**beginning.allowed, ROWS: fingerprint}
     return replace(beginning, changes=[*beginning.changes, line], allowed=allowed)
+
+
+def check_base(beginning: Beginning, base: str | None) -> None:
+    """Raises UsageError where the adapter of the checkpoint was trained on other weights than there are now.
+
+    base: the hash of what the adapter lies on now; None where all weights are trained.
+    """
+    then = beginning.manifest.base if beginning.manifest is not None else None
+    if then is not None and base is not None and then != base:
+        raise UsageError(
+            f"the weights below the adapter are {base[:SHOWN]}, and {beginning.checkpoint} was trained on "
+            f"{then[:SHOWN]}; bring those back (base.json in the checkpoint names them), or start a new run"
+        )
 
 
 def _metadata(run: RunDirectory) -> dict[str, Any]:

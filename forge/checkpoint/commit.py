@@ -258,6 +258,7 @@ class Checkpoints:
             epoch=state.epoch,
             samples=state.samples,
             tokens=state.tokens,
+            base=self._training.weights.base,
             config_hash=digest(self._facts.config),
             created_at=now(),
             files=files,

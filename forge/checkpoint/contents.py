@@ -9,28 +9,18 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from forge.checkpoint.manifest import (
-    MODEL_CONFIG_FILE,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    StoredFile,
-    rng_file,
-    store,
-)
+from forge.checkpoint.manifest import OPTIMIZER_FILE, STATE_FILE, StoredFile, rng_file, store
 from forge.cluster.ranks import rank_seed
 from forge.run.state import TrainingState
-
-MODEL_PREFIX = "model."  # of the bare model's weights among those of the student, which wraps it with its loss
 
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -39,13 +29,28 @@ DTYPES = {
 }
 
 
+class Weights(Protocol):
+    """The weights that training changes, all of a model's or an adapter's, under the names that their file has."""
+
+    file: str
+    base: str | None  # the hash of what an adapter is trained on; None: all weights are here
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's own, not copies, and none twice."""
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
+
+    def texts(self) -> dict[str, str]:
+        """The small files that from_pretrained needs beside the weights, by name."""
+
+
 @dataclass(frozen=True)
 class Training:
     """The parts of a training in progress that a checkpoint is taken from and put back into."""
 
     accelerator: Accelerator
-    student: nn.Module  # prepared; its attribute model is the bare one
-    optimizer: Optimizer
+    weights: Weights
+    optimizer: Optimizer  # of the trained parameters only
     seed: int
 
 
@@ -56,14 +61,15 @@ class Snapshot:
     rank: int
     rng: dict[str, Any]
     state: dict[str, Any] | None  # TrainingState and progress, as JSON
-    model: dict[str, Tensor] | None
-    model_config: str | None
+    weights_file: str
+    weights: dict[str, Tensor] | None
+    texts: dict[str, str] | None
     optimizer: dict[str, Any] | None
 
     @property
     def bytes(self) -> int:
         """About what it takes on the disk."""
-        return sum(tensor.nbytes for tensor in _tensors([self.model, self.optimizer, self.rng]))
+        return sum(tensor.nbytes for tensor in _tensors([self.weights, self.optimizer, self.rng]))
 
 
 def take_snapshot(training: Training, state: TrainingState, progress: dict[str, Any], *, copy: bool) -> Snapshot:
@@ -71,20 +77,19 @@ def take_snapshot(training: Training, state: TrainingState, progress: dict[str, 
 
     progress: what the next report has collected, as JSON.
     """
-    accelerator = training.accelerator
+    accelerator, weights = training.accelerator, training.weights
     rng = _rng_state()
     if not accelerator.is_main_process:
-        return Snapshot(accelerator.process_index, rng, None, None, None, None)
-    student = accelerator.unwrap_model(training.student)
+        return Snapshot(accelerator.process_index, rng, None, weights.file, None, None, None)
     scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-    weights: dict[str, Tensor] = {name.removeprefix(MODEL_PREFIX): t for name, t in student.state_dict().items()}
     optimizer = {"optimizer": training.optimizer.state_dict(), "scaler": scaler}
     return Snapshot(
         accelerator.process_index,
         rng,
         {"state": asdict(state), "progress": progress},
-        _on_cpu(_without_aliases(weights), copy=copy),
-        student.model.config.to_json_string(),
+        weights.file,
+        _on_cpu(weights.tensors(), copy=copy),
+        weights.texts(),
         _on_cpu(optimizer, copy=copy),
     )
 
@@ -92,13 +97,13 @@ def take_snapshot(training: Training, state: TrainingState, progress: dict[str, 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, StoredFile]:
     """Writes this rank's files and tells what they are. Raises OSError; what was written then is worth nothing."""
     writers: dict[str, Callable[[IO[bytes]], None]] = {rng_file(snapshot.rank): _saves(snapshot.rng)}
-    if snapshot.model is not None:
-        model, config, state = snapshot.model, snapshot.model_config, snapshot.state
+    if snapshot.weights is not None and snapshot.texts is not None:
+        weights = snapshot.weights
+        texts = {**snapshot.texts, STATE_FILE: json.dumps(snapshot.state, indent=2) + "\n"}
         writers |= {
-            MODEL_FILE: lambda file: write_safetensors(model, file),
-            MODEL_CONFIG_FILE: lambda file: _write_text(file, config or ""),
+            snapshot.weights_file: lambda file: write_safetensors(weights, file),
             OPTIMIZER_FILE: _saves(snapshot.optimizer),
-            STATE_FILE: lambda file: _write_text(file, json.dumps(state, indent=2) + "\n"),
+            **{name: _writes(text) for name, text in texts.items()},
         }
     return {name: store(folder / name, write) for name, write in writers.items()}
 
@@ -109,12 +114,7 @@ def restore(training: Training, folder: Path) -> tuple[TrainingState, dict[str, 
     A rank that the checkpoint does not know (there are more now) starts random numbers of its own.
     """
     accelerator = training.accelerator
-    student = accelerator.unwrap_model(training.student)
-    saved = load_file(folder / MODEL_FILE)
-    own = student.state_dict()
-    weights = {f"{MODEL_PREFIX}{name}" if f"{MODEL_PREFIX}{name}" in own else name: t for name, t in saved.items()}
-    weights |= {alias: weights[name] for alias, name in _aliases(own).items() if name in weights}
-    student.load_state_dict(weights, strict=True)
+    training.weights.load(load_file(folder / training.weights.file))
     states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
     training.optimizer.load_state_dict(states["optimizer"])
     if accelerator.scaler is not None and states["scaler"] is not None:
@@ -167,23 +167,6 @@ def _set_rng_state(rng: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(rng["cuda"])
 
 
-def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights once, under the first of their names: the format holds no tensor twice."""
-    aliases = _aliases(tensors)
-    return {name: tensor for name, tensor in tensors.items() if name not in aliases}
-
-
-def _aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The later names of tied weights, and the first name of each."""
-    first: dict[tuple[Any, ...], str] = {}
-    aliases = {}
-    for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and first.setdefault(place, name) != name:
-            aliases[name] = first[place]
-    return aliases
-
-
 def _on_cpu(tree: Any, *, copy: bool) -> Any:
     if isinstance(tree, Tensor):
         held = tree.detach().to("cpu")  # waits for the GPU
@@ -210,5 +193,8 @@ def _saves(value: Any) -> Callable[[IO[bytes]], None]:
     return lambda file: torch.save(value, file)
 
 
-def _write_text(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+def _writes(text: str) -> Callable[[IO[bytes]], None]:
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    return write

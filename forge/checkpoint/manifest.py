@@ -12,9 +12,10 @@ from typing import IO, Any, Self
 from forge.errors import TrainingError
 from forge.run.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2  # 1 knew of no adapters, and is read as it was
 MANIFEST_FILE = "manifest.json"
-MODEL_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+MODEL_FILES = ("model.safetensors", "config.json")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json")
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"  # not training_state.json, which marks a run directory
 READ_BYTES = 1 << 22
@@ -47,6 +48,7 @@ class Manifest:
     config: dict[str, Any]  # the effective one
     config_hash: str
     data_fingerprint: str
+    base: str | None  # the hash of the model that an adapter is trained on; None: all weights are here
     git_commit: str | None
     versions: dict[str, str]
     created_at: str
@@ -74,6 +76,8 @@ class Manifest:
             raise BadCheckpoint(f"its {MANIFEST_FILE} cannot be read ({error})") from None
         if not isinstance(values, dict) or values.pop("digest", None) != digest(values):
             raise BadCheckpoint(f"its {MANIFEST_FILE} is not as it was written: its own hash does not fit it")
+        if values.get("format") == 1:
+            values |= {"format": FORMAT, "base": None}
         if values.get("format") != FORMAT:
             raise TrainingError(
                 f"{folder} is of format {values.get('format')}, and this forge reads format {FORMAT}; use the forge "
@@ -87,7 +91,8 @@ class Manifest:
 
 def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
     """Raises BadCheckpoint, or TrainingError as verify does, where the files are not those that the manifest lists."""
-    required = {MODEL_FILE, MODEL_CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE, *map(rng_file, range(manifest.ranks))}
+    of_model = MODEL_FILES if manifest.base is None else ADAPTER_FILES
+    required = {*of_model, OPTIMIZER_FILE, STATE_FILE, *map(rng_file, range(manifest.ranks))}
     if absent := sorted(required - set(manifest.files)):
         raise BadCheckpoint(f"its {MANIFEST_FILE} names no {', '.join(absent)}")
     for name, expected in manifest.files.items():

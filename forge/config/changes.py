@@ -66,6 +66,11 @@ RULES: dict[str, tuple[Kind, str]] = {
         Kind.MEANING,
         "the tokenizer and the shape of the model come from there; allow it if the same model only lies elsewhere",
     ),
+    "model.adapter": (
+        Kind.MEANING,
+        "what is trained lies on top of it; allow it if the same adapter only lies elsewhere",
+    ),
+    "model.base": (Kind.HARMLESS, "where the base lies; below an adapter its weights must have the same hash"),
     "model.tokenizer": (
         Kind.MEANING,
         "the same text would become other tokens; allow it if the same tokenizer only lies elsewhere",

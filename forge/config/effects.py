@@ -35,11 +35,16 @@ def inert_keys(config: Config) -> dict[str, Inert]:
         add("training.length_grouping", reason, "task.dataset.streaming")
     if config.model.config is not None:
         reason = "the model is built from model.config"
-        add("model.path model.revision model.labels model.new_head", reason, "model.config")
+        add("model.path model.revision model.base model.adapter model.labels model.new_head", reason, "model.config")
     elif config.model.new_head:
         add("model.labels", "model.new_head is true", "model.new_head")
     if config.model.config is None and config.model.new_tokenizer is not None:
         add("model.new_tokenizer", "model.path is set", "model.path")
+    if config.model.lora is None and not config.model.continue_adapter:
+        add("export.merge", "no adapter is trained (model.lora is null)", "model.lora")
+    elif not config.export.merge:
+        reason = "an adapter is exported in float32, and export.merge is false"
+        add("export.dtype", reason, "export.merge")
     if training.max_steps is not None:
         add("training.epochs", "training.max_steps is set", "training.max_steps")
     if training.warmup_steps is not None:

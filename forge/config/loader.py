@@ -25,6 +25,7 @@ DEBUG_SETTINGS = (
     "logging.every_steps=1",
     "checkpoint.every_steps=1",
     "tracking.wandb=null",
+    "export.push_to_hub=null",
 )
 
 

@@ -24,7 +24,7 @@ def located(config: Config) -> Config:
     task: dict[str, object] = {"dataset": dataset}
     if isinstance(config.task, CausalLmTask) and config.task.chat_template:
         task["chat_template"] = str(Path(config.task.chat_template).expanduser().absolute())
-    model = {"path": place(config.model.path), "tokenizer": place(config.model.tokenizer)}
+    model = {name: place(getattr(config.model, name)) for name in ("path", "base", "adapter", "tokenizer")}
     return config.model_copy(
         update={
             "task": config.task.model_copy(update=task),

@@ -300,6 +300,21 @@ class ModelConfig(Section):
             raise ValueError("is built from model.config and needs model.config.model_type, such as bert")
         return self
 
+    @model_validator(mode="after")
+    def _adapter_that_can_be(self) -> "ModelConfig":
+        adapted = self.lora is not None or self.continue_adapter
+        if self.config is not None and adapted:
+            raise ValueError("is built from model.config, and an adapter needs a model that can be found again: train "
+                             "all weights first, then set model.path to that run")  # fmt: skip
+        if self.lora is not None and self.continue_adapter:
+            raise ValueError("has two adapters to train: set model.lora for a new one, or model.continue_adapter for "
+                             "the one of model.path")  # fmt: skip
+        if self.continue_adapter and self.new_head:
+            raise ValueError("has both model.continue_adapter and model.new_head: a new head needs a new adapter")
+        if self.load_in_4bit and not adapted:
+            raise ValueError("has model.load_in_4bit, which keeps weights frozen: set model.lora beside it")
+        return self
+
 
 class TeacherConfig(Section):
     """The model that is distilled from; not loaded while distillation.alpha is 0."""

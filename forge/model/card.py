@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from forge.model.origin import short
+
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -19,20 +21,19 @@ def model_card(
     git = attempt["git"]
     code = f"commit {git['commit']}{' with changes' if git['dirty'] else ''}" if git["commit"] else "no git commit"
     # A hub id, which the hub links to; a local path says nothing to anybody else.
-    hub_id = model["source"] == model["location"] and not model["source"].startswith("/")
+    hub_id = model["location"] is not None and not model["location"].startswith("/")
     front = {
-        "library_name": "transformers",
+        "library_name": "peft" if model["adapter"] else "transformers",
         "pipeline_tag": task["pipeline_tag"],
         "tags": ["forge"],
-        **({"base_model": model["source"]} if hub_id else {}),
+        **({"base_model": model["location"]} if hub_id else {}),
     }
-    rows = "\n".join(f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, task["headline"]))
-    numbers = f"| | before | after |\n|---|---|---|\n{rows}" if rows else "It was not evaluated."
+    lines = "\n".join(f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, task["headline"]))
+    numbers = f"| | before | after |\n|---|---|---|\n{lines}" if lines else "It was not evaluated."
     labels = f"- Labels: {', '.join(model['labels'])}\n" if model["labels"] else ""
     sampled = any(name.endswith("/samples_of") for name in {**before, **after})
     note = "\nEvaluated on a sample of the rows (evaluation.max_samples), not on all of them.\n" if sampled else ""
     rows_read = f"{data['rows']['train']:,}" if "train" in data["rows"] else "a stream of unknown length"
-    processing = task["auto_processing"].removeprefix("Auto").lower()
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -43,19 +44,14 @@ def model_card(
 
 {numbers}
 {note}
-{labels}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
+{labels}{_adapter(model)}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
 - Data fingerprint (SHA-256 of the rows): `{data["fingerprint"]}`
 - Run id: `{metadata["run_id"]}`; code: {code}
 - Versions: {", ".join(f"{name} {attempt['packages'][name]}" for name in PACKAGES)}
 
-## Use
+{_lineage(metadata["lineage"])}## Use
 
-```python
-from transformers import {task["auto_model"]}, {task["auto_processing"]}
-
-model = {task["auto_model"]}.from_pretrained("PATH OF THIS FOLDER")
-{processing} = {task["auto_processing"]}.from_pretrained("PATH OF THIS FOLDER")
-```
+{_use(model, task, metadata.get("merged"))}
 
 ## Made with
 
@@ -75,3 +71,55 @@ def compare(before: dict[str, Any], after: dict[str, Any], headline: Sequence[st
         return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
     return [(name, text(before.get(name)), text(after.get(name))) for name in names]
+
+
+def _adapter(model: dict[str, Any]) -> str:
+    """A line on a LoRA adapter; empty where all weights were trained."""
+    adapter = model["adapter"]
+    if not adapter:
+        return ""
+    in_full = f", and {', '.join(adapter['trained_in_full'])} in full" if adapter["trained_in_full"] else ""
+    return (
+        f"- LoRA adapter of rank {adapter['rank']} (alpha {adapter['alpha']:g}){in_full}: "
+        f"{model['trained_parameters']:,} parameters were trained\n"
+        f"- Base: {model['location']}, weights `{short(model['base_sha256'])}` (base.json has all of the hash)\n"
+    )
+
+
+def _lineage(ancestors: list[dict[str, Any]]) -> str:
+    """The runs before this one, the oldest first."""
+    if not ancestors:
+        return ""
+    lines = "\n".join(
+        f"{number}. {run['name']} ({run['config']}, run `{run['run_id']}`): {run['steps']:,} steps, as {run['role']}"
+        for number, run in enumerate(ancestors, start=1)
+    )
+    return f"## Comes from\n\n{lines}\n\n"
+
+
+def _use(model: dict[str, Any], task: dict[str, Any], merged: dict[str, Any] | None) -> str:
+    """How to load it, in Python."""
+    auto, processing, here = task["auto_model"], task["auto_processing"], '"PATH OF THIS FOLDER"'
+    variable = processing.removeprefix("Auto").lower()
+    load = f"{variable} = {processing}.from_pretrained({here})"
+    if not model["adapter"]:
+        return _python(
+            f"from transformers import {auto}, {processing}", "", f"model = {auto}.from_pretrained({here})", load
+        )
+    below = model["adapters"][:-1] if model["adapter"]["continues"] else model["adapters"]
+    steps = [
+        f"config = AutoConfig.from_pretrained({here})  # as it was trained, with the labels if there are any",
+        f'model = {auto}.from_pretrained("{model["location"]}", config=config)',
+        *(f'model = PeftModel.from_pretrained(model, "{item["location"]}").merge_and_unload()' for item in below),
+        f"model = PeftModel.from_pretrained(model, {here})",
+    ]
+    text = _python(
+        "from peft import PeftModel", f"from transformers import AutoConfig, {auto}, {processing}", "", *steps, load
+    )
+    if merged is None:
+        return text
+    return f"{text}\n\nOr without peft: `{auto}.from_pretrained` of the folder `merged`, in {merged['dtype']}."
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])

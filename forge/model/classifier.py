@@ -18,7 +18,7 @@ from forge.model.load import (
     scratch_config,
     set_dropout,
 )
-from forge.model.source import ModelSource, find_model, load_model_config
+from forge.model.source import ModelSource, load_model_config, model_source
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def load_classifier(
         model = build_model(AutoModelForSequenceClassification, scratch, key)
         loaded = LoadedModel(model, None, [name for name, _ in model.named_parameters()], list(range(len(labels))))
     else:
-        assert config.path is not None  # the schema requires one of the two
-        loaded = _load_checkpoint(find_model(config.path, f"{key}.path", config.revision), config, labels, key)
+        loaded = _load_checkpoint(model_source(config, key), config, labels, key)
     check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
     if loaded.model.config.pad_token_id is None:  # decoder models find a row's last token by it
         loaded.model.config.pad_token_id = tokenizer.pad_token_id

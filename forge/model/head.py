@@ -35,9 +35,8 @@ def find_head(model: PreTrainedModel, forward_options: dict[str, Any]) -> Linear
     if type(linear) is not nn.Linear:  # LoRA's layers are other classes, and more than their weight
         return f"its head is {type(linear).__module__}.{type(linear).__name__}"
     text = model.config.get_text_config()
-    base = getattr(model, "get_base_model", lambda: model)()  # below peft's wrapper; its layers stay in place
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    head = LinearHead(base.base_model, linear, scale, getattr(text, "final_logit_softcapping", None))
+    head = LinearHead(model.base_model, linear, scale, getattr(text, "final_logit_softcapping", None))
     tokens = torch.arange(PROBE_TOKENS, device=linear.weight.device)[None] % linear.weight.shape[0]
     training = model.training
     model.eval()
@@ -48,4 +47,4 @@ def find_head(model: PreTrainedModel, forward_options: dict[str, Any]) -> Linear
             agree = torch.allclose(head.logits(hidden), expected, rtol=1e-3, atol=1e-4)
     finally:
         model.train(training)
-    return head if agree else f"{type(base).__name__} does more to its logits than forge knows of"
+    return head if agree else f"{type(model).__name__} does more to its logits than forge knows of"

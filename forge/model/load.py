@@ -1,18 +1,22 @@
 """Loads and builds models in float32: the parts that every task uses, and what is known of the result."""
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
-from forge.model.source import ModelSource, find_model, load_tokenizer, not_found
+from forge.model.adapter import is_adapted, merge, put_on_trained
+from forge.model.origin import Origin
+from forge.model.source import ModelSource, find_model, load_tokenizer, model_source, not_found
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,19 @@ class LoadedModel:
     source: ModelSource | None  # None: built from scratch
     new_weights: list[str]  # the parameters that no checkpoint gave
     label_ids: list[int]  # of a classifier: for each label of the data the index of the model's output
+    adapter: dict[str, Any] | None = None  # what is known of the one that is trained; None: all weights are
+    origin: Origin | None = None  # the files that it came from, where rank 0 has read them
+
+    @property
+    def below(self) -> Origin | None:
+        """What an adapter that is trained lies on."""
+        continued = self.origin is not None and self.source is not None and self.source.continues
+        return self.origin.without_last() if self.origin is not None and continued else self.origin
+
+    @property
+    def base_sha256(self) -> str | None:
+        """The hash of what an adapter that is trained lies on; None where there is none."""
+        return self.below.weights_sha256 if self.below is not None and is_adapted(self.model) else None
 
     def facts(self) -> dict[str, Any]:
         """What run_metadata.json tells of the model."""
@@ -32,9 +49,13 @@ class LoadedModel:
             "source": self.source.name if self.source else "from scratch",
             "location": self.source.location if self.source else None,
             "revision": self.source.revision if self.source else None,
-            "commit": getattr(self.model.config, "_commit_hash", None),  # of a hub model, whatever revision said
+            "commit": self.origin.base.commit if self.origin else None,
+            "weights_sha256": self.origin.weights_sha256 if self.origin else None,
+            "adapters": [asdict(adapter) for adapter in self.origin.adapters] if self.origin else [],
+            "base_sha256": self.base_sha256,
             "architecture": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "adapter": self.adapter,
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "labels": list((self.model.config.id2label or {}).values()) if self.label_ids else [],
             "new_weights": self.new_weights if self.source else "all",
@@ -56,14 +77,15 @@ def load_own_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def processing_source(config: ModelConfig) -> tuple[ModelSource, str]:
     """Where the model's tokenizer or processor comes from, and the key that says so."""
-    key = "model.tokenizer" if config.tokenizer else "model.path"
-    name = config.tokenizer or config.path
-    assert name is not None  # the schema requires one of the two, or a new tokenizer
-    return find_model(name, key, None if config.tokenizer else config.revision), key
+    if config.tokenizer:
+        return find_model(config.tokenizer, "model.tokenizer"), "model.tokenizer"
+    return model_source(config, "model"), "model.path"
 
 
 def read_checkpoint(auto_model: Any, source: ModelSource, config: PreTrainedConfig, key: str, what: str) -> ReadWeights:
-    """The model of `config` with the weights of `source`, in float32. Raises UsageError where there are none."""
+    """The model of `config` with the weights of `source`, in float32, its adapters merged into it, the newest put on it
+    if that is to be trained. Raises UsageError where there are no such weights, or an adapter does not fit them."""
+    options = _in_4bit(source, key) if source.in_4bit else {}
     with _quiet_about_missing_weights():
         try:
             model, info = auto_model.from_pretrained(
@@ -73,11 +95,17 @@ def read_checkpoint(auto_model: Any, source: ModelSource, config: PreTrainedConf
                 dtype=torch.float32,  # master weights; mixed precision computes in less
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # a head of another size is judged by its task, with a sentence
+                **options,
             )
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(not_found(source, f"{key}.path", what, error)) from error
-    mismatched = [entry[0] for entry in info["mismatched_keys"]]
-    return ReadWeights(model, sorted(set(info["missing_keys"]) | set(mismatched)), mismatched)
+    if is_adapted(model):
+        raise UsageError(
+            f"{key}.path: {source.name} is an adapter on the hub; set {key}.path to its base and {key}.adapter to it"
+        )
+    given = _with_adapters(model, source, key)
+    mismatched = [entry[0] for entry in info["mismatched_keys"] if entry[0] not in given]
+    return ReadWeights(model, sorted((set(info["missing_keys"]) | set(mismatched)) - given), mismatched)
 
 
 def refuse_missing(source: ModelSource, model: PreTrainedModel, missing: list[str], key: str) -> None:
@@ -149,6 +177,42 @@ def check_fits(model: PreTrainedModel, max_length: int, training: TrainingConfig
     if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
         name = type(model).__name__
         raise UsageError(f"{name} cannot recompute activations; set training.gradient_checkpointing: false")
+
+
+def _with_adapters(model: PreTrainedModel, source: ModelSource, key: str) -> set[str]:
+    """The names of the parameters that an adapter holds in full, which its base may lack."""
+    given: set[str] = set()
+    for adapter in source.adapters:
+        trained = source.continues and adapter is source.adapters[-1]
+        handle, in_full = put_on_trained(model, Path(adapter.location), f"{key}.path", trainable=trained)
+        given |= in_full
+        if not trained:
+            merge(handle)
+    if source.adapters:
+        logger.info("%s: %s on %s", key, ", ".join(item.name for item in source.adapters), source.base)
+    return given
+
+
+def _in_4bit(source: ModelSource, key: str) -> dict[str, Any]:
+    """What from_pretrained is given for QLoRA (arXiv 2305.14314). Raises UsageError where it cannot be done."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"{key}.load_in_4bit needs the package bitsandbytes; `pip install bitsandbytes`, or set it to false"
+        )
+    if not torch.cuda.is_available():
+        raise UsageError(f"{key}.load_in_4bit needs a GPU, and there is none here; set it to false")
+    if len(source.adapters) > int(source.continues):
+        raise UsageError(
+            f"{key}.load_in_4bit: an adapter cannot be merged into weights of 4 bits; set {key}.path to its run's "
+            "final/merged (export.merge: true writes it), or set it to false"
+        )
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
+    )
+    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _not_buildable(where: str, error: Exception) -> str:

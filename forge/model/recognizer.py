@@ -22,7 +22,7 @@ from forge.model.load import (
     scratch_config,
     set_dropout,
 )
-from forge.model.source import find_model, load_model_config
+from forge.model.source import load_model_config, model_source
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,7 @@ def load_recognizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, key
         model = build_model(AutoModelForImageTextToText, scratch, key)
         loaded = LoadedModel(model, None, [name for name, _ in model.named_parameters()], [])
     else:
-        assert config.path is not None  # the schema requires one of the two
-        source = find_model(config.path, f"{key}.path", config.revision)
+        source = model_source(config, key)
         checkpoint = load_model_config(source, f"{key}.path")
         set_dropout(checkpoint, config.dropout)
         what = "weights for a model that reads images"

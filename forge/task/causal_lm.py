@@ -26,7 +26,7 @@ from forge.model.load import (
     scratch_config,
     set_dropout,
 )
-from forge.model.source import find_model, load_model_config
+from forge.model.source import load_model_config, model_source
 from forge.task.batches import Batch, evaluated_rows
 from forge.task.bpe import train_bpe
 from forge.task.chat import load_text
@@ -87,8 +87,7 @@ class CausalLm(Task):
             model = build_model(AutoModelForCausalLM, scratch, key)
             loaded = LoadedModel(model, None, [name for name, _ in model.named_parameters()], [])
         else:
-            assert config.path is not None  # the schema requires one of the two
-            source = find_model(config.path, f"{key}.path", config.revision)
+            source = model_source(config, key)
             checkpoint = load_model_config(source, f"{key}.path")
             set_dropout(checkpoint, config.dropout)
             read = read_checkpoint(AutoModelForCausalLM, source, checkpoint, key, "weights for a causal LM")

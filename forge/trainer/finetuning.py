@@ -21,6 +21,8 @@ from forge.config.schema import Config, TrainingConfig
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
 from forge.model.head import LinearHead, find_head
+from forge.model.load import LoadedModel
+from forge.model.trained import trained_weights
 from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.provenance import code_facts
@@ -52,7 +54,7 @@ class FinetuningTrainer:
         config: Config,
         accelerator: Accelerator,
         task: Task,
-        model: PreTrainedModel,
+        loaded: LoadedModel,
         run: RunDirectory,
         state: TrainingState,
         callbacks: Callback,
@@ -71,6 +73,7 @@ class FinetuningTrainer:
         accelerator.gradient_accumulation_steps = self.micro_batches
 
         self.num_workers = task.num_workers if training.num_workers is None else training.num_workers
+        model = loaded.model
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(accelerator.device)
@@ -96,7 +99,8 @@ class FinetuningTrainer:
         self._note_total()
         self.meter = StepMeter(accelerator)
         self.vote = StopVote(accelerator, stop)
-        self.parts = Training(accelerator, self.student, self.optimizer, training.seed)
+        self.weights = trained_weights(model, loaded.below)
+        self.parts = Training(accelerator, self.weights, self.optimizer, training.seed)
         facts = RunFacts(
             ranks=accelerator.num_processes,
             rows_per_step=self.rows_per_step,

@@ -24,9 +24,11 @@ class SamplesFolder(Callback):
     def sampled(self, state: TrainingState, stage: str, samples: Samples) -> None:
         for split, rows in samples.items():
             for sample in rows:
-                texts = {"prompt": sample.prompt, "model": sample.prediction, "reference": sample.reference}
-                shown = "  ".join(f"{name} {_short(text)}" for name, text in texts.items() if text is not None)
-                logger.info("%s sample, %s row %d: %s", stage, split, sample.row, shown)
+                asked = "" if sample.prompt is None else f"{_end(sample.prompt)} -> "
+                logger.info(
+                    "%s sample, %s row %d: %s%s  (reference %s)",
+                    *(stage, split, sample.row, asked, _beginning(sample.prediction), _beginning(sample.reference)),
+                )
         self._folder.mkdir(exist_ok=True)
         publish_folder(
             self._folder / f"{stage}-{state.step}", lambda folder: _write(folder, stage, state.step, samples)
@@ -61,6 +63,10 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
 
 
-def _short(text: str) -> str:
-    line = json.dumps(text, ensure_ascii=False)
-    return line if len(line) <= SHOWN else f'{line[: SHOWN - 2]}…"'
+def _beginning(text: str) -> str:
+    return json.dumps(text if len(text) <= SHOWN else f"{text[:SHOWN]}…", ensure_ascii=False)
+
+
+def _end(text: str) -> str:
+    """Of a prompt: what was asked last."""
+    return json.dumps(text if len(text) <= SHOWN else f"…{text[-SHOWN:]}", ensure_ascii=False)

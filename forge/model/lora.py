@@ -1,0 +1,129 @@
+"""Puts a new LoRA adapter on a loaded model: only it, and the weights that no checkpoint gave, are trained."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import peft
+from accelerate.utils import set_seed
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from forge.config.schema import LoraConfig, ModelConfig
+from forge.errors import UsageError
+from forge.model.adapter import adapter_config, is_adapted, put_on
+from forge.model.load import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+TARGETS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)  # what peft can put an adapter on
+ALL_LINEAR = "all-linear"  # every linear layer but the head over the vocabulary
+SHOWN = 40  # names in a message
+
+
+def with_lora(loaded: LoadedModel, config: ModelConfig, seed: int, key: str = "model") -> LoadedModel:
+    """The same model, with a new adapter where `config` asks for one. Its first weights depend on the seed alone.
+
+    Raises UsageError where a target matches no module, and for a model that an adapter cannot hold.
+    """
+    model = loaded.model
+    if config.lora is None:
+        return replace(loaded, adapter=_facts(model, config.path)) if is_adapted(model) else loaded
+    new = _modules_of(model, loaded.new_weights)
+    asked = _matching(model, config.lora.modules_to_save, nn.Module, f"{key}.lora.modules_to_save")
+    saved = list(dict.fromkeys([*new, *asked]))
+    targets = [name for name in _targets(model, config.lora, key) if not _within(name, saved)]
+    if not targets:
+        raise UsageError(f"{key}.lora.target leaves no module to adapt: all of them are trained in full")
+    _refuse_running_statistics(model, saved, key)
+    set_seed(seed)
+    put_on(model, _peft_config(config.lora, targets, saved))
+    return replace(loaded, adapter=_facts(model, None))
+
+
+def _targets(model: PreTrainedModel, config: LoraConfig, key: str) -> list[str]:
+    """The full names of the modules that are adapted, in the model's order."""
+    named = [name for name in config.target if name != ALL_LINEAR]
+    found = _matching(model, named, TARGETS, f"{key}.lora.target")
+    if ALL_LINEAR in config.target:
+        head = model.get_output_embeddings()
+        linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        found += [name for name, module in linear if module is not head and not _is_unused(module, model)]
+    return list(dict.fromkeys(found))
+
+
+def _is_unused(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Frozen by its task, since no logit depends on it: data parallelism would wait for its gradients."""
+    quantized = getattr(model, "is_quantized", False)  # there all of them are frozen
+    return not quantized and not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _matching(model: PreTrainedModel, names: list[str], kinds: Any, key: str) -> list[str]:
+    """Modules whose name is one of `names`, or ends in one after a dot."""
+    modules = [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
+    found = []
+    for name in modules:
+        if any(name == wanted or name.endswith(f".{wanted}") for wanted in names):
+            found.append(name)
+    for wanted in names:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+            leaves = list(dict.fromkeys(_leaf(name) for name in modules))
+            shown = ", ".join(leaves[:SHOWN]) + (f" and {len(leaves) - SHOWN} more" if len(leaves) > SHOWN else "")
+            raise UsageError(f"{key}: no module of {type(model).__name__} is named {wanted}; there are: {shown}")
+    return found
+
+
+def _modules_of(model: PreTrainedModel, parameters: list[str]) -> list[str]:
+    """The modules that hold these parameters, as far as they are trained: peft trains whole modules in full."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if name in trained))
+
+
+def _refuse_running_statistics(model: PreTrainedModel, saved: list[str], key: str) -> None:
+    """Training would change them, and neither an adapter nor a merge has a place for them."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not _within(name, saved):
+            raise UsageError(
+                f"{key}.lora: {type(model).__name__} normalizes over batches ({name}), and the statistics that it "
+                f"gathers are no part of an adapter; train all weights, or name it in {key}.lora.modules_to_save"
+            )
+
+
+def _peft_config(config: LoraConfig, targets: list[str], saved: list[str]) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a fraction is fine
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        target_modules=targets,
+        modules_to_save=saved or None,
+    )
+
+
+def _facts(model: PreTrainedModel, continues: str | None) -> dict[str, Any]:
+    """Of the adapter that is on the model; also logged."""
+    config = adapter_config(model)
+    saved = sorted(config.modules_to_save or [])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "LoRA of rank %d (alpha %g)%s; %s of %s parameters are trained (%.2f %%)",
+        config.r,
+        config.lora_alpha,
+        f", {', '.join(saved)} in full" if saved else "",
+        f"{trained:,}",
+        f"{total:,}",
+        100 * trained / total,
+    )
+    return {"rank": config.r, "alpha": config.lora_alpha, "trained_in_full": saved, "continues": continues}
+
+
+def _within(name: str, modules: Any) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,304 @@
+"""Adapters as a model's source: the base is found and compared, and adapters are merged, trained on, and stacked."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import LABELS, classifier, llama, logits, train, write_adapter, write_llama
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from forge.config.loader import load_config
+from forge.config.schema import ModelConfig
+from forge.errors import UsageError
+from forge.model.adapter import adapter_tensors, is_adapted
+from forge.model.classifier import load_classifier
+from forge.model.load import ReadWeights, processing_source, read_checkpoint
+from forge.model.lora import with_lora
+from forge.model.origin import Weights, hash_of_files, hashed, weight_files
+from forge.model.source import load_model_config, load_tokenizer, model_source, origin_of, with_run_paths
+from forge.run.state import TrainingState, new_run_id
+
+
+def read(**keys: Any) -> ReadWeights:
+    source = model_source(ModelConfig(**keys), "model")
+    config = load_model_config(source, "model.path")
+    return read_checkpoint(AutoModelForCausalLM, source, config, "model", "weights")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """An adapter of forge, on the base."""
+    write_adapter(llama(base), base, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def expected(base: Path, adapter: Path) -> torch.Tensor:
+    """What peft itself makes of the two."""
+    return logits(PeftModel.from_pretrained(llama(base), adapter))
+
+
+def as_run(adapter: Path, run: Path, inside: str = "final") -> Path:
+    """A run that trained the adapter."""
+    run.mkdir(parents=True, exist_ok=True)
+    TrainingState(run_id=new_run_id()).save(run / "training_state.json")
+    shutil.copytree(adapter, run / inside)
+    return run
+
+
+def test_an_adapter_is_merged_into_its_base_and_then_trained_in_full(adapter: Path, expected: torch.Tensor) -> None:
+    model, missing, _ = read(path=str(adapter))
+    torch.testing.assert_close(logits(model), expected)
+    assert not is_adapted(model)
+    assert missing == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [name for name, _ in model.named_parameters() if "lora" in name] == []
+
+
+@pytest.mark.parametrize("inside", ["final", "checkpoint-8"])
+def test_a_run_and_a_checkpoint_of_it_stand_for_their_adapter(
+    inside: str, adapter: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    run = as_run(adapter, tmp_path / "outputs" / "chat" / "first", inside)
+    path = run if inside == "final" else run / inside
+    torch.testing.assert_close(logits(read(path=str(path)).model), expected)
+
+
+def test_the_name_of_a_run_stands_for_it_and_a_folder_of_that_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "outputs" / "chat" / "first"
+    run.mkdir(parents=True)
+    TrainingState(run_id=new_run_id()).save(run / "training_state.json")
+    Path("c.yaml").write_text(
+        "task: {type: classification, dataset: {path: d}}\nmodel: {path: first, adapter: other, tokenizer: org/first}\n"
+    )
+    config = load_config(Path("c.yaml")).config
+    named = with_run_paths(config).model
+    assert (named.path, named.adapter, named.tokenizer) == (str(run), "other", "org/first")
+
+    Path("first").mkdir()
+    assert with_run_paths(config).model.path == "first"
+    Path("first").rmdir()
+    second = tmp_path / "outputs" / "ocr" / "first"
+    second.mkdir(parents=True)
+    TrainingState(run_id=new_run_id()).save(second / "training_state.json")
+    with pytest.raises(UsageError, match="2 runs below outputs are named first; give the path of one"):
+        with_run_paths(config)
+
+
+def test_an_adapter_is_put_on_the_model_that_path_names(base: Path, adapter: Path, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(logits(read(path=str(base), adapter=str(adapter)).model), expected)
+
+
+def test_the_adapter_of_a_stranger_tells_its_base_in_its_config(
+    base: Path, adapter: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    (adapter / "base.json").unlink()
+    source = model_source(ModelConfig(path=str(adapter)), "model")
+    assert (source.location, source.name, source.base) == (str(base), str(adapter), str(base))
+    torch.testing.assert_close(logits(read(path=str(adapter)).model), expected)
+
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"model.base names it where it lies elsewhere"):
+        model_source(ModelConfig(path=str(adapter)), "model")
+    moved = read(path=str(adapter), base=str(tmp_path / "moved")).model
+    torch.testing.assert_close(logits(moved), expected)
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(UsageError, match=r"does not tell its base; name it with model.base"):
+        model_source(ModelConfig(path=str(adapter)), "model")
+
+
+def test_a_base_that_is_gone_is_named_with_the_key_that_replaces_it(
+    base: Path, adapter: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UsageError) as error:
+        model_source(ModelConfig(path=str(adapter)), "model")
+    assert f"the base of {adapter} is not at {base} any more" in str(error.value)
+    assert "model.base" in str(error.value)
+    moved = read(path=str(adapter), base=str(tmp_path / "moved")).model
+    torch.testing.assert_close(logits(moved), expected)
+
+
+def test_a_base_whose_weights_have_changed_is_refused_unless_it_is_asked_for(
+    base: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = model_source(ModelConfig(path=str(adapter)), "model")
+    then = origin_of(source, "model").base.sha256
+    write_llama(base, seed=5)
+    now = hashed(Weights("b", str(base))).sha256
+    assert then != now
+    with pytest.raises(UsageError) as error:
+        origin_of(source, "model")
+    assert f"was trained on {base} with the weights {then[:12]}, and {base} has {now[:12]}" in str(error.value)
+    with pytest.raises(UsageError, match=then[:12]):
+        origin_of(model_source(ModelConfig(path=str(base), adapter=str(adapter)), "model"), "model")
+    assert not caplog.records
+
+    asked = origin_of(model_source(ModelConfig(path=str(adapter), base=str(base)), "model"), "model")
+    assert asked.base.sha256 == now
+    assert [record.message for record in caplog.records if "model.base asks for it" in record.message]
+
+
+@pytest.mark.parametrize("by", ["path", "adapter"])
+def test_a_stacked_adapter_comes_with_those_below_it(by: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """One is merged into the base, a second trained on that: the second alone would be another model."""
+    top = tmp_path / "top"
+    merged = read(path=str(adapter)).model
+    expected = write_adapter(merged, base, top, below=(adapter,), seed=2, target_modules=["v_proj"])
+
+    keys = {"path": str(top)} if by == "path" else {"path": str(base), "adapter": str(top)}
+    source = model_source(ModelConfig(**keys), "model")
+    assert [part.location for part in source.adapters] == [str(adapter), str(top)]
+    torch.testing.assert_close(logits(read(**keys).model), expected)
+    # path is the first adapter already: it is not applied twice
+    torch.testing.assert_close(logits(read(path=str(adapter), adapter=str(top)).model), expected)
+
+    origin = origin_of(source, "model")
+    assert origin.base.sha256 == hash_of_files(weight_files(base))
+    assert [part.sha256 for part in origin.adapters] == [hash_of_files(weight_files(path)) for path in (adapter, top)]
+    save_file(load_file(top / "adapter_model.safetensors"), adapter / "adapter_model.safetensors")
+    with pytest.raises(UsageError, match=f"was trained on {adapter} with the weights {origin.adapters[0].sha256[:12]}"):
+        origin_of(source, "model")
+
+
+def test_an_adapter_is_trained_on(adapter: Path, expected: torch.Tensor) -> None:
+    config = ModelConfig(path=str(adapter), continue_adapter=True)
+    model, missing, _ = read(path=str(adapter), continue_adapter=True)
+    assert (is_adapted(model), missing) == (True, [])
+    torch.testing.assert_close(logits(model), expected)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 4
+    assert all(".lora_" in name for name in trained)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter_tensors(model).items())
+    source = model_source(config, "model")
+    assert origin_of(source, "model").without_last().weights_sha256 == hash_of_files(
+        weight_files(Path(source.location))
+    )
+
+
+def test_what_is_no_adapter_cannot_be_trained_on_or_have_a_base(base: Path, adapter: Path) -> None:
+    with pytest.raises(UsageError, match=r"model.continue_adapter is true, and .* is no adapter"):
+        model_source(ModelConfig(path=str(base), continue_adapter=True), "model")
+    with pytest.raises(UsageError, match="is no adapter that needs one; take it out"):
+        model_source(ModelConfig(path=str(base), base=str(base)), "model")
+    with pytest.raises(UsageError, match=r"has no adapter_config.json; name a LoRA adapter"):
+        model_source(ModelConfig(path=str(base), adapter=str(base)), "model")
+
+
+def test_an_adapter_for_another_architecture_is_one_sentence(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    other_shape = write_llama(tmp_path / "three", layers=3)
+    with pytest.raises(UsageError) as error:
+        read(path=str(other_shape), adapter=str(adapter))
+    assert "does not fit LlamaForCausalLM" in str(error.value)
+    assert "the adapter has no model.layers.2.self_attn.q_proj.lora_A.weight, 2 in all" in str(error.value)
+
+    fewer = write_llama(tmp_path / "one", layers=1)
+    with pytest.raises(UsageError, match=r"the model has no model.layers.1.self_attn.q_proj.lora_\S+ 2 in all"):
+        read(path=str(fewer), adapter=str(adapter))
+
+    source = model_source(ModelConfig(path=str(tiny_model), adapter=str(adapter)), "model")
+    with pytest.raises(UsageError, match="it was trained on a llama model, and this is a bert"):
+        load_model_config(source, "model.path")
+    (adapter / "config.json").unlink()
+    bare = model_source(ModelConfig(path=str(tiny_model), adapter=str(adapter)), "model")
+    with pytest.raises(UsageError, match=r"does not fit Bert.*it was trained on another model, which model.base can"):
+        read_checkpoint(AutoModelForCausalLM, bare, load_model_config(bare, "model.path"), "model", "weights")
+
+
+def test_a_wider_adapter_names_the_first_shape_that_differs(base: Path, adapter: Path) -> None:
+    saved = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({**saved, name: torch.zeros(2, 24)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UsageError, match=r"\(size mismatch for model.layers.0.self_attn.q_proj.lora_A.default.weight"):
+        read(path=str(adapter))
+
+
+def test_other_kinds_of_adapters_are_refused(base: Path, tmp_path: Path) -> None:
+    strange = get_peft_model(
+        llama(base), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    )
+    strange.save_pretrained(tmp_path / "ia3")
+    with pytest.raises(UsageError, match="is a IA3 adapter, and forge applies LoRA adapters only"):
+        read(path=str(tmp_path / "ia3"))
+
+
+def test_a_classifier_has_the_head_and_the_labels_of_its_adapter(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The base has neither: the head is in the adapter, and the names in the config beside it."""
+    folder = tmp_path / "adapter"
+    expected = write_adapter(
+        classifier(tiny_model), tiny_model, folder, target_modules=["query"], modules_to_save=["classifier"]
+    )
+    config = ModelConfig(path=str(folder))
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(*processing_source(config))
+    assert len(tokenizer) == 20  # the base's: the adapter's folder has none
+    loaded = load_classifier(config, [LABELS[2], LABELS[0], LABELS[1]], tokenizer)
+    assert loaded.new_weights == []
+    assert loaded.label_ids == [2, 0, 1]
+    torch.testing.assert_close(logits(loaded.model), expected)
+    assert not any("start new" in record.message for record in caplog.records)
+
+    # A new adapter on top trains no head: it is not new any more.
+    top = with_lora(loaded, ModelConfig(path=str(folder), lora={"rank": 1, "target": ["value"]}), seed=1)
+    assert top.adapter is not None
+    assert top.adapter["trained_in_full"] == []
+    train(top.model)
+    assert not torch.equal(logits(top.model), expected)
+
+
+def test_a_tokenizer_beside_the_adapter_comes_before_the_bases(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    write_adapter(classifier(tiny_model), tiny_model, folder, target_modules=["query"])
+    tokenizer = load_tokenizer(model_source(ModelConfig(path=str(tiny_model)), "model"), "model.path")
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(folder)
+    assert len(load_tokenizer(model_source(ModelConfig(path=str(folder)), "model"), "model.path")) == len(tokenizer)
+
+
+def test_the_hash_is_of_the_files_that_are_read_and_the_hubs_cache_knows_it(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "m")
+    (alone,) = weight_files(folder)
+    assert alone.name == "model.safetensors"
+    (folder / "pytorch_model.bin").write_bytes(b"older")
+    assert weight_files(folder) == [alone]
+    first = hash_of_files([alone])
+
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"never read")
+    alone.unlink()
+    alone.symlink_to(blob)
+    assert hash_of_files([alone]) != first
+    blob.write_bytes(b"other bytes under the same name")
+    assert hash_of_files([alone]) == hash_of_files([alone])
+
+    llama(write_llama(tmp_path / "n")).save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    shards = weight_files(tmp_path / "shards")
+    assert len(shards) > 1
+    assert all(file.name.startswith("model-0") for file in shards)
+
+
+def test_peft_adapters_in_the_old_format_are_read(base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(llama(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    train(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "old", safe_serialization=False)
+    assert (tmp_path / "old" / "adapter_model.bin").is_file()
+    torch.testing.assert_close(logits(read(path=str(tmp_path / "old")).model), expected)
