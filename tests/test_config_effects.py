@@ -51,6 +51,13 @@ def test_a_control_run_of_a_distillation_is_one_notice() -> None:
     ]
 
 
+def test_a_new_tokenizer_of_a_config_is_left_where_the_command_line_names_a_model() -> None:
+    text = WHOLE.replace("path: m", "config: {model_type: bert}, new_tokenizer: {kind: characters}")
+    loaded = load(text, "model.path=m")
+    assert loaded.config.model.config is None
+    assert loaded.notices == ["without effect in this run: model.new_tokenizer (c.yaml:2: model.path is set)"]
+
+
 @pytest.mark.parametrize(("parent", "child"), [(ALPHA_0, HOT), (HOT, ALPHA_0)])
 def test_a_parent_and_its_child_are_two_authors(parent: str, child: str) -> None:
     Path("b.yaml").write_text(parent)

@@ -39,6 +39,8 @@ def inert_keys(config: Config) -> dict[str, Inert]:
         add("model.path model.revision model.base model.adapter model.labels model.new_head", reason, "model.config")
     elif config.model.new_head:
         add("model.labels", "model.new_head is true", "model.new_head")
+    if config.model.config is None and config.model.new_tokenizer is not None:
+        add("model.new_tokenizer", "model.path is set", "model.path")
     if config.model.lora is None and not config.model.continue_adapter:
         add("export.merge", "no adapter is trained (model.lora is null)", "model.lora")
     elif not config.export.merge:

@@ -97,7 +97,8 @@ def check_images(rows: Dataset, column: str, where: str, skip_broken: bool) -> t
         raise UsageError(f"{where}: none of its {len(rows)} images can be read, the first is {broken[0]}")
     if broken:
         logger.warning("%s: %d of %d images cannot be read and are left out: %s", where, len(broken), len(rows), broken)
-    return rows.select(kept).add_column("row", kept).add_column("image_hash", hashes), broken
+    rows = rows.select(kept) if broken else rows  # a selection is copied by what follows
+    return rows.add_column("row", kept).add_column("image_hash", hashes), broken
 
 
 def keep_encoded(rows: Dataset, column: str, where: str) -> Dataset:

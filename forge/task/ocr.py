@@ -214,7 +214,7 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
         processing: Any = new_processor(tokenizer, model.config)
         start = start_token(None, tokenizer)
     else:
-        if model.new_tokenizer is not None:
+        if model.config is not None and model.new_tokenizer is not None:
             raise UsageError("model.new_tokenizer is for encoder-decoders from scratch; name one with model.tokenizer")
         source, key = processing_source(model)
         processing = load_processor(source, key)

@@ -22,7 +22,7 @@ READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 METADATA = "metadata"  # the file in a split's folder that gives each image there, by file_name, its row
 DEMOS = {  # what generates so many rows of a split, and how many each has
     "nli": (demo_nli, {"train": 6000, "validation": 1000}),
-    "lines": (demo_lines, {"train": 10000, "validation": 500}),
+    "lines": (demo_lines, {"train": 20000, "validation": 500}),
     "chat": (demo_chat, {"train": 8000, "validation": 500}),
 }
 
