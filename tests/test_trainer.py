@@ -9,6 +9,7 @@ import torch
 from conftest import pair_rows
 
 from forge.errors import TrainingError
+from forge.losses.cross_entropy import IGNORE
 
 Build = Callable[..., Any]
 
@@ -212,3 +213,17 @@ def test_evaluation_during_training_comes_when_it_is_due_and_not_twice_at_the_en
     alone = build_trainer("evaluation.every_steps=3", "evaluation.final=false")
     alone.train()
     assert alone.callbacks.evaluations == [("training", 3), ("training", 6)]
+
+
+def test_a_step_without_any_label_changes_no_gradient_and_reports_a_loss_of_0(build_trainer: Build) -> None:
+    """A stream may give one, whose every row was left out."""
+    trainer = build_trainer("training.weight_decay=0")
+    trainer.batches.start_at(0)
+    before = [weight.clone() for weight in trainer.model.parameters()]
+    micro_batches = trainer.batches.next_step()
+    for batch in micro_batches:
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+    trainer.train_step(micro_batches, rate=1e-3)
+    trainer.meter.settle()
+    assert trainer.meter.losses().tolist() == [0.0]
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

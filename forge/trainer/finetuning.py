@@ -187,6 +187,7 @@ class FinetuningTrainer:
         }
         # torch.full and not torch.tensor: a copy from the CPU would wait for the GPU
         label_count = self.accelerator.reduce(torch.full((), labels, device=self.accelerator.device), "sum")
+        label_count = label_count.clamp(min=1)  # a stream may give a step whose every row was left out: a loss of 0
         ce_sum = torch.zeros((), device=self.accelerator.device)  # float32, this rank's
         for cpu_batch in micro_batches:
             batch = send_to_device(cpu_batch, self.accelerator.device, non_blocking=True)
