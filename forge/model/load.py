@@ -16,7 +16,7 @@ from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.model.adapter import is_adapted, merge, put_on_trained
 from forge.model.origin import Origin
-from forge.model.source import ModelSource, find_model, load_tokenizer, model_source, not_found
+from forge.model.source import ModelSource, find_model, load_model_config, load_tokenizer, model_source, not_found
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,26 @@ class ReadWeights(NamedTuple):
     model: PreTrainedModel
     missing: list[str]  # names of parameters that start new, sorted: the checkpoint lacks them, or
     mismatched: list[str]  # has them in another shape
+
+
+def load_whole(
+    auto_model: Any, config: ModelConfig, key: str, what: str, scratch: PreTrainedConfig | None, may_lack: str = ""
+) -> LoadedModel:
+    """The model of the config's section `key`: new, as `scratch` says, or of a checkpoint that has all its weights.
+
+    what: the weights in a few words, for a message. may_lack: what is in the name of a weight that may start new.
+    Raises UsageError where the model cannot be built, or read whole.
+    """
+    if scratch is not None:
+        set_dropout(scratch, config.dropout)
+        model = build_model(auto_model, scratch, key)
+        return LoadedModel(model, None, [name for name, _ in model.named_parameters()], [])
+    source = model_source(config, key)
+    checkpoint = load_model_config(source, f"{key}.path")
+    set_dropout(checkpoint, config.dropout)
+    model, missing, _ = read_checkpoint(auto_model, source, checkpoint, key, what)
+    refuse_missing(source, model, [name for name in missing if not may_lack or may_lack not in name], key)
+    return LoadedModel(model, source, missing, [])
 
 
 def load_own_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

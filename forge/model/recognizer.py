@@ -15,14 +15,10 @@ from forge.config.schema import ModelConfig
 from forge.errors import UsageError
 from forge.model.load import (
     LoadedModel,
-    build_model,
     check_embeddings,
-    read_checkpoint,
-    refuse_missing,
+    load_whole,
     scratch_config,
-    set_dropout,
 )
-from forge.model.source import load_model_config, model_source
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +30,10 @@ def load_recognizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, key
 
     What its forward never uses is frozen. Raises UsageError where config, checkpoint and tokenizer do not fit.
     """
-    if config.config is not None:
-        scratch = _scratch_config(config.config, tokenizer, key)
-        set_dropout(scratch, config.dropout)
-        model = build_model(AutoModelForImageTextToText, scratch, key)
-        loaded = LoadedModel(model, None, [name for name, _ in model.named_parameters()], [])
-    else:
-        source = model_source(config, key)
-        checkpoint = load_model_config(source, f"{key}.path")
-        set_dropout(checkpoint, config.dropout)
-        what = "weights for a model that reads images"
-        model, missing, _ = read_checkpoint(AutoModelForImageTextToText, source, checkpoint, key, what)
-        refuse_missing(source, model, [name for name in missing if ".pooler." not in name], key)
-        loaded = LoadedModel(model, source, missing, [])
+    scratch = None if config.config is None else _scratch_config(config.config, tokenizer, key)
+    what = "weights for a model that reads images"
+    loaded = load_whole(AutoModelForImageTextToText, config, key, what, scratch, may_lack=".pooler.")
+    model = loaded.model
     check_embeddings(writer(model).get_input_embeddings(), tokenizer, key)
     _set_special_tokens(model, tokenizer)
     freeze_unused(model)

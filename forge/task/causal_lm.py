@@ -17,16 +17,12 @@ from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.load import (
     LoadedModel,
-    build_model,
     check_embeddings,
     check_fits,
     load_own_tokenizer,
-    read_checkpoint,
-    refuse_missing,
+    load_whole,
     scratch_config,
-    set_dropout,
 )
-from forge.model.source import load_model_config, model_source
 from forge.task.batches import Batch, evaluated_rows
 from forge.task.bpe import train_bpe
 from forge.task.chat import load_text
@@ -78,21 +74,13 @@ class CausalLm(Task):
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A causal LM with an embedding for every token; one that mixes packed rows is refused."""
         tokenizer = self.processing
+        scratch = None
         if config.config is not None:
             ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             scratch = scratch_config(
                 config.config, f"{key}.config", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends
             )
-            set_dropout(scratch, config.dropout)
-            model = build_model(AutoModelForCausalLM, scratch, key)
-            loaded = LoadedModel(model, None, [name for name, _ in model.named_parameters()], [])
-        else:
-            source = model_source(config, key)
-            checkpoint = load_model_config(source, f"{key}.path")
-            set_dropout(checkpoint, config.dropout)
-            read = read_checkpoint(AutoModelForCausalLM, source, checkpoint, key, "weights for a causal LM")
-            refuse_missing(source, read.model, read.missing, key)
-            loaded = LoadedModel(read.model, source, read.missing, [])
+        loaded = load_whole(AutoModelForCausalLM, config, key, "weights for a causal LM", scratch)
         check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
         check_fits(loaded.model, self.config.max_length, training)
         if self.config.packing and key == "model":
