@@ -18,6 +18,7 @@ from forge.errors import (
     ForgeError,
     LostRank,
     Stopped,
+    UnreadableRows,
     UsageError,
 )
 
@@ -138,7 +139,7 @@ def _train(args: argparse.Namespace) -> int:
             logger.warning("%s", stopped)
         return stopped.exit_code
     except ForgeError as error:
-        if rank == 0 or isinstance(error, LostRank):
+        if rank == 0 or isinstance(error, LostRank | UnreadableRows):
             for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
                 logger.error(problem)
         return error.exit_code

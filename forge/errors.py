@@ -50,5 +50,9 @@ class LostRank(ForgeError):
     """Another rank has died; every rank that is left says so, since it may have been the one that speaks."""
 
 
+class UnreadableRows(ForgeError):
+    """One rank could not prepare its rows: it says so itself, for no other rank knows of it."""
+
+
 class TrainingError(ForgeError):
     """Training cannot go on (a non-finite loss, a disk that filled up); what was saved before stays."""

@@ -335,7 +335,7 @@ def test_one_graph_on_a_gpu() -> None:
 def test_what_the_difference_form_cannot_do_falls_back_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_warned", set())
+    monkeypatch.setattr(module, "_said", set())
     x: dict[str, Any] = gpu_problem(64, 1000)
     for _ in range(2):
         loss, _ = linear_kd(**x, alpha=0.4, temperature=2.0, softcap=8.0, teacher_softcap=8.0, precision="difference")

@@ -83,7 +83,7 @@ def _not_streamed(config: Config) -> str | None:
         return "the number of its rows is unknown; set training.max_steps"
     if config.task.packing:
         return "rows can be packed only where all are known; set task.packing: false"
-    if config.model.new_tokenizer is not None:
+    if config.model.new_tokenizer is not None and config.model.config is not None:
         return "model.new_tokenizer is made from all training rows; name one with model.tokenizer"
     if config.task.dataset.path is None and config.evaluation.max_samples is None:
         return "of a split on the hub only the first rows are evaluated then; set evaluation.max_samples"

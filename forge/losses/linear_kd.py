@@ -339,7 +339,9 @@ def computed(
     refusal = refusal_of_kernels(inputs.hidden.device, inputs.dtype)
     if refusal is not None or N == 0:
         if refusal is not None:
-            warn_once(f"linear_kd takes the plain path: {refusal}.")
+            # On a CPU that is the way it goes, and nothing to warn of.
+            level = logging.INFO if inputs.hidden.device.type == "cpu" else logging.WARNING
+            say_once(f"linear_kd takes the plain path: {refusal}.", level)
         itemsize = torch.promote_types(inputs.dtype, torch.float32).itemsize
         if chunks is None:
             # Some six (rows, V) tensors are alive at once; without a budget, 256 MiB of them.
@@ -351,7 +353,7 @@ def computed(
 
     obstacle = refusal_of_difference(inputs, settings)
     if precision == "difference" and obstacle is not None and settings.alpha > 0.0:
-        warn_once(f"linear_kd works with fp32 logits, not with their difference: {obstacle}.")
+        say_once(f"linear_kd works with fp32 logits, not with their difference: {obstacle}.")
     if precision in (None, "difference"):
         precision = "fp32" if obstacle is not None else "difference"
     if chunks is None:
@@ -382,10 +384,10 @@ def refusal_of_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-_warned: set[str] = set()
+_said: set[str] = set()
 
 
-def warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
+def say_once(message: str, level: int = logging.WARNING) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.log(level, message)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from forge.config.schema import ModelConfig, TrainingConfig
@@ -117,7 +118,7 @@ def read_checkpoint(auto_model: Any, source: ModelSource, config: PreTrainedConf
                 ignore_mismatched_sizes=True,  # a head of another size is judged by its task, with a sentence
                 **options,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UsageError(not_found(source, f"{key}.path", what, error)) from error
     if is_adapted(model):
         raise UsageError(

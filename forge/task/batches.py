@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from forge.errors import ForgeError, UnreadableRows
 from forge.losses.cross_entropy import IGNORE
 
 Batch = dict[str, torch.Tensor]
@@ -67,6 +69,19 @@ def evaluated_rows(count: int, max_samples: int | None, seed: int) -> np.ndarray
     if max_samples is None or max_samples >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:max_samples])
+
+
+@contextmanager
+def preparing(what: str) -> Iterator[None]:
+    """Raises UnreadableRows for whatever goes wrong inside: an image that was deleted, a line that is no JSON."""
+    try:
+        yield
+    except Exception as error:  # a loader's worker passes on any kind, with its own traceback as the text
+        reason = str(error) if isinstance(error, ForgeError) else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if lines and not isinstance(error, ForgeError):
+            reason = lines[-1] if lines[0].startswith("Caught ") else f"{reason}: {lines[0]}"
+        raise UnreadableRows(f"{what} could not be prepared ({reason[:500]}); mend the data, then resume") from error
 
 
 class StepBatches:
@@ -245,7 +260,7 @@ def _collate(collate: Callable[[list[dict[str, Any]]], Batch], rows: list[tuple[
         batch["labels"] = torch.full_like(batch["labels"], IGNORE)
         batch["tokens"] = torch.zeros_like(batch["tokens"])
         if "positions" in batch:
-            batch["positions"] = torch.zeros(1, dtype=torch.int64)  # one, so that gradients of 0 reach every weight
+            batch["positions"] = batch["positions"][:0]
     return {**batch, "ids": torch.tensor(ids)}
 
 

@@ -267,7 +267,7 @@ def load_causal_lm(whole: Config) -> CausalLm:
 
 
 def _tokenizer(whole: Config, config: CausalLmTask, form: RowForm, train: Any, where: str) -> PreTrainedTokenizerBase:
-    new = whole.model.new_tokenizer
+    new = whole.model.new_tokenizer if whole.model.config is not None else None  # a checkpoint brings its own
     if new is None:
         return load_own_tokenizer(whole.model)
     if new.kind != "bpe":

@@ -146,6 +146,8 @@ class ConsoleReport(Callback):
             f"{metrics['samples_per_second']:.1f} samples/s  {metrics['tokens_per_second']:.0f} tokens/s  "
             f"peak {metrics['peak_memory_mib']:.0f} MiB"
         )
+        if "truncated" in metrics:
+            line += f"  {metrics['truncated']} rows cut or left out"
         logger.info("step %d/%d  %s  left %s", state.step, state.total_steps, line, self._left(state))
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], description=f"loss {metrics['loss']:.4f}")

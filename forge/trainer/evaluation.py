@@ -12,7 +12,7 @@ from torch import nn
 
 from forge.cluster.signals import in_loader_worker
 from forge.losses.cross_entropy import count_labels
-from forge.task.batches import FILLER, evaluated_rows, evaluation_batches, row_loader
+from forge.task.batches import FILLER, evaluated_rows, evaluation_batches, preparing, row_loader
 from forge.task.task import Sample, Task
 
 
@@ -75,7 +75,10 @@ def _evaluate_split(
     counted = task.metrics(split, accelerator.unwrap_model(student).model)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     totals = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # rows, labels
-    for cpu_batch in loader:
+    batches_left = iter(loader)
+    for _ in range(len(batches)):
+        with preparing(f"a batch of {split}"):
+            cpu_batch = next(batches_left)
         batch = send_to_device(cpu_batch, accelerator.device, non_blocking=True)
         outputs = student(batch)
         counted.update(outputs, batch)

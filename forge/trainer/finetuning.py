@@ -27,7 +27,7 @@ from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.provenance import code_facts
 from forge.run.state import Stage, TrainingState
-from forge.task.batches import FILLER, Batch
+from forge.task.batches import FILLER, Batch, preparing
 from forge.task.stream import step_batches
 from forge.task.task import Task
 from forge.trainer.callbacks import Callback
@@ -147,7 +147,9 @@ class FinetuningTrainer:
             self._make_up_for_evaluation()
         while state.step < self.total_steps:
             rate = learning_rate(state.step, self.total_steps, config.training)
-            self.train_step(self.batches.next_step(), rate)
+            with preparing(f"step {state.step + 1} of {self.total_steps}"):
+                micro_batches = self.batches.next_step()
+            self.train_step(micro_batches, rate)
             state.step += 1
             self.callbacks.stepped(state)
             last = state.step == self.total_steps
@@ -176,7 +178,11 @@ class FinetuningTrainer:
         self.checkpoints.abandon()
 
     def train_step(self, micro_batches: list[Batch], rate: float) -> None:
-        """One optimizer update at the given rate. Nothing here waits for the device, but for fp16's scaler."""
+        """One optimizer update at the given rate.
+
+        Nothing here waits for the device, but for fp16's scaler, and transformers' own look at masks and at packed
+        positions.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         labels = sum(int(count_labels(batch["labels"])) for batch in micro_batches)  # still on the CPU
@@ -187,13 +193,13 @@ class FinetuningTrainer:
         }
         # torch.full and not torch.tensor: a copy from the CPU would wait for the GPU
         label_count = self.accelerator.reduce(torch.full((), labels, device=self.accelerator.device), "sum")
-        label_count = label_count.clamp(min=1)  # a stream may give a step whose every row was left out: a loss of 0
+        divisor = label_count.clamp(min=1)  # a stream may give a step whose every row was left out: gradients of 0
         ce_sum = torch.zeros((), device=self.accelerator.device)  # float32, this rank's
         for cpu_batch in micro_batches:
             batch = send_to_device(cpu_batch, self.accelerator.device, non_blocking=True)
             with self.accelerator.accumulate(self.student):
                 losses = self.student(batch)
-                self.accelerator.backward(losses["ce_sum"] / label_count * self.undo_averaging)
+                self.accelerator.backward(losses["ce_sum"] / divisor * self.undo_averaging)
             ce_sum += losses["ce_sum"].detach()
         max_norm = self.config.training.max_grad_norm
         grad_norm = self.accelerator.clip_grad_norm_(self.student.parameters(), max_norm or float("inf"))
@@ -252,6 +258,11 @@ class FinetuningTrainer:
 
     def _report(self, rate: float) -> None:
         self._settle()
+        if not self.meter.labels:
+            raise TrainingError(
+                f"no row of the last steps up to {self.state.step} has anything to learn: all of them were left out; "
+                "raise task.max_length, or look at the data"
+            )
         metrics = self.meter.metrics(rate)
         self._on_rank_0_of_this_attempt(lambda: self.callbacks.reported(self.state, metrics))
 

@@ -73,10 +73,15 @@ class StepMeter:
             "seconds": time.perf_counter() - self._start,
         }
 
+    @property
+    def labels(self) -> int:
+        """Labels since the last report, over all ranks. After settle."""
+        return sum(self._label_counts)
+
     def losses(self) -> Tensor:
         """The mean loss of each step since the last report, float64 on the CPU. After settle."""
         sums = torch.tensor(self._loss_sums, dtype=torch.float64)
-        return sums / torch.tensor(self._label_counts, dtype=torch.float64)
+        return sums / torch.tensor(self._label_counts, dtype=torch.float64).clamp(min=1)  # 0 for a step without labels
 
     def grad_norms(self) -> Tensor:
         """The gradient norm of each step since the last report, before clipping, float64. After settle."""
