@@ -501,3 +501,11 @@ def test_a_bad_row_of_a_stream_is_named(load: Any) -> None:
 
     with pytest.raises(UsageError, match=r"data, train: row 1 ends with the role user"):
         stream.prepare(list(stream.rows), [0, 1])
+
+
+def test_a_checkpoint_brings_its_own_tokenizer_whatever_the_config_makes(load: Any, model_folder: Path) -> None:
+    rows = [conversation(i) for i in range(4)]
+    task = load(rows, rows, "model.new_tokenizer={kind: bpe, vocab_size: 330}")
+    own = AutoTokenizer.from_pretrained(model_folder)
+    assert task.processing.get_vocab() == own.get_vocab()
+    load(rows, rows, "model.new_tokenizer={kind: bpe}", "task.dataset.streaming=true", "training.max_steps=1")

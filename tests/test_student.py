@@ -1,5 +1,7 @@
 """The loss of a student is the model's own, with its head fused or not; its predictions are the likeliest labels."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -111,8 +113,30 @@ def test_a_batch_without_labels_still_gives_every_weight_a_gradient() -> None:
     assert isinstance(head, LinearHead)
     given = batch()
     given["labels"] = torch.full_like(given["labels"], IGNORE)
-    given["positions"] = torch.zeros(1, dtype=torch.int64)
+    given["positions"] = torch.zeros(0, dtype=torch.int64)
     outputs = Student(model, {}, head)(given)
     outputs["ce_sum"].backward()
     assert outputs["ce_sum"].item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_a_head_with_a_bias_counts_it() -> None:
+    model = build(CONFIGS["llama"])
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(50, dtype=torch.float64))
+    head = find_head(model, {})
+    assert isinstance(head, LinearHead)
+    plain, fused = Student(model)(batch()), Student(model, {}, head)(batch())
+    assert fused["ce_sum"].item() == pytest.approx(plain["ce_sum"].item(), rel=1e-6)
+
+
+def test_the_likeliest_token_does_not_depend_on_mixed_precision() -> None:
+    """Among 20,000 logits in bf16 many are equal."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 20_000, bias=False)
+    given = {"labels": torch.zeros(1, 200, dtype=torch.int64), "hidden": torch.randn(1, 200, 64)}
+    body = lambda hidden: SimpleNamespace(last_hidden_state=hidden.bfloat16().float())  # noqa: E731
+    student = Student(torch.nn.Identity(), {}, LinearHead(body, linear)).eval()
+    with torch.no_grad():
+        exact = student(given)["predictions"]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(student(given)["predictions"], exact)

@@ -1,0 +1,61 @@
+"""Rows that turn out unfit only when they are needed: the rank that has them says which, and nothing is lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import forge, forge_on_two_ranks
+from datasets import Dataset
+from test_causal_lm import config_on, conversation, model_folder  # noqa: F401 - a fixture
+
+from forge.errors import UnreadableRows, UsageError
+from forge.task.batches import preparing, row_loader
+
+BAD = {"messages": [{"role": "user", "content": "x"}]}
+
+
+def test_what_went_wrong_is_told_in_one_sentence_whoever_prepared_the_rows() -> None:
+    def broken(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        raise FileNotFoundError(2, "No such file", "a.png")
+
+    def through(workers: int) -> str:
+        rows = Dataset.from_dict({"length": [1, 2]})
+        loader = row_loader(rows, [[0], [1]], broken, num_workers=workers, pin_memory=False)
+        with pytest.raises(UnreadableRows) as caught, preparing("step 3 of 9"):
+            next(iter(loader))
+        return str(caught.value)
+
+    reason = "FileNotFoundError: [Errno 2] No such file: 'a.png'"
+    assert through(0) == f"step 3 of 9 could not be prepared ({reason}); mend the data, then resume"
+    assert through(1) == through(0)
+    with pytest.raises(UnreadableRows, match=r"prepared \(data, train: row 4 has no reply\);"), preparing("step 1"):
+        raise UsageError("data, train: row 4 has no reply")
+
+
+@pytest.mark.multiprocess
+def test_a_rank_other_than_the_first_names_its_own_bad_row(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+    rows = [BAD if i == 13 else conversation(i) for i in range(24)]  # of step 2, on the second rank
+    config_on(tmp_path, model_folder, rows, [conversation(0)])
+    done = forge_on_two_ranks(
+        *("--config", tmp_path / "c.yaml", "--run_name", "r", "--set", "task.dataset.streaming=true"),
+        *("--set", "evaluation.baseline=false"),
+    )
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert said.count("train: row 13 ends with the role user and not with a reply") == 1
+    assert "step 2 of 4 could not be prepared" in said
+    assert "Traceback" not in said.split("ChildFailedError")[0].split("Traceback (most recent call last):\n  File")[0]
+
+
+def test_a_stream_of_which_nothing_can_be_learned_is_told(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+    long = {"messages": [{"role": "user", "content": "red " * 80}, {"role": "assistant", "content": "one"}]}
+    config_on(tmp_path, model_folder, [long] * 9, [conversation(0)])
+    settings = ("--set", "task.dataset.streaming=true", "--set", "evaluation.baseline=false")
+    done = forge("--config", tmp_path / "c.yaml", "--run_name", "r", *settings)
+
+    assert done.returncode == 1
+    assert "no row of the last steps up to 1 has anything to learn" in done.stdout + done.stderr
+    (state,) = (tmp_path / "outputs").rglob("training_state.json")
+    assert json.loads(state.read_text())["error"].startswith("TrainingError: no row")
