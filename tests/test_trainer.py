@@ -227,3 +227,12 @@ def test_a_step_without_any_label_changes_no_gradient_and_reports_a_loss_of_0(bu
     trainer.meter.settle()
     assert trainer.meter.losses().tolist() == [0.0]
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_weights_that_are_not_sound_are_told_before_training(build_trainer: Build) -> None:
+    def spoil(model: torch.nn.Module) -> None:
+        next(model.parameters()).data.fill_(float("nan"))
+
+    trainer = build_trainer(mutate=spoil)
+    with pytest.raises(TrainingError, match=r"matched/loss is nan before any training, with mixed precision no: the"):
+        trainer.evaluate("baseline")

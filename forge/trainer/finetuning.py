@@ -1,6 +1,7 @@
 """The loop: steps, rate, reports, evaluations, checkpoints and stops of supervised fine-tuning over Accelerate."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -223,6 +224,12 @@ class FinetuningTrainer:
         except Stopped:
             self._save_and_stop()
         self._on_rank_0_of_this_attempt(lambda: self.callbacks.evaluated(self.state, stage, metrics))
+        bad = [name for name, value in metrics.items() if name.endswith("/loss") and not math.isfinite(value)]
+        if bad and stage == "baseline":  # training would fail at its first report, and blame the rate
+            raise TrainingError(
+                f"{bad[0]} is {metrics[bad[0]]} before any training, with mixed precision "
+                f"{self.accelerator.mixed_precision}: the weights that the run starts from are not sound"
+            )
         if samples:
             self._on_rank_0_of_this_attempt(lambda: self.callbacks.sampled(self.state, stage, samples))
         return metrics
