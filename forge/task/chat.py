@@ -34,6 +34,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )  # of a tokenizer that forge trains
 
+# What a template may raise: its own objections, and whatever Python says to its expressions.
+RENDERING = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
 _render_template: Any = render_jinja_template  # (texts, spans), whatever its annotation says
 Message = dict[str, Any]
 Span = tuple[int, int]  # characters from, to (not included)
@@ -104,7 +107,12 @@ class ChatTemplate:
                 add_generation_prompt=opened,
                 **self.special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except jinja2.TemplateSyntaxError as error:
+            raise UsageError(
+                f"the chat template is no valid Jinja: {_short(error)}, in its line {error.lineno}; mend the file of "
+                "task.chat_template, or name one"
+            ) from error
+        except RENDERING as error:
             raise BadRow(
                 f"is refused by the chat template ({_short(error)}); its roles are {_roles(messages)}"
             ) from error
