@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import forge, forge_on_two_ranks
+from conversations import config_on, conversation, write_chat_model
 from datasets import Dataset
-from test_causal_lm import config_on, conversation, model_folder  # noqa: F401 - a fixture
 
 from forge.errors import UnreadableRows, UsageError
 from forge.task.batches import preparing, row_loader
@@ -35,9 +35,9 @@ def test_what_went_wrong_is_told_in_one_sentence_whoever_prepared_the_rows() -> 
 
 
 @pytest.mark.multiprocess
-def test_a_rank_other_than_the_first_names_its_own_bad_row(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+def test_a_rank_other_than_the_first_names_its_own_bad_row(tmp_path: Path) -> None:
     rows = [BAD if i == 13 else conversation(i) for i in range(24)]  # of step 2, on the second rank
-    config_on(tmp_path, model_folder, rows, [conversation(0)])
+    config_on(tmp_path, write_chat_model(tmp_path / "model"), rows, [conversation(0)])
     done = forge_on_two_ranks(
         *("--config", tmp_path / "c.yaml", "--run_name", "r", "--set", "task.dataset.streaming=true"),
         *("--set", "evaluation.baseline=false"),
@@ -49,9 +49,9 @@ def test_a_rank_other_than_the_first_names_its_own_bad_row(tmp_path: Path, model
     assert "Traceback" not in said.split("ChildFailedError")[0].split("Traceback (most recent call last):\n  File")[0]
 
 
-def test_a_stream_of_which_nothing_can_be_learned_is_told(tmp_path: Path, model_folder: Path) -> None:  # noqa: F811
+def test_a_stream_of_which_nothing_can_be_learned_is_told(tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "red " * 80}, {"role": "assistant", "content": "one"}]}
-    config_on(tmp_path, model_folder, [long] * 9, [conversation(0)])
+    config_on(tmp_path, write_chat_model(tmp_path / "model"), [long] * 9, [conversation(0)])
     settings = ("--set", "task.dataset.streaming=true", "--set", "evaluation.baseline=false")
     done = forge("--config", tmp_path / "c.yaml", "--run_name", "r", *settings)
 

@@ -1,5 +1,6 @@
 """The OCR task: images of text with their transcripts, read by an encoder-decoder or by a chat-style vision model."""
 
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,11 +12,13 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
 from forge.errors import UsageError
+from forge.model.generation import write
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source
 from forge.model.recognizer import end_token, load_recognizer, reads_lines, start_token, writer
 from forge.model.source import load_processor
 from forge.task.batches import FILLER, Batch
 from forge.task.characters import character_tokenizer
+from forge.task.identity import tokenizer_hash
 from forge.task.image_chat import ImageChat, image_chat
 from forge.task.images import check_images, open_image, png
 from forge.task.line_reader import LineReader, check_image_size, image_size, new_processor
@@ -41,7 +44,7 @@ class Ocr(Task):
     reader: LineReader | ImageChat
     train: Dataset
     validation: dict[str, Dataset]  # by short name
-    fingerprint: str  # of images and transcripts
+    fingerprint: str  # of images, transcripts and tokenizer, and of the chat that they stand in
     truncated: dict[str, int]  # transcripts cut to max_length, by split
     broken: dict[str, int]  # images left out, by split
     description: str
@@ -119,9 +122,7 @@ class OcrMetrics(Metrics):
         """Reads the batch's images; a filler's too, since the ranks of a sharded model read together."""
         reader, config = self._task.reader, self._task.config
         inputs = reader.generation_inputs({name: batch[name] for name in batch if name not in ("ids", "tokens")})
-        generated = self._model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=config.max_length, num_beams=config.num_beams, do_sample=False, use_cache=True
-        )
+        generated = write(self._model, inputs, config.max_length, config.num_beams)
         predictions = [normalize(text, config.normalization) for text in reader.replies(generated, inputs)]
         for row, prediction in zip(batch["ids"].tolist(), predictions, strict=True):
             if row == FILLER:
@@ -192,7 +193,7 @@ def load_ocr(whole: Config) -> Ocr:
         reader=reader,
         train=splits.pop("train"),
         validation=splits,
-        fingerprint=fingerprint(read),
+        fingerprint=_fingerprint(read, reader),
         truncated=truncated,
         broken=broken,
         description=describe(config.dataset),
@@ -208,7 +209,7 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
         if model.new_tokenizer is None:
             tokenizer = load_own_tokenizer(model)
         elif model.new_tokenizer.kind == "characters":
-            tokenizer = character_tokenizer(texts, config.max_length)
+            tokenizer = character_tokenizer(texts)
         else:
             raise UsageError("model.new_tokenizer.kind is bpe, and OCR builds tokenizers of kind characters")
         processing: Any = new_processor(tokenizer, model.config)
@@ -223,6 +224,11 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
         start = start_token(None, processing.tokenizer)  # until the model says its own
     height, width = image_size(config.image, processing)
     return LineReader(processing, height, width, config.image, start, end_token(processing.tokenizer))
+
+
+def _fingerprint(read: dict[str, Dataset], reader: LineReader | ImageChat) -> str:
+    parts = f"{fingerprint(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}"
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def _with_columns(rows: Dataset, columns: dict[str, list[Any]]) -> Dataset:
