@@ -19,7 +19,7 @@ from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.run.files import read_json_lines
 from forge.task.batches import FILLER, row_loader
-from forge.task.demo_lines import Draw, render
+from forge.task.demo_lines import Draw, Look, render
 from forge.task.ocr import Ocr, load_ocr
 
 TEXTS = ["TOTAL 9.50", "tea", "Cash: 12", "No. 77/A", "GST", "2 x egg", "07-11-18", "Thank you!"]
@@ -54,7 +54,7 @@ def write_images(folder: Path, texts: list[str], metadata: str = "jsonl") -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     draw = Draw("train", 0)
     for i, text in enumerate(texts):
-        (folder / f"{i}.png").write_bytes(render(text, draw))
+        (folder / f"{i}.png").write_bytes(render(text, Look(draw)))
     rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
     if metadata == "jsonl":
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,7 +142,7 @@ def test_csv_metadata_and_an_image_column_give_the_same_rows_and_fingerprint(
 def test_the_fingerprint_sees_another_image_behind_the_same_name(lines: Path) -> None:
     before = load(lines).fingerprint
     assert load(lines).fingerprint == before
-    (lines / "train" / "3.png").write_bytes(render(TEXTS[3], Draw("train", 7)))
+    (lines / "train" / "3.png").write_bytes(render(TEXTS[3], Look(Draw("train", 7))))
     assert load(lines).fingerprint != before
 
 

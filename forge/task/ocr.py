@@ -19,7 +19,7 @@ from forge.task.characters import character_tokenizer
 from forge.task.image_chat import ImageChat, image_chat
 from forge.task.images import check_images, open_image, png
 from forge.task.line_reader import LineReader, check_image_size, image_size, new_processor
-from forge.task.rows import describe, fingerprint, load_rows
+from forge.task.rows import describe, fingerprint, load_rows, row_numbers
 from forge.task.task import Metrics, Sample, Task
 from forge.task.transcripts import (
     EDIT_COUNTS,
@@ -28,6 +28,7 @@ from forge.task.transcripts import (
     edit_counts,
     normalize,
     read_transcripts,
+    warn_of_moved_spaces,
 )
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,9 @@ def load_ocr(whole: Config) -> Ocr:
     splits, broken = {}, {}
     for split, rows in {"train": train, **validation}.items():
         where = f"{describe(config.dataset)}, {split}"
-        texts = read_transcripts(rows, config.columns, config.normalization, where)
+        texts = dict(
+            zip(row_numbers(rows), read_transcripts(rows, config.columns, config.normalization, where), strict=True)
+        )
         checked, faults = check_images(rows, config.columns.image, where, config.skip_broken)
         kept = [int(row) for row in checked["row"]]
         columns = {"text": [texts[row] for row in kept], "row": kept, "image_hash": checked["image_hash"]}
@@ -172,7 +175,9 @@ def load_ocr(whole: Config) -> Ocr:
     for split, rows in splits.items():
         where = f"{describe(config.dataset)}, {split}"
         tokens = reader.encode(rows["text"])
-        check_lossless(rows["text"], reader.decode(tokens), tokens, reader.tokenizer, rows["row"], where)
+        texts, numbers, decoded = rows["text"][:], rows["row"][:], reader.decode(tokens)
+        check_lossless(texts, decoded, tokens, reader.tokenizer, numbers, where)
+        warn_of_moved_spaces(texts, decoded, config.normalization, numbers, where)
         truncated[split] = sum(len(ids) > config.max_length for ids in tokens)
         tokens = [ids[: config.max_length] for ids in tokens]
         lengths = [len(ids) for ids in tokens]
