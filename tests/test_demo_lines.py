@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from forge.task.demo_lines import HELD_OUT, LEXICON, Draw, demo_lines, render
+import forge.task.demo_lines as module
+import forge.task.rows as rows_module
+from forge.config.schema import DatasetConfig
+from forge.task.demo_lines import HELD_OUT, LEXICON, Draw, Look, demo_lines, render
 
 HELD_OUT_WORDS = {word[1:] for word in LEXICON.split() if word.startswith(HELD_OUT)}
 
@@ -36,6 +39,28 @@ def test_fewer_rows_are_the_beginning_of_more_rows_to_the_pixel() -> None:
     assert demo_lines("train", 20) == demo_lines("train", 60)[:20]
     assert texts("train", 20, seed=1) != texts("train", 20)
     assert demo_lines("train", 0) == []
+
+
+def test_chosen_rows_are_the_same_as_among_all_and_the_others_are_not_rendered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = demo_lines("validation", 30)
+    drawn: list[str] = []
+    monkeypatch.setattr(module, "render", lambda text, look: drawn.append(text) or render(text, look))
+    assert demo_lines("validation", 30, only=[0, 7, 29]) == [rows[0], rows[7], rows[29]]
+    assert drawn == [rows[place]["text"] for place in (0, 7, 29)]
+
+
+def test_a_small_demo_renders_few_lines_and_spreads_them_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rows_module.DEMOS, "lines", (demo_lines, {"train": 40, "validation": 10}))
+    train, validation = rows_module.load_rows(DatasetConfig(demo="lines", max_rows=3))
+    everything = demo_lines("train", 40)
+    assert train[:] == {name: [everything[place][name] for place in (0, 19, 39)] for name in ("image", "text")}
+    assert len(validation["validation"]) == 3
+    drawn: list[str] = []
+    monkeypatch.setattr(module, "render", lambda text, look: drawn.append(text) or b"")
+    rows_module.load_rows(DatasetConfig(demo="lines", max_rows=3))
+    assert len(drawn) == 6
 
 
 def test_no_line_is_in_both_splits_whatever_the_seeds() -> None:
@@ -80,7 +105,7 @@ def test_an_image_shows_dark_ink_on_light_paper_as_wide_as_its_text() -> None:
 
 def test_the_same_text_never_looks_the_same() -> None:
     draw = Draw("train", 0)
-    assert len({render("TOTAL 1.00", draw) for _ in range(20)}) == 20
+    assert len({render("TOTAL 1.00", Look(draw)) for _ in range(20)}) == 20
 
 
 def test_an_unknown_split_is_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_ocr import TEXTS, config_of, rows_of, write_images
+from test_ocr import TEXTS, config_of, prediction_of, rows_of, what_the_card_reads, write_images
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
@@ -17,10 +17,12 @@ from transformers import (
     LlavaProcessor,
 )
 
-from forge.config.schema import ImageConfig, TrainingConfig
+from forge.config.schema import ImageConfig, LoraConfig, ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.load import check_fits
+from forge.model.load import LoadedModel, check_fits
+from forge.model.lora import with_lora
+from forge.model.recognizer import freeze_unused
 from forge.task.batches import FILLER, row_loader
 from forge.task.characters import character_tokenizer
 from forge.task.image_chat import image_chat
@@ -211,3 +213,75 @@ def test_a_template_that_hides_where_replies_begin_is_refused() -> None:
     processor.chat_template = None
     with pytest.raises(UsageError, match="has no chat template"):
         image_chat(processor, "Read it.", ImageConfig())
+
+
+@pytest.mark.parametrize("closing", ["#<end>", "</s>", "!"])
+def test_what_closes_a_reply_is_learned_to_the_end_token_and_never_shown(closing: str) -> None:
+    processor, _ = llava()
+    processor.chat_template = TURN.replace("<end> ", closing)
+    chat = image_chat(processor, "Read it.", ImageConfig())
+    ids = chat.encode(["tea", "No. 7!"])
+    learned = {"#<end>": "#<end>", "</s>": "</s>", "!": "!</s>"}[closing]
+    assert [processor.tokenizer.decode(row) for row in ids] == [f" tea{learned}", f" No. 7!{learned}"]
+    assert chat.decode(ids) == ["tea", "No. 7!"]
+    assert processor.tokenizer.convert_ids_to_tokens(chat.end) == ("<end>" if "<end>" in closing else "</s>")
+
+
+def test_generation_stops_at_the_end_of_the_turn_and_where_the_checkpoint_says(ocr_and_model: tuple[Ocr, Any]) -> None:
+    ocr, model = ocr_and_model
+    end = ocr.reader.tokenizer.convert_tokens_to_ids("<end>")
+    assert model.generation_config.eos_token_id == [end, 2] or model.generation_config.eos_token_id == end
+    assert ocr.generation()["eos_token_id"] == model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("size", [{}, {"height": 16, "width": 32}])
+def test_the_card_reads_an_image_as_the_evaluation_does(checkpoint: Path, tmp_path: Path, size: dict[str, int]) -> None:
+    lines = tmp_path / "lines"
+    for split in ("train", "validation"):
+        write_images(lines / split, TEXTS[:3])
+    config = config_of(lines, {"prompt": "Read 'it'.", "image": size}, {"path": str(checkpoint)})
+    ocr = load_ocr(config)
+    loaded = ocr.load_model(config.model, config.training)
+    ocr, model = ocr.for_model(loaded), loaded.model.eval()
+    model.save_pretrained(tmp_path / "final")
+    ocr.save_processing(tmp_path / "final")
+    scope = what_the_card_reads(ocr, tmp_path / "final", lines / "validation" / "1.png")
+    row = ocr.collate([ocr.validation["validation"][1]])
+    torch.testing.assert_close(scope["inputs"]["pixel_values"], row["pixel_values"])
+    assert " ".join(scope["text"].split()) == prediction_of(ocr, model, 1)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -4, 1, 2, 3, [-2], [1, -2], [-2, -1]])
+@pytest.mark.parametrize("vision", ["clip_vision_model", "siglip_vision_model"])
+def test_what_comes_after_the_vision_layers_that_are_read_is_not_trained(layer: Any, vision: str) -> None:
+    processor, config = llava()
+    whole = vision == "siglip_vision_model"
+    tower = {"model_type": vision, **VISION}
+    strategy = "full" if whole else "default"
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=config.text_config.to_dict(),
+        image_token_index=config.image_token_index,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+    )
+    model = AutoModelForImageTextToText.from_config(config)
+    processor.vision_feature_select_strategy = strategy
+    processor.num_additional_image_tokens = 0 if whole else 1
+    inputs = dict(processor(images=Image.new("RGB", (16, 16)), text="<image>tea", return_tensors="pt"))
+    freeze_unused(model, inputs)
+    model(**inputs).logits.sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    read = max(index % 4 for index in (layer if isinstance(layer, list) else [layer]))  # of 3 layers and what precedes
+    kept = {
+        index
+        for index in range(3)
+        if any(f"vision_tower.layers.{index}." in n or f"encoder.layers.{index}." in n for n in trained)
+    }
+    assert kept == set(range(read))
+
+    with_lora(LoadedModel(model, None, [], []), ModelConfig(path="m", lora=LoraConfig(target=["q_proj", "v_proj"])), 0)
+    model.zero_grad()
+    model(**inputs).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

@@ -1,5 +1,7 @@
 """Images of any kind are opened the same way, keep their proportions, and are checked without being kept decoded."""
 
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -88,7 +90,20 @@ def test_rows_keep_their_place_in_the_data_where_others_are_left_out() -> None:
     checked, broken = check_images(Dataset.from_dict({"image": images}), "image", "data", skip_broken=True)
     assert checked["row"][:] == [0, 5]
     assert [fault.split(",")[0] for fault in broken] == ["row 1", "row 2", "row 3", "row 4"]
-    assert "there is none" in broken[1]
+    assert broken[1] == "row 2, image null (there is none)"
+
+
+def test_a_large_image_is_opened_without_a_warning_and_a_bomb_is_broken() -> None:
+    code = (
+        "from PIL import Image; from forge.task.images import BROKEN, open_image, png\n"
+        "data = png(Image.new('L', (40, 40))); Image.MAX_IMAGE_PIXELS = 1000\n"
+        "assert open_image(data).size == (40, 40)\n"
+        "Image.MAX_IMAGE_PIXELS = 100\n"
+        "try: open_image(data)\n"
+        "except BROKEN as error: print(type(error).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("DecompressionBombError\n", "")
 
 
 def test_a_column_of_something_else_is_refused() -> None:

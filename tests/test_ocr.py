@@ -1,6 +1,9 @@
 """Images and transcripts become batches, and what an encoder-decoder writes becomes error rates."""
 
 import json
+import os
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -9,17 +12,23 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import forge, forge_on_two_ranks
+from conftest import REPOSITORY, forge, forge_on_two_ranks
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from forge.config.schema import Config
+from forge.config.schema import Config, ImageConfig, LoraConfig, ModelConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.model.card import _use
+from forge.model.load import LoadedModel
+from forge.model.lora import with_lora
+from forge.model.recognizer import start_token
 from forge.run.files import read_json_lines
 from forge.task.batches import FILLER, row_loader
-from forge.task.demo_lines import Draw, render
+from forge.task.characters import character_tokenizer
+from forge.task.demo_lines import Draw, Look, render
+from forge.task.line_reader import line_reader, new_processor
 from forge.task.ocr import Ocr, load_ocr
 
 TEXTS = ["TOTAL 9.50", "tea", "Cash: 12", "No. 77/A", "GST", "2 x egg", "07-11-18", "Thank you!"]
@@ -54,13 +63,17 @@ def write_images(folder: Path, texts: list[str], metadata: str = "jsonl") -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     draw = Draw("train", 0)
     for i, text in enumerate(texts):
-        (folder / f"{i}.png").write_bytes(render(text, draw))
+        (folder / f"{i}.png").write_bytes(render(text, Look(draw)))
     rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
     if metadata == "jsonl":
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         Dataset.from_list(rows).to_csv(str(folder / "metadata.csv"))
     return folder
+
+
+def with_repository() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 @pytest.fixture
@@ -142,7 +155,7 @@ def test_csv_metadata_and_an_image_column_give_the_same_rows_and_fingerprint(
 def test_the_fingerprint_sees_another_image_behind_the_same_name(lines: Path) -> None:
     before = load(lines).fingerprint
     assert load(lines).fingerprint == before
-    (lines / "train" / "3.png").write_bytes(render(TEXTS[3], Draw("train", 7)))
+    (lines / "train" / "3.png").write_bytes(render(TEXTS[3], Look(Draw("train", 7))))
     assert load(lines).fingerprint != before
 
 
@@ -236,6 +249,96 @@ def test_what_is_saved_writes_the_same_text_with_transformers_alone(lines: Path,
     assert not loaded.new_weights
 
 
+def what_the_card_reads(ocr: Ocr, final: Path, image: Path) -> dict[str, Any]:
+    """What is in scope after the model card's lines, and what they say."""
+    card = _use({"adapter": None}, ocr.about(), None)
+    code = card.partition("```python\n")[2].partition("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code.replace("PATH OF THIS FOLDER", str(final)).replace("PATH OF AN IMAGE", str(image)), scope)
+    return scope
+
+
+def prediction_of(ocr: Ocr, model: Any, row: int) -> str:
+    metrics = ocr.metrics("validation", model)
+    (batch,) = row_loader(ocr.validation["validation"], [[row]], ocr.collate, num_workers=0, pin_memory=False)
+    metrics.update({}, batch)
+    return metrics.samples[0].prediction
+
+
+@pytest.mark.parametrize("image", [{}, {"stretch": True}, {"fill": 40}])
+def test_the_card_reads_an_image_as_the_evaluation_does(lines: Path, tmp_path: Path, image: dict[str, Any]) -> None:
+    ocr, model = with_model(lines, {"image": image, "num_beams": 2})
+    final = tmp_path / "final"
+    model.save_pretrained(final)
+    ocr.save_processing(final)
+    for row in (0, 3):
+        file = lines / "validation" / f"{row}.png"
+        assert Image.open(file).size != (64, 16)
+        scope = what_the_card_reads(ocr, final, file)
+        assert torch.equal(scope["pixels"], ocr.reader.pixels([Image.open(file)]))  # type: ignore[union-attr]
+        assert " ".join(scope["text"].split()) == prediction_of(ocr, model, row)
+
+
+def test_a_processor_that_is_given_an_unfit_image_does_not_stretch_it(lines: Path, tmp_path: Path) -> None:
+    ocr, model = with_model(lines)
+    ocr.save_processing(tmp_path)
+    pixels = AutoProcessor.from_pretrained(tmp_path)(images=Image.new("L", (90, 30)), return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 1, 30, 90)
+    with pytest.raises(ValueError, match="doesn't match"):
+        model.generate(pixels)
+
+
+def test_generation_starts_stops_and_pads_as_training_does_whatever_the_checkpoint_says(
+    lines: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ocr, model = with_model(lines)
+    ocr.save_processing(tmp_path / "other")
+    model.config.eos_token_id = model.generation_config.eos_token_id = 7
+    model.generation_config.decoder_start_token_id = 5
+    model.generation_config.pad_token_id = 9
+    model.save_pretrained(tmp_path / "other")
+    config = config_of(lines, model={"path": str(tmp_path / "other")})
+    loaded = load_ocr(config).load_model(config.model, config.training)
+    for holder in (loaded.model.config, loaded.model.generation_config):
+        assert (holder.decoder_start_token_id, holder.eos_token_id, holder.pad_token_id) == (1, 2, 0)  # type: ignore[union-attr]
+    assert "model: eos_token_id is 7 in its GenerationConfig, now 2" in caplog.text
+    assert "model: decoder_start_token_id is 5 in its GenerationConfig, now 1" in caplog.text
+    again = load_ocr(config).for_model(loaded)
+    batch = again.collate(rows_of(again, 0))
+    assert batch["decoder_input_ids"][0, 0] == 1
+    assert batch["labels"][0, -1] == 2
+    assert again.generation()["decoder_start_token_id"] == 1
+
+
+def test_the_start_that_only_the_generation_settings_name_is_trained(lines: Path) -> None:
+    ocr, model = with_model(lines)
+    model.config.decoder_start_token_id = None
+    model.generation_config.decoder_start_token_id = 5
+    assert start_token(model, ocr.reader.tokenizer) == 5
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(lines: Path) -> None:
+    tokenizer = character_tokenizer(TEXTS, 32)
+    tokenizer.pad_token = None
+    reader = line_reader(new_processor(tokenizer, TINY), ImageConfig())
+    batch = reader.collate([Image.new("L", (9, 9))] * 2, [[5, 2], [5, 6, 2]])
+    assert batch["decoder_input_ids"].tolist() == [[1, 5, 2], [1, 5, 6]]
+    assert batch["labels"].tolist() == [[5, 2, IGNORE], [5, 6, 2]]
+
+
+def test_an_adapter_on_what_is_never_used_is_refused_or_left_out(lines: Path) -> None:
+    ocr, model = with_model(lines)
+    loaded = LoadedModel(model, None, [], [])
+    with pytest.raises(UsageError, match=r"names only modules that .* does not use here \(encoder.pooler.dense, 1 in"):
+        with_lora(loaded, ModelConfig(path="m", lora=LoraConfig(target=["pooler.dense"])), 0)
+    with_lora(loaded, ModelConfig(path="m", lora=LoraConfig(target=["dense", "q_proj"])), 0)
+    batch = ocr.collate(rows_of(ocr, 0, 1))
+    model(**{name: batch[name] for name in ("pixel_values", "decoder_input_ids")}).logits.sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
+
+
 def test_metrics_are_those_of_what_generate_writes(lines: Path) -> None:
     ocr, model = with_model(lines)
     metrics = ocr.metrics("validation", model)
@@ -318,6 +421,9 @@ def test_images_that_are_missing_or_broken_are_named_or_left_out_and_counted(
     ("rows", "sentence"),
     [
         ([{"text": "x"}], "metadata.jsonl has no column file_name, which names the image of each row beside it"),
+        ([{"file_name": "/0.png", "text": "x"}], r"row 0 names an image outside its folder \(/0.png\); file_name is a"),
+        ([{"file_name": n, "text": "x"} for n in ("0.png", "../a.png")], r"row 1 names an image outside .*\.\./a\.png"),
+        ([{"file_name": None, "text": "x"}], r"row 0, image null \(there is none\) cannot be read; replace it"),
         ([{"file_name": "0.png", "words": "x"}], "train: there is no column text; it has: words, image"),
         ([{"file_name": "0.png", "text": 3}], r"the column text \(task.columns.text\) holds .*int64.*, not text"),
         ([{"file_name": "0.png", "text": "a"}, {"file_name": "1.png", "text": " "}], "row 1 has an empty transcript"),
@@ -348,6 +454,33 @@ def test_a_character_that_the_tokenizer_cannot_write_is_named_with_its_row(lines
     write_images(lines / "train", [*TEXTS, "a </s> b"])  # reads as the end token, and would be lost
     with pytest.raises(UsageError, match="row 8 has a piece in its transcript"):
         load(lines)
+
+
+def test_rows_are_named_by_their_place_in_the_data_where_max_rows_keeps_some(lines: Path) -> None:
+    data = {"path": str(lines), "max_rows": 3}  # rows 0, 3 and 7 of 8
+    (lines / "train" / "7.png").write_text("no image")
+    with pytest.raises(UsageError, match=r"train: row 7, image .*7\.png"):
+        load(data)
+    ocr = load(data, {"skip_broken": True})
+    assert (ocr.train["row"][:], ocr.train["text"][:]) == ([0, 3], [TEXTS[0], TEXTS[3]])
+    write_images(lines / "train", [*TEXTS[:7], " "])
+    with pytest.raises(UsageError, match="train: row 7 has an empty transcript"):
+        load(data)
+    write_images(lines / "train", [*TEXTS[:7], "a </s> b"])
+    with pytest.raises(UsageError, match="train: row 7 has a piece in its transcript"):
+        load(data)
+
+
+def test_a_long_transcript_is_cut_without_noise(lines: Path) -> None:
+    code = (
+        f"from pathlib import Path; from test_ocr import load; ocr = load(Path({str(lines)!r}), {{'max_length': 8}})\n"
+        "assert ocr.truncated == {'train': 5, 'validation': 3}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, env=with_repository()
+    )
+    assert done.returncode == 0, done.stderr
+    assert "longer than" not in done.stderr
 
 
 def test_sizes_that_the_model_cannot_take_are_refused(lines: Path) -> None:
@@ -416,5 +549,6 @@ output_root: {tmp_path / "outputs"}
     reader = AutoModelForImageTextToText.from_pretrained(final)
     written = reader.generate(task.reader.pixels([image]), max_new_tokens=16, do_sample=False)  # type: ignore[union-attr]
     samples = read_json_lines(runs / "both" / "samples" / "final-4" / "samples.jsonl")
+    assert [sample["row"] for sample in samples] == [0, 1, 2, 3], "so many in all, not on each rank"
     assert samples[0]["prediction"] == " ".join(task.reader.decode(written.tolist())[0].split())
     assert (runs / "both" / "samples" / "final-4" / samples[0]["image"]).is_file()

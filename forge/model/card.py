@@ -98,13 +98,18 @@ def _lineage(ancestors: list[dict[str, Any]]) -> str:
 
 
 def _use(model: dict[str, Any], task: dict[str, Any], merged: dict[str, Any] | None) -> str:
-    """How to load it, in Python."""
+    """How to load it, in Python, and to use it where the task says how."""
+    usage = ["", *task["usage"]] if "usage" in task else []
     auto, processing, here = task["auto_model"], task["auto_processing"], '"PATH OF THIS FOLDER"'
     variable = processing.removeprefix("Auto").lower()
     load = f"{variable} = {processing}.from_pretrained({here})"
     if not model["adapter"]:
         return _python(
-            f"from transformers import {auto}, {processing}", "", f"model = {auto}.from_pretrained({here})", load
+            f"from transformers import {auto}, {processing}",
+            "",
+            f"model = {auto}.from_pretrained({here})",
+            load,
+            *usage,
         )
     below = model["adapters"][:-1] if model["adapter"]["continues"] else model["adapters"]
     steps = [
@@ -114,7 +119,12 @@ def _use(model: dict[str, Any], task: dict[str, Any], merged: dict[str, Any] | N
         f"model = PeftModel.from_pretrained(model, {here})",
     ]
     text = _python(
-        "from peft import PeftModel", f"from transformers import AutoConfig, {auto}, {processing}", "", *steps, load
+        "from peft import PeftModel",
+        f"from transformers import AutoConfig, {auto}, {processing}",
+        "",
+        *steps,
+        load,
+        *usage,
     )
     if merged is None:
         return text

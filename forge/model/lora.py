@@ -50,8 +50,14 @@ def _targets(model: PreTrainedModel, config: LoraConfig, key: str) -> list[str]:
     if ALL_LINEAR in config.target:
         head = model.get_output_embeddings()
         linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-        found += [name for name, module in linear if module is not head and not _is_unused(module, model)]
-    return list(dict.fromkeys(found))
+        found += [name for name, module in linear if module is not head]
+    used = [name for name in dict.fromkeys(found) if not _is_unused(model.get_submodule(name), model)]
+    if found and not used:
+        raise UsageError(
+            f"{key}.lora.target names only modules that {type(model).__name__} does not use here ({found[0]}, "
+            f"{len(found)} in all): no output depends on them; name others, or use {ALL_LINEAR}"
+        )
+    return used
 
 
 def _is_unused(module: nn.Module, model: PreTrainedModel) -> bool:

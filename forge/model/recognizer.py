@@ -1,8 +1,10 @@
 """Loads a model that reads images: an encoder-decoder from a checkpoint or from scratch, or a vision-language model."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -25,18 +27,19 @@ logger = logging.getLogger(__name__)
 ENCODER_DECODER = "vision-encoder-decoder"
 
 
-def load_recognizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, key: str = "model") -> LoadedModel:
+def load_recognizer(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, end: int, key: str = "model"
+) -> LoadedModel:
     """The model of `config`, which writes with this tokenizer and knows its start, end and padding tokens.
 
-    What its forward never uses is frozen. Raises UsageError where config, checkpoint and tokenizer do not fit.
+    end: the token that a text ends with. Raises UsageError where config, checkpoint and tokenizer do not fit.
     """
     scratch = None if config.config is None else _scratch_config(config.config, tokenizer, key)
     what = "weights for a model that reads images"
     loaded = load_whole(AutoModelForImageTextToText, config, key, what, scratch, may_lack=".pooler.")
     model = loaded.model
     check_embeddings(writer(model).get_input_embeddings(), tokenizer, key)
-    _set_special_tokens(model, tokenizer)
-    freeze_unused(model)
+    _set_special_tokens(model, tokenizer, end, key)
     return loaded
 
 
@@ -51,10 +54,12 @@ def writer(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.decoder if reads_lines(model.config) else model.get_decoder())
 
 
-def start_token(config: PreTrainedConfig | None, tokenizer: PreTrainedTokenizerBase) -> int:
+def start_token(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that an encoder-decoder writes after."""
+    config = None if model is None else model.config
     for token in (
         getattr(config, "decoder_start_token_id", None),
+        getattr(getattr(model, "generation_config", None), "decoder_start_token_id", None),
         getattr(getattr(config, "decoder", None), "decoder_start_token_id", None),
         tokenizer.bos_token_id,
         tokenizer.cls_token_id,
@@ -73,27 +78,43 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(token)
 
 
-def freeze_unused(model: PreTrainedModel) -> list[str]:
+def freeze_unused(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[str]:
     """Freezes the weights that no logit depends on, and names them: data parallelism waits for their gradients.
 
-    They are an encoder's pooler (or pooling head), and in models that read an inner layer of their vision tower
-    (LLaVA) all that comes after that layer.
+    They are an encoder's pooler, and what comes after the layers of a vision tower that are read (LLaVA). inputs: one
+    row, whose graph tells them, whatever the architecture; nothing is computed backwards. The part that writes is left
+    alone: which of its experts are used depends on the row.
     """
-    unused = [".pooler.", ".vision_model.head.", ".vision_tower.head."]
-    layer = getattr(model.config, "vision_feature_layer", None)
-    if isinstance(layer, int) and layer < -1:
-        depth = model.config.vision_config.num_hidden_layers
-        unused += [f".layers.{i}." for i in range(depth + layer + 1, depth)] + [".post_layernorm."]
-    elif isinstance(layer, int):
-        unused += [".post_layernorm."]
-    vision = "encoder." if reads_lines(model.config) else "vision_tower."
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        return []
+    training = model.training
+    model.eval()  # without dropped layers
+    logits = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False).logits
+    model.train(training)
+    used = _weights_behind(logits) | {id(parameter) for parameter in writer(model).parameters()}
     frozen = []
     for name, parameter in model.named_parameters():
-        inner = name.partition(vision)[2]
-        if inner and any(part in f".{vision}{inner}" for part in unused):
+        if parameter.requires_grad and id(parameter) not in used:
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
+
+
+def _weights_behind(output: Tensor) -> set[int]:
+    """The id of every tensor that would get a gradient from the output's."""
+    found: set[int] = set()
+    seen: set[Any] = {None}
+    waiting: list[Any] = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # the end of the graph, where a gradient is kept
+            found.add(id(node.variable))
+        waiting += [before for before, _ in node.next_functions]
+    return found
 
 
 def _scratch_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> PreTrainedConfig:
@@ -121,12 +142,21 @@ def _scratch_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ke
     return whole
 
 
-def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """In the config and in what generate goes by, where the checkpoint leaves them open."""
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end_token(tokenizer)}
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: int, key: str) -> None:
+    """In the config and in what generate goes by: it starts, stops and pads as the transcripts of training do.
+
+    A chat model may also stop where its checkpoint says.
+    """
+    tokens: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end}
     if reads_lines(model.config):
-        tokens["decoder_start_token_id"] = start_token(model.config, tokenizer)
+        tokens["decoder_start_token_id"] = start_token(model, tokenizer)
+    else:
+        own = getattr(model.generation_config, "eos_token_id", None)
+        stops = [] if own is None else [own] if isinstance(own, int) else list(own)
+        tokens["eos_token_id"] = own if end in stops else [end, *stops] if stops else end
     for holder in (model.config, model.generation_config):
         for name, value in tokens.items():
-            if getattr(holder, name, None) is None:
-                setattr(holder, name, value)
+            before = getattr(holder, name, None)
+            if before not in (None, value):
+                logger.warning("%s: %s is %s in its %s, now %s", key, name, before, type(holder).__name__, value)
+            setattr(holder, name, value)

@@ -45,15 +45,20 @@ LEXICON = """
 T = TypeVar("T")
 
 
-def demo_lines(split: str, rows: int, seed: int = 0) -> list[dict[str, bytes | str]]:
-    """`rows` distinct lines with the keys image (PNG, grey) and text; fewer rows are the beginning of more rows."""
+def demo_lines(split: str, rows: int, seed: int = 0, only: Sequence[int] | None = None) -> list[dict[str, bytes | str]]:
+    """`rows` distinct lines with the keys image (PNG, grey) and text; fewer rows are the beginning of more rows.
+
+    only: the places of those that are rendered and given.
+    """
     draw = Draw(split, seed)
-    texts: dict[str, bytes] = {}
-    while len(texts) < rows:
+    looks: dict[str, Look] = {}
+    while len(looks) < rows:
         text = line(draw)
-        if text not in texts:
-            texts[text] = render(text, draw)
-    return [{"image": image, "text": text} for text, image in texts.items()]
+        if text not in looks:
+            looks[text] = Look(draw)
+    lines = list(looks.items())
+    chosen = lines if only is None else [lines[place] for place in only]
+    return [{"image": render(text, look), "text": text} for text, look in chosen]
 
 
 class Draw:
@@ -103,27 +108,36 @@ def line(draw: Draw) -> str:
             return text
 
 
-def render(text: str, draw: Draw) -> bytes:
-    """A grey PNG of the text: dark on light, 24 to 48 pixels high."""
-    font = _face(draw.number(18, 30))
-    weight = draw.one_of((0, 0, 1))
-    left, top, right, bottom = font.getbbox(text, stroke_width=weight)
-    margins = [draw.number(2, 6) for _ in range(4)]
-    size = int(right - left) + margins[0] + margins[1], int(bottom - top) + margins[2] + margins[3]
-    ink, paper = draw.number(0, 110), draw.number(180, 255)
-    image = Image.new("L", size, paper)
-    at = margins[0] - left, margins[2] - top
-    ImageDraw.Draw(image).text(at, text, fill=ink, font=font, stroke_width=weight)
+class Look:
+    """How one line looks, by chance."""
 
-    shear, stretch = draw.between(-0.25, 0.25), draw.between(0.75, 1.3)
+    def __init__(self, draw: Draw) -> None:
+        self.size = draw.number(18, 30)
+        self.weight = draw.one_of((0, 0, 1))
+        self.margins = [draw.number(2, 6) for _ in range(4)]
+        self.ink, self.paper = draw.number(0, 110), draw.number(180, 255)
+        self.shear, self.stretch = draw.between(-0.25, 0.25), draw.between(0.75, 1.3)
+        self.blur = draw.between(0, 1.0)
+        self.noise_seed, self.noise = draw.number(0, 2**31 - 1), draw.between(0, 14)
+
+
+def render(text: str, look: Look) -> bytes:
+    """A grey PNG of the text: dark on light, 24 to 48 pixels high."""
+    font, margins, shear = _face(look.size), look.margins, look.shear
+    left, top, right, bottom = font.getbbox(text, stroke_width=look.weight)
+    size = int(right - left) + margins[0] + margins[1], int(bottom - top) + margins[2] + margins[3]
+    image = Image.new("L", size, look.paper)
+    at = margins[0] - left, margins[2] - top
+    ImageDraw.Draw(image).text(at, text, fill=look.ink, font=font, stroke_width=look.weight)
+
     lean = abs(shear) * size[1]
-    wide = int((size[0] + lean) * stretch), size[1]
+    wide = int((size[0] + lean) * look.stretch), size[1]
     # The map from the new image's points to the old one's: x_old = x_new / stretch + shear * y - what leans out.
-    back = (1 / stretch, shear, -max(shear, 0) * size[1], 0, 1, 0)
-    image = image.transform(wide, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR, fillcolor=paper)
-    image = image.filter(ImageFilter.GaussianBlur(draw.between(0, 1.0)))
+    back = (1 / look.stretch, shear, -max(shear, 0) * size[1], 0, 1, 0)
+    image = image.transform(wide, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR, fillcolor=look.paper)
+    image = image.filter(ImageFilter.GaussianBlur(look.blur))
     # Of numpy's generators only RandomState is promised to give the same numbers in all versions.
-    noise = np.random.RandomState(draw.number(0, 2**31 - 1)).normal(0, draw.between(0, 14), (wide[1], wide[0]))
+    noise = np.random.RandomState(look.noise_seed).normal(0, look.noise, (wide[1], wide[0]))
     pixels = (np.asarray(image, dtype=np.float64) + noise).clip(0, 255).round().astype(np.uint8)
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 from forge.config.schema import ImageConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.model.recognizer import end_token
 from forge.task.batches import Batch
-from forge.task.images import fit
+from forge.task.images import fit, fit_in_code
 
 PROBE = "transcript"  # stands for a reply where the chat template is looked at
 
@@ -28,17 +29,24 @@ class ImageChat:
     opening: str  # what the chat template makes of the user's turn, up to where generation begins
     lead: str  # what it puts before a reply, such as a space
     closing: str  # what it puts after the reply, up to the end of the turn
+    remainder: str  # what is left of closing where special tokens are not shown
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.processing.tokenizer
+
+    @property
+    def end(self) -> int:
+        """The token that a reply ends with."""
+        return int(self.encode([""])[0][-1])
 
     def facts(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "chat": f"{self.opening}{self.lead}{{transcript}}{self.closing}"}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of the replies, up to the end of the turn."""
-        return self.tokenizer([self.lead + text + self.closing for text in texts], add_special_tokens=False).input_ids
+        replies = [self.lead + text + self.closing for text in texts]
+        return self.tokenizer(replies, add_special_tokens=False, verbose=False).input_ids  # long ones are cut later
 
     def collate(self, images: Sequence[Image.Image], tokens: Sequence[list[int]]) -> Batch:
         """What the processor makes of the prompts, with the replies after them and the padding at the right.
@@ -89,10 +97,25 @@ class ImageChat:
     def decode(self, tokens: Sequence[list[int]]) -> list[str]:
         return [
             str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            .removesuffix(self.closing)
+            .removesuffix(self.remainder)
             .strip()
             for ids in tokens
         ]
+
+    def in_code(self) -> tuple[list[str], str, str]:
+        """For the model card: lines of Python before generate, what it is given, and what makes a text of `written`."""
+        height, width = self.image.height, self.image.width
+        lines = ['image = ImageOps.exif_transpose(Image.open("PATH OF AN IMAGE")).convert("RGB")']
+        if height and width:
+            lines = fit_in_code(height, width, mode="RGB", fill=self.image.fill, stretch=self.image.stretch)
+        asked = [
+            f"prompt = {self.opening!r}",
+            'inputs = processor(images=[[image]], text=[prompt], return_tensors="pt", add_special_tokens=False)',
+            'reply = slice(inputs["input_ids"].shape[1], None)',
+        ]
+        shown = "written[0, reply], skip_special_tokens=True, clean_up_tokenization_spaces=False"
+        text = f"processor.tokenizer.decode({shown}).removesuffix({self.remainder!r}).strip()"
+        return [*lines, *asked], "**inputs", text
 
     def for_model(self, config: PreTrainedConfig) -> "ImageChat":
         return self
@@ -138,5 +161,8 @@ def image_chat(processing: Any, prompt: str, image: ImageConfig) -> ImageChat:
         first = min(ends, key=closing.index)
         closing = closing[: closing.index(first) + len(first)]
     else:
-        closing += tokenizer.eos_token or ""
-    return ImageChat(processing, prompt, image, opening, lead, closing)
+        closing += tokenizer.convert_ids_to_tokens(end_token(tokenizer))
+    remainder = closing
+    for token in special:
+        remainder = remainder.replace(token, "")
+    return ImageChat(processing, prompt, image, opening, lead, closing, remainder)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -14,11 +15,14 @@ from datasets import Dataset
 from PIL import Image, ImageOps
 
 from forge.errors import UsageError
+from forge.task.rows import row_numbers
 
 logger = logging.getLogger(__name__)
 
 # What Pillow raises for bytes that are no image, or not all of one.
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, OverflowError, Image.DecompressionBombError)
+# Pillow warns of images beyond 89 million pixels: large, and fine. Beyond twice that it raises, which is BROKEN.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 CHECKED_AT_ONCE = 256  # images in memory while they are checked
 
 
@@ -62,6 +66,21 @@ def fit(image: Image.Image, height: int, width: int, *, fill: int, stretch: bool
     return canvas
 
 
+def fit_in_code(height: int, width: int, *, mode: str, fill: int, stretch: bool) -> list[str]:
+    """What open_image and `fit` do, in lines of Python for the model card, which give `image`."""
+    opened = f'image = ImageOps.exif_transpose(Image.open("PATH OF AN IMAGE")).convert("{mode}")'
+    if stretch:
+        return [opened, f"image = image.resize(({width}, {height}), Image.Resampling.BICUBIC)"]
+    return [
+        opened,
+        f"scale = min({height} / image.height, {width} / image.width)  # its proportions are kept",
+        f"size = max(1, min({width}, round(image.width * scale))), max(1, min({height}, round(image.height * scale)))",
+        f'canvas = Image.new("{mode}", ({width}, {height}), {fill if mode == "L" else (fill,) * 3})',
+        "canvas.paste(image.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS))",
+        "image = canvas",
+    ]
+
+
 def png(image: Image.Image) -> bytes:
     """The image as a PNG file."""
     file = BytesIO()
@@ -72,9 +91,10 @@ def png(image: Image.Image) -> bytes:
 def check_images(rows: Dataset, column: str, where: str, skip_broken: bool) -> tuple[Dataset, list[str]]:
     """The rows whose image can be decoded, and what is wrong with each other one.
 
-    New columns: row, the place in the data, and image_hash, the SHA-256 of the encoded image. Every image is decoded
-    once. Raises UsageError for the first that cannot be, unless skip_broken.
+    New columns: row, its number in the user's data, and image_hash, the SHA-256 of the encoded image. Every image is
+    decoded once. Raises UsageError for the first that cannot be, unless skip_broken.
     """
+    numbers = row_numbers(rows)
     rows = keep_encoded(rows, column, where)
     hashes: list[str] = []
     kept: list[int] = []
@@ -84,7 +104,7 @@ def check_images(rows: Dataset, column: str, where: str, skip_broken: bool) -> t
             values = rows[first : first + CHECKED_AT_ONCE][column]
             for row, (digest, fault) in enumerate(threads.map(_check, values), start=first):
                 if fault:
-                    broken.append(f"row {row}, image {_name(values[row - first])} ({fault})")
+                    broken.append(f"row {numbers[row]}, image {_name(values[row - first])} ({fault})")
                 else:
                     kept.append(row)
                     hashes.append(digest)
@@ -98,7 +118,7 @@ def check_images(rows: Dataset, column: str, where: str, skip_broken: bool) -> t
     if broken:
         logger.warning("%s: %d of %d images cannot be read and are left out: %s", where, len(broken), len(rows), broken)
     rows = rows.select(kept) if broken else rows  # a selection is copied by what follows
-    return rows.add_column("row", kept).add_column("image_hash", hashes), broken
+    return rows.add_column("row", [numbers[row] for row in kept]).add_column("image_hash", hashes), broken
 
 
 def keep_encoded(rows: Dataset, column: str, where: str) -> Dataset:
@@ -138,5 +158,7 @@ def _reason(error: Exception) -> str:
 
 def _name(value: Any) -> str:
     if isinstance(value, dict):
-        value = value.get("path")
+        value = value.get("path") or value.get("bytes")
+    if value is None:
+        return "null"
     return value if isinstance(value, str) else "in the data itself"

@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrOCRProcess
 from forge.config.schema import ImageConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.model.recognizer import end_token, start_token
 from forge.task.batches import Batch
-from forge.task.images import fit
+from forge.task.images import fit, fit_in_code
 
 # Mostly paper, some ink: a line's mean and deviation in grey, so that paper is near 0 and ink stands out.
 PAPER_MEAN, PAPER_STD = 0.9, 0.25
@@ -45,7 +46,7 @@ class LineReader:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens that the decoder is to give: those of the text alone, then the end token."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return [[*ids, self.end] for ids in encoded]
 
     def collate(self, images: Sequence[Image.Image], tokens: Sequence[list[int]]) -> Batch:
@@ -81,9 +82,34 @@ class LineReader:
             for ids in tokens
         ]
 
+    def in_code(self) -> tuple[list[str], str, str]:
+        """For the model card: lines of Python before generate, what it is given, and what makes a text of `written`."""
+        mode = "L" if self.channels == 1 else "RGB"
+        lines = fit_in_code(self.height, self.width, mode=mode, fill=self.image.fill, stretch=self.image.stretch)
+        pixels = 'pixels = processor(images=image, return_tensors="pt").pixel_values'
+        text = "processor.tokenizer.decode(written[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)"
+        return [*lines, pixels], "pixel_values=pixels", text
+
     def for_model(self, config: PreTrainedConfig) -> "LineReader":
         """The reader with the start token of a model."""
         return replace(self, start=config.decoder_start_token_id)
+
+
+def line_reader(processing: TrOCRProcessor, image: ImageConfig) -> LineReader:
+    """The reader with this processor, which is kept from scaling images by itself.
+
+    It would stretch them: whoever gives it one of another size is to get an error from the model, not another text.
+    """
+    height, width = image_size(image, processing)
+    processing.image_processor.do_resize = False
+    processing.image_processor.size = {"height": height, "width": width}
+    tokenizer = processing.tokenizer
+    end = end_token(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
+    return LineReader(
+        processing, height, width, image, start_token(None, tokenizer), end
+    )  # for_model has its own start
 
 
 def new_processor(tokenizer: PreTrainedTokenizerBase, keys: dict[str, Any]) -> TrOCRProcessor:

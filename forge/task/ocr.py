@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +14,15 @@ from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
 from forge.errors import UsageError
 from forge.model.generation import write
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source
-from forge.model.recognizer import end_token, load_recognizer, reads_lines, start_token, writer
+from forge.model.recognizer import freeze_unused, load_recognizer, reads_lines, writer
 from forge.model.source import load_processor
 from forge.task.batches import FILLER, Batch
 from forge.task.characters import character_tokenizer
 from forge.task.identity import tokenizer_hash
 from forge.task.image_chat import ImageChat, image_chat
 from forge.task.images import check_images, open_image, png
-from forge.task.line_reader import LineReader, check_image_size, image_size, new_processor
-from forge.task.rows import describe, fingerprint, load_rows
+from forge.task.line_reader import LineReader, check_image_size, line_reader, new_processor
+from forge.task.rows import describe, fingerprint, load_rows, row_numbers
 from forge.task.task import Metrics, Sample, Task
 from forge.task.transcripts import (
     EDIT_COUNTS,
@@ -31,9 +31,12 @@ from forge.task.transcripts import (
     edit_counts,
     normalize,
     read_transcripts,
+    warn_of_moved_spaces,
 )
 
 logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Ocr(Task):
     truncated: dict[str, int]  # transcripts cut to max_length, by split
     broken: dict[str, int]  # images left out, by split
     description: str
-    samples: int = 4  # rows of each split that are shown, on each rank
+    samples: int = 4  # rows of each split that are shown
+    special_tokens: dict[str, Any] = field(default_factory=dict)  # those that the model's generate goes by
 
     name: ClassVar[str] = "ocr"
     title: ClassVar[str] = "A model that reads text in images"
@@ -64,8 +68,8 @@ class Ocr(Task):
         return self.reader.processing
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
-        """A model that reads images of this size and writes with this tokenizer."""
-        loaded = load_recognizer(config, self.reader.tokenizer, key)
+        """A model that reads images of this size and writes with this tokenizer; what it never uses is frozen."""
+        loaded = load_recognizer(config, self.reader.tokenizer, self.reader.end, key)
         model = loaded.model
         if reads_lines(model.config) != (self.config.prompt is None):
             asked = "which is asked for the text: set task.prompt"
@@ -75,10 +79,15 @@ class Ocr(Task):
         if isinstance(self.reader, LineReader):
             check_image_size(model.config.encoder, self.reader.height, self.reader.width, self.reader.channels, key)
         check_fits(writer(model), self._longest(), training)
+        row = self.for_model(loaded).collate([self.train[0]])
+        freeze_unused(model, {name: row[name] for name in row if name not in ("labels", "tokens")})
         return loaded
 
     def for_model(self, loaded: LoadedModel) -> "Ocr":
-        return replace(self, reader=self.reader.for_model(loaded.model.config))
+        generation = loaded.model.generation_config
+        assert generation is not None
+        special = {name: getattr(generation, name) for name in SPECIAL_TOKENS if getattr(generation, name) is not None}
+        return replace(self, reader=self.reader.for_model(loaded.model.config), special_tokens=special)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Decodes the images, in the process that calls it."""
@@ -88,6 +97,20 @@ class Ocr(Task):
 
     def metrics(self, split: str, model: PreTrainedModel) -> "OcrMetrics":
         return OcrMetrics(self, self.validation[split], model)
+
+    def generation(self) -> dict[str, Any]:
+        """How a text is generated from an image."""
+        config = self.config
+        ways = {"max_new_tokens": config.max_length, "num_beams": config.num_beams, "do_sample": False}
+        return {**ways, "use_cache": True, **self.special_tokens}
+
+    def about(self) -> dict[str, Any]:
+        """Also `usage`: lines of Python that read one image as an evaluation does, before task.normalization."""
+        before, given, text = self.reader.in_code()
+        ways = ", ".join(f"{name}={value!r}" for name, value in self.generation().items())
+        generate = [f"ways = dict({ways})", f"written = model.generate({given}, **ways)"]
+        usage = ["from PIL import Image, ImageOps", "", *before, *generate, f"text = {text}", "print(text)"]
+        return {**super().about(), "usage": usage}
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -161,7 +184,9 @@ def load_ocr(whole: Config) -> Ocr:
     splits, broken = {}, {}
     for split, rows in {"train": train, **validation}.items():
         where = f"{describe(config.dataset)}, {split}"
-        texts = read_transcripts(rows, config.columns, config.normalization, where)
+        texts = dict(
+            zip(row_numbers(rows), read_transcripts(rows, config.columns, config.normalization, where), strict=True)
+        )
         checked, faults = check_images(rows, config.columns.image, where, config.skip_broken)
         kept = [int(row) for row in checked["row"]]
         columns = {"text": [texts[row] for row in kept], "row": kept, "image_hash": checked["image_hash"]}
@@ -173,7 +198,9 @@ def load_ocr(whole: Config) -> Ocr:
     for split, rows in splits.items():
         where = f"{describe(config.dataset)}, {split}"
         tokens = reader.encode(rows["text"])
-        check_lossless(rows["text"], reader.decode(tokens), tokens, reader.tokenizer, rows["row"], where)
+        texts, numbers, decoded = rows["text"][:], rows["row"][:], reader.decode(tokens)
+        check_lossless(texts, decoded, tokens, reader.tokenizer, numbers, where)
+        warn_of_moved_spaces(texts, decoded, config.normalization, numbers, where)
         truncated[split] = sum(len(ids) > config.max_length for ids in tokens)
         tokens = [ids[: config.max_length] for ids in tokens]
         lengths = [len(ids) for ids in tokens]
@@ -213,7 +240,6 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
         else:
             raise UsageError("model.new_tokenizer.kind is bpe, and OCR builds tokenizers of kind characters")
         processing: Any = new_processor(tokenizer, model.config)
-        start = start_token(None, tokenizer)
     else:
         if model.config is not None and model.new_tokenizer is not None:
             raise UsageError("model.new_tokenizer is for encoder-decoders from scratch; name one with model.tokenizer")
@@ -221,9 +247,7 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
         processing = load_processor(source, key)
         if config.prompt is not None:
             return image_chat(processing, config.prompt, config.image)
-        start = start_token(None, processing.tokenizer)  # until the model says its own
-    height, width = image_size(config.image, processing)
-    return LineReader(processing, height, width, config.image, start, end_token(processing.tokenizer))
+    return line_reader(processing, config.image)
 
 
 def _fingerprint(read: dict[str, Dataset], reader: LineReader | ImageChat) -> str:

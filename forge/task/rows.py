@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 METADATA = "metadata"  # the file in a split's folder that gives each image there, by file_name, its row
-DEMOS = {  # what generates so many rows of a split, and how many each has
+DEMOS: dict[
+    str, tuple[Callable[[str, int], list[Any]], dict[str, int]]
+] = {  # what generates so many rows of a split, and how many each has
     "nli": (demo_nli, {"train": 6000, "validation": 1000}),
     "lines": (demo_lines, {"train": 20000, "validation": 500}),
     "chat": (demo_chat, {"train": 8000, "validation": 500}),
@@ -71,8 +73,7 @@ def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
     Raises UsageError for a data set that cannot be found or read, for a missing and for an empty split.
     """
     if config.demo is not None:
-        generate, counts = DEMOS[config.demo]
-        splits = {split: Dataset.from_list(generate(split, rows)) for split, rows in counts.items()}
+        splits = {split: _generate(config, split) for split in DEMOS[config.demo][1]}
     elif config.path is not None:
         splits = _load_folder(Path(config.path), config)
     else:
@@ -129,6 +130,12 @@ def describe(config: DatasetConfig) -> str:
     return " ".join(part for part in (config.name, config.config) if part)
 
 
+def row_numbers(rows: Dataset) -> Sequence[int]:
+    """The number of each row in the user's data, of which max_rows may have kept some."""
+    chosen = rows._indices  # where a Dataset keeps what it has selected
+    return range(len(rows)) if chosen is None else chosen.column(0).to_pylist()
+
+
 def fingerprint(splits: dict[str, Dataset]) -> str:
     """SHA-256 over the values of every split: equal where the model sees the same rows in the same order."""
     digest = hashlib.sha256()
@@ -139,9 +146,22 @@ def fingerprint(splits: dict[str, Dataset]) -> str:
     return digest.hexdigest()
 
 
+def _generate(config: DatasetConfig, split: str) -> Dataset:
+    """A split of a demo data set."""
+    assert config.demo is not None
+    generate, counts = DEMOS[config.demo]
+    if config.demo == "lines" and config.max_rows is not None:  # images take time: none that _spread leaves out is made
+        return Dataset.from_list(demo_lines(split, counts[split], only=_places(counts[split], config.max_rows)))
+    return Dataset.from_list(generate(split, counts[split]))
+
+
 def _spread(rows: Dataset, count: int) -> Dataset:
     """So many rows at equal distances: the first ones of a file are often of one label."""
-    return rows.select(np.linspace(0, len(rows) - 1, count).astype(int)) if count < len(rows) else rows
+    return rows.select(_places(len(rows), count)) if count < len(rows) else rows
+
+
+def _places(length: int, count: int) -> list[int]:
+    return np.linspace(0, length - 1, min(length, count)).astype(int).tolist()
 
 
 def _evaluated(config: DatasetConfig, splits: list[str]) -> list[str]:
@@ -212,8 +232,14 @@ def _read_images(file: Path) -> Dataset:
     if "file_name" not in rows.column_names:
         has = ", ".join(rows.column_names)
         raise UsageError(f"{file} has no column file_name, which names the image of each row beside it; it has: {has}")
-    paths = [None if name is None else str(file.parent.absolute() / str(name)) for name in rows["file_name"]]
-    return rows.remove_columns(["file_name"]).add_column("image", paths)
+    names = [None if name is None else str(name) for name in rows["file_name"]]
+    for row, name in enumerate(names):
+        if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
+            raise UsageError(
+                f"{file}: row {row} names an image outside its folder ({name}); file_name is a path below {file.parent}"
+            )
+    paths = [None if name is None else str(file.parent.absolute() / name) for name in names]
+    return rows.remove_columns(["file_name"]).add_column("image", paths, feature=datasets.Value("string"))
 
 
 def _read(file: Path, *, streaming: bool = False) -> Any:

@@ -94,4 +94,4 @@ def _evaluate_split(
     if len(chosen) < len(rows):
         metrics["samples_of"] = len(rows)
     metrics["seconds"] = round(time.perf_counter() - start, 3)
-    return metrics, sorted(gather_object(counted.samples), key=lambda sample: sample.row)
+    return metrics, sorted(gather_object(counted.samples), key=lambda sample: sample.row)[: task.samples]
