@@ -318,7 +318,7 @@ def test_the_start_that_only_the_generation_settings_name_is_trained(lines: Path
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(lines: Path) -> None:
-    tokenizer = character_tokenizer(TEXTS, 32)
+    tokenizer = character_tokenizer(TEXTS)
     tokenizer.pad_token = None
     reader = line_reader(new_processor(tokenizer, TINY), ImageConfig())
     batch = reader.collate([Image.new("L", (9, 9))] * 2, [[5, 2], [5, 6, 2]])

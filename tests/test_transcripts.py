@@ -103,7 +103,7 @@ def check(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[str]:
 
 
 def test_a_piece_that_the_tokenizer_does_not_know_is_lost_though_its_name_is_shown() -> None:
-    tokenizer = character_tokenizer([], 50)
+    tokenizer = character_tokenizer([])
     tokenizer.add_tokens("<unk>")  # no special one: decoding shows it
     ids = tokenizer("<unk>", add_special_tokens=False).input_ids
     with pytest.raises(UsageError, match="data: row 3 has a piece in its transcript '<unk>'"):
