@@ -1,14 +1,21 @@
 """Steps of a stream: the same rows as one after another in a file, from any step on and for any number of ranks."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from conftest import write_rows
+from datasets import Dataset
 
-from forge.errors import UsageError
+from forge.config.schema import DatasetConfig
+from forge.errors import TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.task.batches import FILLER, StepBatches
+from forge.task.rows import StreamedRows, load_stream
 from forge.task.stream import RowStream, StreamBatches, step_batches
 
 
@@ -101,7 +108,6 @@ def test_a_place_without_rows_gets_a_filler_that_counts_for_nothing() -> None:
     assert second["ids"].tolist() == [FILLER]
     assert second["labels"].tolist() == [IGNORE]
     assert (second["tokens"], second["truncated"]) == (0, 0)
-    assert "passes" not in second
 
 
 def test_a_buffer_shuffles_each_pass_anew_and_loses_nothing() -> None:
@@ -160,10 +166,98 @@ def test_an_empty_stream_is_told_and_not_waited_for() -> None:
 
 
 def test_the_kind_of_rows_decides_between_the_two() -> None:
-    from datasets import Dataset
-
     options: dict[str, Any] = {"rows_per_step": 2, "rank": 0, "ranks": 1, "micro_batches": 1, "seed": 0}
     options |= {"group_by_length": True, "num_workers": 0, "pin_memory": False}
 
     assert isinstance(step_batches(RowStream(Rows(), prepare), collate, **options), StreamBatches)
     assert isinstance(step_batches(Dataset.from_dict({"length": [1, 2]}), collate, **options), StepBatches)
+
+
+def test_the_passes_are_those_of_the_step_on_every_rank_and_after_a_resume() -> None:
+    for rank in range(4):  # step 5 takes rows 20, 0, 1 and 2: one for each rank
+        batches = stream(rank=rank, ranks=4, micro_batches=1)
+        batches.start_at(0)
+        for _ in range(6):
+            batches.next_step()
+        assert [batches.epochs_at(step) for step in (0, 4, 5, 6)] == [0, 0, 0, 1]
+        resumed = stream(rank=rank, ranks=4, micro_batches=1)
+        resumed.start_at(12)
+        resumed.next_step()
+        assert [resumed.epochs_at(step) for step in (0, 4, 5, 6, 12, 13)] == [0, 0, 0, 1, 2, 2]
+    whole = stream(7)
+    whole.start_at(0)
+    for _ in range(4):
+        whole.next_step()
+    assert [whole.epochs_at(step) for step in (3, 4)] == [0, 1]  # as it was when step 3 was the last, its end unseen
+
+
+def test_a_filler_counts_no_truncated_row() -> None:
+    batches = stream(1, rank=1, ranks=2, micro_batches=1)
+    batches.start_at(13)  # row 13 is cut, and stands in the filler's place
+    (batch,) = batches.next_step()
+
+    assert (batch["ids"].tolist(), int(batch["truncated"])) == ([FILLER], 0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of ten training and five validation rows, on the hub."""
+    splits = {"train": 10, "validation": 5}
+    streams = {name: Dataset.from_dict({"text": list("abcdefghij")[:rows]}) for name, rows in splits.items()}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: {name: rows.to_iterable_dataset() for name, rows in streams.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_samples", "max_rows", "expected"), [(3, None, (10, "abc")), (3, 2, (2, "ac")), (100, 4, (4, "abce"))]
+)
+def test_of_a_hubs_stream_so_many_rows_are_read(
+    hub: None, max_samples: int, max_rows: int | None, expected: tuple[int, str]
+) -> None:
+    config = DatasetConfig(name="some/texts", streaming=True, max_rows=max_rows)
+    train, validation, _ = load_stream(config, max_samples)
+
+    assert len(list(train)) == len(list(train)) == expected[0]
+    assert "".join(validation["validation"]["text"]) == expected[1]
+
+
+def test_max_rows_bounds_a_streamed_file(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": letter} for letter in "abcdefg"])
+    whole = load_stream(DatasetConfig(path=str(tmp_path), streaming=True), None)
+    few = load_stream(DatasetConfig(path=str(tmp_path), streaming=True, max_rows=3), None)
+
+    assert ["".join(row["text"] for row in loaded[0]) for loaded in (whole, few)] == ["abcdefg", "abc"]
+    assert ["".join(loaded[1]["validation"]["text"]) for loaded in (whole, few)] == ["abcdefg", "adg"]
+    assert whole[2] != few[2]
+
+
+def test_a_broken_line_of_a_streamed_file_is_told_with_its_place(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": "a" * 1000}] * 20000)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": broken\n')
+    train, _, _ = load_stream(DatasetConfig(path=str(tmp_path), streaming=True), None)
+
+    with pytest.raises(UsageError) as refused:
+        list(train)
+    sentence = (
+        rf"^{tmp_path}/train.jsonl cannot be read on after \d{{5}} rows \(ArrowInvalid: JSON parse error.*\); check"
+    )
+    assert re.match(sentence, str(refused.value)), refused.value
+
+
+def test_a_network_that_breaks_off_is_told_and_may_be_resumed() -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"id": 0}
+        raise ConnectionError("no route\nto the hub")
+
+    read = iter(StreamedRows(rows(), "some/texts, train"))
+    assert next(read) == {"id": 0}
+    with pytest.raises(TrainingError) as broken:
+        next(read)
+    assert str(broken.value) == (
+        "some/texts, train cannot be read on after 1 rows (ConnectionError: no route to the hub); resume once it can "
+        "be read again"
+    )

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import is_offline_mode
 
 from forge.config.schema import DatasetConfig
-from forge.errors import UsageError
+from forge.errors import ForgeError, TrainingError, UsageError
 from forge.task.demo_chat import demo_chat
 from forge.task.demo_lines import demo_lines
 from forge.task.demo_nli import demo_nli
@@ -25,6 +27,42 @@ DEMOS = {  # what generates so many rows of a split, and how many each has
     "lines": (demo_lines, {"train": 20000, "validation": 500}),
     "chat": (demo_chat, {"train": 8000, "validation": 500}),
 }
+
+
+@dataclass(frozen=True)
+class StreamedRows:
+    """Rows that are read as they come, from the first one in each pass."""
+
+    rows: IterableDataset
+    source: str  # the file, or the split of the hub's data set
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises UsageError for a file that cannot be read on, and TrainingError where that may pass."""
+        count = 0
+        try:
+            for row in self.rows:
+                count += 1
+                yield row
+        except ForgeError:  # of a signal, which may come at any moment
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            place = f"{self.source} cannot be read on after {count} rows ({reason})"
+            if isinstance(
+                error, ValueError | TypeError | KeyError
+            ):  # of pyarrow, of a decoder: what is read is not what it is to be
+                raise UsageError(
+                    f"{place}; check that it is whole, that text is UTF-8, and that all rows have the same columns"
+                ) from error
+            raise TrainingError(f"{place}; resume once it can be read again") from error
+
+    def select_columns(self, names: list[str]) -> "StreamedRows":
+        """The rows with these columns alone."""
+        return StreamedRows(self.rows.select_columns(names), self.source)
+
+    def first(self, count: int | None) -> "StreamedRows":
+        """So many rows; None: all."""
+        return self if count is None else StreamedRows(self.rows.take(count), self.source)
 
 
 def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
@@ -50,29 +88,36 @@ def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
     return splits[config.train_split], {_short(name): splits[name] for name in wanted}
 
 
-def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[IterableDataset, dict[str, Dataset], str]:
+def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[StreamedRows, dict[str, Dataset], str]:
     """The training split, to be read as it comes; the evaluated splits by their short names, loaded; what names the
     data, whose rows nobody has seen.
 
-    Of a hub's splits the first max_samples rows are evaluated. Raises UsageError as load_rows does.
+    Of a hub's splits the first max_samples rows are evaluated; task.dataset.max_rows bounds every split, of the
+    training split its first rows. Raises UsageError as load_rows does.
     """
     if config.path is not None:
         files = _find_files(Path(config.path), config)
         wanted = _evaluated(config, list(files))
-        train = _read(files[config.train_split], streaming=True)
-        identity = f"{files[config.train_split].name} of {files[config.train_split].stat().st_size} bytes"
+        file = files[config.train_split]
+        train = StreamedRows(_read(file, streaming=True), str(file))
+        identity = f"{file.name} of {file.stat().st_size} bytes"
         splits = {name: _read(files[name]) for name in wanted}
     else:
         assert max_samples is not None  # the config is refused without
         streams = _load_hub(config, streaming=True)
         wanted = _evaluated(config, list(streams))
-        train = streams[config.train_split]
-        identity = f"{describe(config)} {config.revision} {config.train_split}"
-        splits = {name: Dataset.from_list(list(streams[name].take(max_samples))) for name in wanted}
+        where = describe(config)
+        read = {name: StreamedRows(rows, f"{where}, {name}") for name, rows in streams.items()}
+        train = read[config.train_split]
+        identity = f"{where} {config.revision} {config.train_split}"
+        splits = {name: Dataset.from_list(list(read[name].first(max_samples))) for name in wanted}
     for name, rows in splits.items():
         if len(rows) == 0:
             raise UsageError(f"{describe(config)}: the split {name} is empty; forge needs at least one row in each")
-    return train, {_short(name): rows for name, rows in splits.items()}, identity
+    if config.max_rows is not None:
+        splits = {name: _spread(rows, config.max_rows) for name, rows in splits.items()}
+        identity += f", its first {config.max_rows} rows"
+    return train.first(config.max_rows), {_short(name): rows for name, rows in splits.items()}, identity
 
 
 def describe(config: DatasetConfig) -> str:

@@ -66,7 +66,7 @@ class StreamBatches:
         self._rows, self._collate = rows, collate
         self._rank, self._ranks, self._seed, self._pin_memory = rank, ranks, seed, pin_memory
         self._loaded: Iterator[Batch] = iter(())
-        self._passes = 0
+        self._length: int | None = None  # of the stream, once its end was reached
 
     def adopt(self, step: int, step_sizes: list[list[int]]) -> None:
         """A run that took its first `step` steps in the given sizes goes on in the size of this one."""
@@ -81,9 +81,7 @@ class StreamBatches:
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next optimizer step, on the CPU. Raises UsageError for a row that cannot be read."""
-        batches = [next(self._loaded) for _ in range(self.micro_batches)]
-        self._passes = max(int(batch.pop("passes")) for batch in batches)
-        return batches
+        return [next(self._loaded) for _ in range(self.micro_batches)]
 
     def close(self) -> None:
         """Stops reading."""
@@ -97,58 +95,51 @@ class StreamBatches:
         )
 
     def epochs_at(self, step: int) -> float:
-        """How often the stream has been read to its end; its length, and so any fraction of it, is unknown."""
-        return float(self._passes)
+        """Passes that lie wholly behind the last row of the first `step` steps; a fraction nobody knows.
+
+        Known of every step up to those that were taken, also by the attempts before: who goes on reads past their rows.
+        """
+        return float((self.samples_at(step) - 1) // self._length) if self._length and step else 0.0
 
     def steps_for(self, epochs: float) -> int:
         """Raises UsageError: nobody knows."""
         raise UsageError("a stream has no known length; set training.max_steps")
 
     def _from(self, step: int) -> Iterator[Batch]:
-        stream = _endless(self._rows, self._seed, self.samples_at(step))
+        stream = self._endless(self.samples_at(step))
         for later in itertools.count(step):
             rows_per_step = next(size[1] for size in reversed(self.step_sizes) if size[0] <= later)
             taken = list(itertools.islice(stream, rows_per_step))
             for places in split_step(np.arange(rows_per_step), self._ranks, self.micro_batches)[self._rank]:
                 yield self._batch([taken[max(place, 0)] for place in places], filler=places == [FILLER])
 
-    def _batch(self, taken: list["_Numbered"], *, filler: bool) -> Batch:
-        rows, truncated = self._rows.prepare([place.row for place in taken], [place.number for place in taken])
+    def _batch(self, taken: list[tuple[int, Row]], *, filler: bool) -> Batch:
+        rows, truncated = self._rows.prepare([row for _, row in taken], [number for number, _ in taken])
         batch = self._collate(rows)
         batch["ids"] = torch.tensor([row["row"] for row in rows])
         batch["truncated"] = torch.tensor(0 if filler else truncated)
-        batch["passes"] = torch.tensor(taken[-1].passes)
         if filler:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE)
             batch["tokens"] = torch.zeros_like(batch["tokens"])
             batch["ids"] = torch.full_like(batch["ids"], FILLER)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
 
-
-@dataclass(frozen=True)
-class _Numbered:
-    row: Row
-    number: int  # in the stream
-    passes: int  # over the stream that came before
-
-
-def _endless(stream: RowStream, seed: int, skipped: int) -> Iterator[_Numbered]:
-    """The rows of pass after pass, from the one with that number on."""
-    length: int | None = None
-    passes = 0
-    while True:
-        if length is not None:  # known from the first pass: the passes that lie wholly behind need not be read
-            passes, skipped = passes + skipped // length, skipped % length
-        count = 0
-        for number, row in _one_pass(stream, seed, passes):
-            count += 1
-            if skipped:
-                skipped -= 1
-            else:
-                yield _Numbered(row, number, passes)
-        if count == 0:
-            raise UsageError(f"{stream.description} has no rows; training needs at least one")
-        length, passes = count, passes + 1
+    def _endless(self, skipped: int) -> Iterator[tuple[int, Row]]:
+        """The numbered rows of pass after pass, without so many at the beginning."""
+        for passes in itertools.count():
+            if self._length is not None and skipped >= self._length:  # the pass lies wholly behind
+                skipped -= self._length
+                continue
+            count = 0
+            for numbered in _one_pass(self._rows, self._seed, passes):
+                count += 1
+                if skipped:
+                    skipped -= 1
+                else:
+                    yield numbered
+            if count == 0:
+                raise UsageError(f"{self._rows.description} has no rows; training needs at least one")
+            self._length = count
 
 
 def _one_pass(stream: RowStream, seed: int, passes: int) -> Iterator[tuple[int, Row]]:
