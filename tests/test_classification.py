@@ -1,5 +1,7 @@
 """Rows become batches and predictions become numbers: sources, columns, labels, truncation, metrics."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer
 from forge.config.schema import ClassificationTask
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.task import classification
 from forge.task.classification import Classification, ClassificationMetrics, prepare
 
 
@@ -196,3 +199,24 @@ def test_metrics_equal_their_definitions_on_counts_by_hand() -> None:
         **{"labelled/c": 1, "predicted/c": 2, "correct/c": 1},
         **{"labelled/never": 0, "predicted/never": 0, "correct/never": 0},
     }
+
+
+def test_the_fingerprint_and_the_cache_follow_the_tokenizer_and_the_code(
+    tiny_model: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again = (load(tiny_model, {"path": str(data_folder)}) for _ in range(2))
+    assert first.fingerprint == again.fingerprint
+    assert first.train._fingerprint == again.train._fingerprint
+
+    shutil.copytree(tiny_model, tmp_path / "other")
+    state = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["dog"], vocabulary["cat"] = vocabulary["cat"], vocabulary["dog"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(state))
+    assert load(tmp_path / "other", {"path": str(data_folder)}).fingerprint != first.fingerprint
+
+    (tmp_path / "changed.py").write_text(Path(str(classification.__file__)).read_text() + "# A change.\n")
+    monkeypatch.setattr(classification, "__file__", str(tmp_path / "changed.py"))
+    changed = load(tiny_model, {"path": str(data_folder)})
+    assert changed.train._fingerprint != first.train._fingerprint
+    assert changed.fingerprint == first.fingerprint

@@ -1,16 +1,18 @@
 """Packed rows: full bins, and a loss and gradients that are those of the documents alone."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.task import packing
 from forge.task.packing import FEATURES, best_fit, check_packing, collate_packed, pack, shifted_labels
 
 OPTIONS = {"use_cache": False}
@@ -139,6 +141,18 @@ def test_packing_keeps_every_document_whole_and_once() -> None:
             start += length
     assert sorted(found) == sorted((row["input_ids"], row["learned"]) for row in rows)
     assert set(packed.column_names) == set(FEATURES)
+
+
+def test_rows_packed_otherwise_are_not_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents(40).save_to_disk(str(tmp_path / "rows"))
+    rows = load_from_disk(str(tmp_path / "rows"))
+    long, short = pack(rows, 20), pack(rows, 14)
+
+    assert max(short["length"][:]) <= 14 < max(long["length"][:])
+    assert pack(rows, 20)._fingerprint == long._fingerprint
+    (tmp_path / "changed.py").write_text(Path(str(packing.__file__)).read_text() + "# A change.\n")
+    monkeypatch.setattr(packing, "__file__", str(tmp_path / "changed.py"))
+    assert pack(rows, 20)._fingerprint != long._fingerprint
 
 
 def test_best_fit_fills_bins_and_is_the_same_each_time() -> None:

@@ -56,7 +56,7 @@ def test_other_rows_and_another_precision_are_refused(config_file: Path, data_fo
     assert "training.mixed_precision: no -> bf16 changes the meaning of the run" in refused.stderr
     refused = forge("--resume", run)
     assert refused.returncode == 2
-    assert f"the rows of {data} are not those of the run so far" in refused.stderr
+    assert f"the rows of {data}, or their tokens, are not those of the run so far" in refused.stderr
     assert "by --allow-change task.dataset" in refused.stderr
     taken = forge("--resume", run, "--allow-change", "task.dataset", "--max_steps", "30")
     assert taken.returncode == 0, taken.stderr

@@ -78,8 +78,9 @@ def with_rows(beginning: Beginning, fingerprint: str, description: str, allowed_
         return beginning
     if ROWS not in allowed_changes:
         raise UsageError(
-            f"the rows of {description} are not those of the run so far (fingerprint {fingerprint[:12]} instead of "
-            f"{known[:12]}); bring them back, or go on with the new ones by --allow-change {ROWS}"
+            f"the rows of {description}, or their tokens, are not those of the run so far (fingerprint "
+            f"{fingerprint[:12]} instead of {known[:12]}); bring them back, or go on with the new ones by "
+            f"--allow-change {ROWS}"
         )
     line = f"changed: the rows of {description}: {known[:12]} -> {fingerprint[:12]} (allowed by --allow-change {ROWS})"
     allowed = {**beginning.allowed, ROWS: fingerprint}

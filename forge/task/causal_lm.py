@@ -36,6 +36,7 @@ from forge.task.documents import (
     prepare_rows,
     training_texts,
 )
+from forge.task.identity import tokenizer_hash
 from forge.task.packing import check_packing, collate_packed, pack, shifted_labels
 from forge.task.rows import describe, fingerprint, load_rows, load_stream
 from forge.task.stream import RowStream
@@ -57,7 +58,7 @@ class CausalLm(Task):
     encoder: Encoder
     train: Any  # a Dataset, or a RowStream
     validation: dict[str, Dataset]  # by short name
-    fingerprint: str  # of texts and messages
+    fingerprint: str  # of texts and messages, template and tokenizer
     description: str
     rows: dict[str, int]  # by split, before packing; of a stream unknown
     cuts: dict[str, Cut]  # by split
@@ -279,10 +280,11 @@ def _tokenizer(whole: Config, config: CausalLmTask, form: RowForm, train: Any, w
 
 
 def _fingerprint(encoder: Encoder, splits: dict[str, Dataset], stream: str) -> str:
-    """Of the columns that are read, and of the template, which a file may bring; of a stream a name must do."""
+    """Of the columns that are read, of the template, which a file may bring, and of the tokenizer; of a stream a name
+    must do."""
     rows = fingerprint({split: rows.select_columns(list(encoder.form.columns)) for split, rows in splits.items()})
     template = encoder.template.text if encoder.template else ""
-    return hashlib.sha256(f"{rows} {template} {stream}".encode()).hexdigest()
+    return hashlib.sha256(f"{rows} {template} {stream} {tokenizer_hash(encoder.tokenizer)}".encode()).hexdigest()
 
 
 def _packed(train: Dataset, max_length: int) -> Dataset:

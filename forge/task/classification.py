@@ -24,6 +24,7 @@ from forge.losses.cross_entropy import IGNORE
 from forge.model.classifier import load_classifier
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer
 from forge.task.batches import Batch
+from forge.task.identity import source_hash, tokenizer_hash
 from forge.task.rows import describe, fingerprint, load_rows
 from forge.task.task import Metrics, Task
 
@@ -39,7 +40,7 @@ class Classification(Task):
     max_length: int
     train: Dataset
     validation: dict[str, Dataset]  # by short name
-    fingerprint: str  # of texts and labels
+    fingerprint: str  # of texts, labels and tokenizer
     truncated: dict[str, int]  # rows cut to max_length, by split
     description: str
     label_ids: list[int] = field(default_factory=list)  # the model's output for each of labels
@@ -139,7 +140,7 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
     if config.max_length > limit:
         raise UsageError(f"task.max_length is {config.max_length}, and the tokenizer's model takes at most {limit}")
 
-    backend = _tokenizer_hash(tokenizer)  # before its first use, which leaves a trace in it
+    backend = tokenizer_hash(tokenizer)
     tokenized: dict[str, Dataset] = {}
     truncated: dict[str, int] = {}
     for split, rows in splits.items():
@@ -162,7 +163,7 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
         max_length=config.max_length,
         train=tokenized.pop("train"),
         validation=tokenized,
-        fingerprint=fingerprint(splits),
+        fingerprint=hashlib.sha256(f"{fingerprint(splits)} {backend}".encode()).hexdigest(),
         truncated=truncated,
         description=describe(config.dataset),
         label_ids=list(range(len(labels))),
@@ -270,7 +271,7 @@ def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTo
 
     # BERT and DistilBERT share the backend and differ in the inputs they name.
     how = f"{backend} {tokenizer.model_input_names} {tokenizer.truncation_side} {tokenizers.__version__}"
-    key = f"{rows._fingerprint} {how} {config.max_length} {pair}"
+    key = f"{rows._fingerprint} {how} {config.max_length} {pair} {source_hash(__file__)}"
     return rows.map(
         encode,
         batched=True,
@@ -279,10 +280,3 @@ def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTo
         new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
         desc="tokenizing",
     )
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UsageError("forge needs a fast tokenizer (tokenizer.json), and this model has only a slow one")
-    return hashlib.sha256(backend.to_str().encode()).hexdigest()

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import tokenizers
 import transformers
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-import forge
 from forge.config.schema import CausalLmTask
 from forge.errors import UsageError
+from forge.task import chat
 from forge.task.chat import BadRow, ChatTemplate, Message, Written, load_template, special_texts
+from forge.task.identity import source_hash, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Encoder:
         )
         for row, ids, offsets in zip(written, batch["input_ids"], batch["offset_mapping"], strict=True):
             learned = [any(start < to and first < end for first, to in row.spans) for start, end in offsets]
-            if plain and self.config.append_eos:
+            if plain and self.config.append_eos and row.spans:
                 ids, learned = _ended(ids, learned, self.tokenizer.eos_token_id)
             encoded["input_ids"].append(ids[: self.config.max_length])
             encoded["learned"].append(learned[: self.config.max_length])
@@ -90,12 +92,16 @@ class Encoder:
     @property
     def key(self) -> str:
         """Names what the tokens depend on, besides the rows: equal in every process."""
-        backend = self.tokenizer.backend_tokenizer.to_str()
         config = self.config
         parts = [
-            *(forge.__version__, transformers.__version__, tokenizers.__version__, backend, self.form),
-            *(self.template, self.specials, self.tokenizer.eos_token_id),
-            *(config.max_length, config.remove_text, config.append_eos, FEATURES),  # a cache may be of an older forge
+            *(
+                transformers.__version__,
+                tokenizers.__version__,
+                jinja2.__version__,
+                source_hash(chat.__file__, __file__),
+            ),
+            *(tokenizer_hash(self.tokenizer), self.form, self.template, self.specials),
+            *(config.max_length, config.remove_text, config.append_eos),
         ]
         return repr(parts)
 
@@ -104,7 +110,7 @@ class Encoder:
             assert self.template is not None
             return self.template.write(values[0] if len(values) == 1 else _pair(*values))
         if self.form.name == "text":
-            return Written(values[0], [(0, len(values[0]))])
+            return Written(values[0], [(0, len(values[0]))] if values[0] else [])  # of an empty one nothing is learned
         prompt, completion = values
         if not completion:
             raise BadRow("has an empty completion")

@@ -1,5 +1,6 @@
 """The OCR task: images of text with their transcripts, read by an encoder-decoder or by a chat-style vision model."""
 
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from forge.model.recognizer import end_token, load_recognizer, reads_lines, star
 from forge.model.source import load_processor
 from forge.task.batches import FILLER, Batch
 from forge.task.characters import character_tokenizer
+from forge.task.identity import tokenizer_hash
 from forge.task.image_chat import ImageChat, image_chat
 from forge.task.images import check_images, open_image, png
 from forge.task.line_reader import LineReader, check_image_size, image_size, new_processor
@@ -41,7 +43,7 @@ class Ocr(Task):
     reader: LineReader | ImageChat
     train: Dataset
     validation: dict[str, Dataset]  # by short name
-    fingerprint: str  # of images and transcripts
+    fingerprint: str  # of images, transcripts and tokenizer, and of the chat that they stand in
     truncated: dict[str, int]  # transcripts cut to max_length, by split
     broken: dict[str, int]  # images left out, by split
     description: str
@@ -192,7 +194,7 @@ def load_ocr(whole: Config) -> Ocr:
         reader=reader,
         train=splits.pop("train"),
         validation=splits,
-        fingerprint=fingerprint(read),
+        fingerprint=_fingerprint(read, reader),
         truncated=truncated,
         broken=broken,
         description=describe(config.dataset),
@@ -223,6 +225,11 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
         start = start_token(None, processing.tokenizer)  # until the model says its own
     height, width = image_size(config.image, processing)
     return LineReader(processing, height, width, config.image, start, end_token(processing.tokenizer))
+
+
+def _fingerprint(read: dict[str, Dataset], reader: LineReader | ImageChat) -> str:
+    parts = f"{fingerprint(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}"
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def _with_columns(rows: Dataset, columns: dict[str, list[Any]]) -> Dataset:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.task.batches import Batch
+from forge.task.identity import source_hash
 
 FEATURES = Features(
     {
@@ -73,7 +74,8 @@ def pack(rows: Dataset, capacity: int) -> Dataset:
             joined["length"].append(sum(found["length"]))
         return joined
 
-    fingerprint = hashlib.sha256(f"{rows._fingerprint} packed {capacity} {FEATURES}".encode()).hexdigest()[:32]
+    key = f"{rows._fingerprint} packed {capacity} {source_hash(__file__)}"
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     on_disk = rows.cache_files
     return Dataset.from_dict({"documents": bins}).map(
         join,
