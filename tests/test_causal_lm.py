@@ -9,45 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, forge, forge_on_two_ranks, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import REPOSITORY, forge, forge_on_two_ranks
+from conversations import END, LONG, LOST, config_on, conversation, labels_as_text, write_chat_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from forge.config.loader import load_config
-from forge.config.schema import Config
+from forge.config.schema import Config, ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.model.generation import end_with
 from forge.task.bpe import train_bpe
 from forge.task.causal_lm import CausalLm, generate_replies, load_causal_lm
 from forge.task.demo_chat import KINDS, Draw, demo_chat, is_held_out
 from forge.task.stream import RowStream
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "tree"]
-END = "<|im_end|>"
-
-
-def conversation(i: int, turns: int = 1) -> dict[str, Any]:
-    messages = []
-    for turn in range(turns):
-        word = WORDS[(i + turn) % 10]
-        messages += [{"role": "user", "content": f"say {word} {i}"}, {"role": "assistant", "content": f"{word} {i}"}]
-    return {"messages": messages}
-
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with a chat tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    texts = [f"say {word} 123 user assistant: " for word in WORDS] * 5
-    tokenizer = train_bpe(texts, 340, 64, chat=True)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96},
-        **{"initializer_range": 0.2, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_chat_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -58,25 +45,6 @@ def load(tmp_path: Path, model_folder: Path) -> Any:
         return load_causal_lm(config_on(tmp_path, model_folder, train, validation, *settings))
 
     return load_rows
-
-
-def config_on(
-    folder: Path, model: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], *settings: str
-) -> Config:
-    write_rows(folder / "data" / "train.jsonl", train)
-    write_rows(folder / "data" / "validation.jsonl", validation)
-    file = folder / "c.yaml"
-    file.write_text(
-        f"task: {{type: causal_lm, dataset: {{path: {folder / 'data'}}}, max_length: 64}}\nmodel: {{path: {model}}}\n"
-        f"training: {{max_steps: 4, batch_size: 8, learning_rate: 1e-3, mixed_precision: no}}\n"
-        f"logging: {{every_steps: 1}}\noutput_root: {folder / 'outputs'}\n"
-    )
-    return load_config(file, settings).config
-
-
-def labels_as_text(task: CausalLm, rows: list[dict[str, Any]]) -> list[str]:
-    labels = task.collate(rows)["labels"]
-    return [str(task.processing.decode(row[row != IGNORE])) for row in labels]
 
 
 def test_messages_are_learned_by_their_replies(load: Any) -> None:
@@ -146,66 +114,6 @@ def test_a_tokenizer_that_writes_its_own_ends_is_given_none_twice(model_folder: 
 
     assert task.processing.decode(task.train[0]["input_ids"]) == f"<|im_start|>say red: red{END}"
     assert labels_as_text(task, list(task.train)) == [f" red{END}"]
-
-
-LONG = {"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "cat " * 60}]}
-LOST = {"messages": [{"role": "user", "content": "dog " * 60}, {"role": "assistant", "content": "red"}]}
-
-
-def whole_length(task: CausalLm, row: dict[str, Any]) -> int:
-    text = task.processing.apply_chat_template(row["messages"], tokenize=False)
-    return len(task.processing(text, add_special_tokens=False)["input_ids"])
-
-
-def test_rows_that_are_too_long_are_cut_counted_and_told(load: Any, caplog: pytest.LogCaptureFixture) -> None:
-    task = load([conversation(0), LONG, LOST, LOST], [conversation(1)])
-
-    assert len(task.train) == 2
-    assert max(task.train["length"]) == 64
-    whole = whole_length(task, LONG)
-    assert task.facts()["cut"]["train"] == {"rows": 1, "tokens": whole - 64, "left_out": 2, "first_left_out": 2}
-    assert task.facts()["cut"]["validation"] == {"rows": 0, "tokens": 0, "left_out": 0, "first_left_out": None}
-    assert task.facts()["rows"] == {"train": 2, "validation": 1}
-    assert f"train: 1 rows are cut to task.max_length 64 and lose {whole - 64} tokens in all" in caplog.messages
-    assert (
-        "train: 2 rows are left out, the first is row 2: nothing to learn is left of them within task.max_length 64"
-        in caplog.messages
-    )
-
-
-def test_long_rows_are_left_out_or_refused_where_that_is_asked_for(load: Any) -> None:
-    rows = [conversation(0), LONG]
-    left = load(rows, [conversation(1)], "task.truncation=leave_out")
-
-    assert left.train["row"][:] == [0]
-    assert left.facts()["cut"]["train"] == {"rows": 0, "tokens": 0, "left_out": 1, "first_left_out": 1}
-    with pytest.raises(UsageError) as refused:
-        load(rows, [conversation(1)], "task.truncation=refuse")
-    length = whole_length(left, LONG)
-    assert str(refused.value).endswith(
-        f"data, train: row 1 has {length} tokens, more than task.max_length 64; raise it, or set task.truncation: cut "
-        f"or leave_out (1 such rows, the longest of {length})"
-    )
-
-
-def test_a_split_of_which_nothing_is_left_is_refused(load: Any) -> None:
-    with pytest.raises(UsageError, match=r"validation: no row has a reply within task.max_length 64 tokens; raise it"):
-        load([conversation(0)], [LOST])
-
-
-def test_a_special_token_in_the_text_is_told_with_the_way_out(load: Any, caplog: pytest.LogCaptureFixture) -> None:
-    messages = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red<|endoftext|>"}]
-    rows = [conversation(0), {"messages": messages}]
-    load(rows, [conversation(1)])
-
-    assert (
-        "train: 1 rows hold a special token of the tokenizer in their own text, such as <|endoftext|> in row 1, and "
-        "the model reads it as such; where that is not meant, take it out with task.remove_text: ['<|endoftext|>']"
-    ) in caplog.messages
-    caplog.clear()
-    cleaned = load(rows, [conversation(1)], "task.remove_text=['<|endoftext|>']")
-    assert labels_as_text(cleaned, list(cleaned.train)) == [f"red 0{END}", f"red{END}"]
-    assert "special token" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -360,7 +268,7 @@ def test_a_new_tokenizer_is_the_same_in_every_process() -> None:
         "from forge.task.bpe import train_bpe; import hashlib\n"
         "from forge.task.demo_chat import demo_chat\n"
         "texts = [m['content'] for row in demo_chat('train', 300) for m in row['messages']]\n"
-        "made = train_bpe(texts, 400, 64, chat=True)\n"
+        "made = train_bpe(texts, 400, chat=True)\n"
         "print(hashlib.sha256(made.backend_tokenizer.to_str().encode()).hexdigest(), len(made))"
     )
     told = [
@@ -379,13 +287,13 @@ def test_a_new_tokenizer_is_the_same_in_every_process() -> None:
 
 
 def test_a_new_tokenizer_writes_every_text_and_stops_with_the_turn() -> None:
-    tokenizer = train_bpe(["red green", "red blue"], 300, 64, chat=True)
+    tokenizer = train_bpe(["red green", "red blue"], 300, chat=True)
 
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     assert tokenizer.decode(tokenizer("  Größe 日本 👍🏽\n\t")["input_ids"]) == "  Größe 日本 👍🏽\n\t"
     assert [tokenizer.eos_token, tokenizer.pad_token] == [END, "<|pad|>"]
-    assert train_bpe(["red"], 300, 64, chat=False).eos_token == "<|endoftext|>"
-    assert train_bpe(["red"], 300, 64, chat=False).chat_template is None
+    assert train_bpe(["red"], 300, chat=False).eos_token == "<|endoftext|>"
+    assert train_bpe(["red"], 300, chat=False).chat_template is None
     assert len(tokenizer("47")["input_ids"]) == 2
 
 
@@ -501,3 +409,116 @@ def test_a_bad_row_of_a_stream_is_named(load: Any) -> None:
 
     with pytest.raises(UsageError, match=r"data, train: row 1 ends with the role user"):
         stream.prepare(list(stream.rows), [0, 1])
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], ends: list[int], most: int) -> list[int]:
+    """What the model writes behind a prompt, token by token, without generate."""
+    written: list[int] = []
+    while len(written) < most and not set(written) & set(ends):
+        written.append(int(model(input_ids=torch.tensor([[*prompt, *written]])).logits[0, -1].argmax()))
+    return written
+
+
+def replies_of(task: CausalLm, model: PreTrainedModel) -> list[str]:
+    return [sample.prediction for sample in generate_replies(model, task, list(task.validation["validation"]))]
+
+
+def test_a_sample_is_greedy_and_stops_at_the_end_token_whatever_stands_beside_it(load: Any) -> None:
+    asked = [{"role": "user", "content": "say " * (1 + 4 * i)} for i in range(4)]
+    rows = [{"messages": [question, *conversation(i)["messages"][1:]]} for i, question in enumerate(asked)]
+    task = load(rows, rows)
+    model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
+    prompts = [row["input_ids"][: row["learned"].index(True)] for row in task.validation["validation"]]
+    assert len({len(prompt) for prompt in prompts}) == 4
+    most = max(map(sum, task.validation["validation"]["learned"])) + 16
+    decode = task.processing.decode
+    free = [greedy(model, prompt, task.ends, most) for prompt in prompts]
+    assert replies_of(task, model) == [decode(ids, skip_special_tokens=True).strip() for ids in free]
+
+    end_with(model, [free[1][2]], 0)  # as if the second text ended with its third token
+    stopped = [greedy(model, prompt, [free[1][2]], most) for prompt in prompts]
+    assert len(stopped[1]) <= 3
+    assert replies_of(task, model) == [decode(ids, skip_special_tokens=True).strip() for ids in stopped]
+
+
+def test_what_a_checkpoint_says_of_generation_changes_no_sample(load: Any) -> None:
+    task = load([conversation(0)], [conversation(i) for i in range(3)])
+    model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
+    expected = replies_of(task, model)
+    odd = {"num_return_sequences": 2, "num_beams": 3, "repetition_penalty": 2.0, "min_new_tokens": 30, "min_length": 90}
+    model.generation_config.update(**odd, no_repeat_ngram_size=1, max_new_tokens=1, bad_words_ids=[[5]])
+
+    assert replies_of(task, model) == expected
+    assert {name: getattr(model.generation_config, name) for name in odd} == odd
+
+
+def test_the_model_is_told_the_tokens_that_its_rows_end_with(load: Any, model_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.eos_token = "<|endoftext|>"  # as of a base model, which is taught to end its turns
+    tokenizer.save_pretrained(tmp_path / "base")
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
+    long = {"role": "assistant", "content": "<|im_start|>" * 60}  # is cut behind such a token
+    special = [conversation(1), {"messages": [*conversation(0)["messages"][:1], long]}]
+    task = load([conversation(0)], special, f"model.tokenizer={tmp_path / 'base'}")
+    loaded = task.load_model(config_of(task).model, config_of(task).training)
+
+    assert task.ends == loaded.model.generation_config.eos_token_id == sorted(ends)  # not <|im_start|>, a row's own
+    assert load([conversation(0)], [conversation(1)]).ends == ends[1:]
+
+
+def test_an_adapter_and_its_merged_model_stop_where_its_samples_did(tmp_path: Path, model_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [conversation(i) for i in range(8)]
+    config_on(tmp_path, model_folder, rows, rows[:2])
+    settings = (f"model.tokenizer={tmp_path / 'base'}", "model.lora={rank: 2}", "export.merge=true")
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    done = forge("--config", tmp_path / "c.yaml", "--max_steps", 1, *arguments)
+
+    assert done.returncode == 0, done.stderr + done.stdout
+    final = next((tmp_path / "outputs").rglob("run_metadata.json")).parent / "final"
+    for folder in (final, final / "merged"):
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == sorted(ends)
+
+
+def test_a_model_that_mixes_packed_rows_is_refused_as_student_and_taken_as_teacher(
+    load: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.save_pretrained(tmp_path / "opt")
+    config = OPTConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    rows = [conversation(i) for i in range(4)]
+    training = TrainingConfig()
+    opt = ModelConfig(path=str(tmp_path / "opt"))
+
+    packed = load(rows, rows, "task.packing=true")
+    with pytest.raises(UsageError, match=r"OPTForCausalLM .*; set task.packing: false"):
+        packed.load_model(opt, training)
+    assert packed.load_model(opt, training, "teacher").model.config.model_type == "opt"
+    assert load(rows, rows).load_model(opt, training).model.config.model_type == "opt"
+
+
+def test_a_step_keeps_no_cache_of_keys_and_values(load: Any) -> None:
+    task = load([conversation(0)], [conversation(1)])
+    model = task.load_model(config_of(task).model, config_of(task).training).model
+    batch = task.collate(list(task.train))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    assert model(**inputs).past_key_values is not None
+    assert model(**inputs, **task.forward_options).past_key_values is None
+
+
+def test_a_model_of_a_run_with_a_new_tokenizer_can_be_trained_on_longer_rows(load: Any, tmp_path: Path) -> None:
+    rows = [conversation(i) for i in range(4)]
+    scratch = "{model_type: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 4}"
+    new = ("model.new_tokenizer={kind: bpe, vocab_size: 330}", f"model.config={scratch}", "task.max_length=48")
+    load(rows, rows, *new).save_processing(tmp_path / "own")
+
+    longer = load(rows, rows, f"model.tokenizer={tmp_path / 'own'}", "task.max_length=96")
+    assert longer.config.max_length == 96

@@ -87,7 +87,7 @@ def said(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with the turn tokens of every template above."""
-    made = train_bpe([text for _, text in WITH_SYSTEM] * 20, 400, 512, chat=False)
+    made = train_bpe([text for _, text in WITH_SYSTEM] * 20, 400, chat=False)
     turns = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
     made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": turns})
     return made

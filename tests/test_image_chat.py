@@ -17,9 +17,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from forge.config.schema import ImageConfig
+from forge.config.schema import ImageConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.model.load import check_fits
 from forge.task.batches import FILLER, row_loader
 from forge.task.characters import character_tokenizer
 from forge.task.image_chat import image_chat
@@ -54,7 +55,7 @@ VISION = {
 
 
 def tokenizer_with(*tokens: str) -> Any:
-    tokenizer = character_tokenizer([], 512)
+    tokenizer = character_tokenizer([])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<end>", *tokens]})
     return tokenizer
 
@@ -92,6 +93,14 @@ def idefics3() -> tuple[Any, Any]:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return processor, config
+
+
+def test_positions_are_those_of_the_part_that_writes() -> None:
+    model = AutoModelForImageTextToText.from_config(llava()[1])
+
+    check_fits(model, 128, TrainingConfig())
+    with pytest.raises(UsageError, match="the model has 128 positions"):
+        check_fits(model, 129, TrainingConfig())
 
 
 @pytest.fixture(params=[llava, idefics3])

@@ -146,6 +146,36 @@ def test_the_fingerprint_sees_another_image_behind_the_same_name(lines: Path) ->
     assert load(lines).fingerprint != before
 
 
+def test_the_fingerprint_sees_another_tokenizer(lines: Path, tmp_path: Path) -> None:
+    tokenizer = load(lines).reader.tokenizer
+    for name in ("own", "other"):
+        tokenizer.save_pretrained(tmp_path / name)
+    state = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(state))
+    own, other = (load(lines, model={"config": TINY, "tokenizer": str(tmp_path / name)}) for name in ("own", "other"))
+
+    assert own.fingerprint == load(lines).fingerprint
+    assert own.fingerprint != other.fingerprint
+
+
+def test_a_checkpoints_own_way_to_generate_changes_no_metric(lines: Path) -> None:
+    ocr, model = with_model(lines)
+    (batch,) = row_loader(ocr.validation["validation"], [[0, 1, 2]], ocr.collate, num_workers=0, pin_memory=False)
+
+    def read() -> list[str]:
+        metrics = ocr.metrics("validation", model)
+        metrics.update({}, batch)
+        return [sample.prediction for sample in metrics.samples]
+
+    expected = read()
+    odd = {"num_return_sequences": 2, "repetition_penalty": 2.0, "no_repeat_ngram_size": 1, "length_penalty": 2.0}
+    model.generation_config.update(**odd, num_beams=3, min_new_tokens=12)
+    assert read() == expected
+    assert {name: getattr(model.generation_config, name) for name in odd} == odd
+
+
 def test_the_loss_is_the_models_own(lines: Path) -> None:
     ocr, model = with_model(lines)
     batch = ocr.collate(rows_of(ocr, 0, 1, 7))

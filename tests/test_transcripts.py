@@ -58,7 +58,7 @@ def test_edits_are_counted_for_characters_and_words(
 
 
 def test_characters_are_tokens_and_come_back() -> None:
-    tokenizer = character_tokenizer(["na\u00efve \u20ac", "\u65e5\u672c"], 50)
+    tokenizer = character_tokenizer(["na\u00efve \u20ac", "\u65e5\u672c"])
     text = "  <A>~ {b}\n na\u00efve \u65e5\u672c "
     ids = tokenizer(text).input_ids
     assert len(ids) == len(text) + 1
@@ -67,5 +67,5 @@ def test_characters_are_tokens_and_come_back() -> None:
     printable = text.replace("\n", "")
     assert tokenizer.decode(tokenizer(printable).input_ids, skip_special_tokens=True) == printable
     assert len(tokenizer) == 4 + 95 + 4
-    assert character_tokenizer([], 50).get_vocab().items() <= tokenizer.get_vocab().items(), "ASCII has the same ids"
+    assert character_tokenizer([]).get_vocab().items() <= tokenizer.get_vocab().items(), "ASCII has the same ids"
     assert tokenizer("\u00df").input_ids[0] == tokenizer.unk_token_id

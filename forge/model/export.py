@@ -57,12 +57,14 @@ def export_model(model: PreTrainedModel, folder: Path, dtype: str) -> None:
 
 
 def export_adapter(weights: AdapterWeights, folder: Path) -> None:
-    """Saves the adapter as peft does, with the config of the whole model and with base.json, into a new folder."""
+    """Saves the adapter as peft does, with the configs of the whole model and with base.json, into a new folder."""
     folder.mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.tensors().items()}
     save_file(tensors, folder / weights.file, metadata={"format": "pt"})
     for name, text in weights.texts().items():
         (folder / name).write_text(text)
+    if weights.model.can_generate():  # where it stops may not be where its base does
+        weights.model.generation_config.save_pretrained(folder)
 
 
 def export_merged(

@@ -185,7 +185,7 @@ def check_embeddings(embeddings: torch.nn.Module, tokenizer: PreTrainedTokenizer
 
 def check_fits(model: PreTrainedModel, max_length: int, training: TrainingConfig) -> None:
     """Raises UsageError where the model cannot take rows of max_length tokens, or be trained as asked."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from padding_idx + 1 on.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -10,10 +10,11 @@ from forge.task.chat import CHATML
 PAD, END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int, *, chat: bool) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, chat: bool) -> PreTrainedTokenizerFast:
     """A tokenizer of at most vocab_size tokens: equal texts give an equal one.
 
     Digits stand alone, as in SmolLM2's. chat: the tokenizer has the template ChatML, and ends with the turn.
+    How long a text may be, the model's positions say.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -33,6 +34,5 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int, *, chat: b
         eos_token=END_OF_TURN if chat else END_OF_TEXT,
         additional_special_tokens=[END_OF_TEXT, START_OF_TURN, END_OF_TURN],
         chat_template=CHATML if chat else None,
-        model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
     )

@@ -10,11 +10,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from forge.config.schema import CausalLmTask, Config, EvaluationConfig, ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.model.generation import end_with, write
 from forge.model.load import (
     LoadedModel,
     check_embeddings,
@@ -45,6 +46,7 @@ from forge.task.task import Metrics, Sample, Task
 logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 256  # of a sample's own text at most: samples are looked at, and take time in every evaluation
+ROWS_FOR_ENDS = 100  # of each validation split: a template ends its replies with one token, rarely two
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class CausalLm(Task):
     seed: int  # of the rows that are evaluated
     processing: PreTrainedTokenizerBase
     encoder: Encoder
+    ends: list[int]  # tokens that a reply, or a text, ends with
     train: Any  # a Dataset, or a RowStream
     validation: dict[str, Dataset]  # by short name
     fingerprint: str  # of texts and messages, template and tokenizer
@@ -73,7 +76,8 @@ class CausalLm(Task):
     has_language_head: ClassVar[bool] = True
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
-        """A causal LM with an embedding for every token; one that mixes packed rows is refused."""
+        """A causal LM with an embedding for every token, which stops where the rows do; one that mixes packed rows is
+        refused."""
         tokenizer = self.processing
         scratch = None
         if config.config is not None:
@@ -86,6 +90,7 @@ class CausalLm(Task):
         check_fits(loaded.model, self.config.max_length, training)
         if self.config.packing and key == "model":
             check_packing(loaded.model, self.forward_options)
+        end_with(loaded.model, self.ends, int(tokenizer.pad_token_id))
         return loaded
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
@@ -158,7 +163,6 @@ def _padded(rows: list[dict[str, Any]], pad: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": mask.sum()}
 
 
-@torch.no_grad()
 def generate_replies(model: PreTrainedModel, task: CausalLm, rows: list[dict[str, Any]]) -> list[Sample]:
     """What the model itself writes, always taking the likeliest token, where the last reply of each row stands.
 
@@ -178,17 +182,8 @@ def generate_replies(model: PreTrainedModel, task: CausalLm, rows: list[dict[str
     room = min(SHOWN_TOKENS, max(len(reply) for reply in replies) + 16)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = min(room, positions - width) if positions else room
-    special = set(tokenizer.all_special_ids)
-    ends = {reply[-1] for reply in replies if reply[-1] in special} | {tokenizer.eos_token_id} - {None}
-    options = GenerationConfig(
-        max_new_tokens=max(1, room),
-        do_sample=False,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    generate: Any = model.generate
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    written = generate(**inputs, generation_config=options)[:, width:].tolist()  # waits for the GPU
+    written = write(model, inputs, max(1, room))[:, width:].tolist()  # waits for the GPU
 
     def plain(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
@@ -258,6 +253,7 @@ def load_causal_lm(whole: Config) -> CausalLm:
         seed=whole.training.seed,
         processing=tokenizer,
         encoder=encoder,
+        ends=_ends(tokenizer, encoded),
         train=train,
         validation=encoded,
         fingerprint=_fingerprint(encoder, splits, stream),
@@ -274,9 +270,21 @@ def _tokenizer(whole: Config, config: CausalLmTask, form: RowForm, train: Any, w
     if new.kind != "bpe":
         raise UsageError(f"model.new_tokenizer.kind is {new.kind}, and a causal LM is given a bpe one; set kind: bpe")
     chat = form.name == "messages"
-    tokenizer = train_bpe(training_texts(config, form, train, where), new.vocab_size, config.max_length, chat=chat)
+    tokenizer = train_bpe(training_texts(config, form, train, where), new.vocab_size, chat=chat)
     logger.info("a new tokenizer of %d tokens is made from the training split", len(tokenizer))
     return tokenizer
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, encoded: dict[str, Dataset]) -> list[int]:
+    """The tokenizer's end token, and each special token that a reply ends with in the first rows of a split."""
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    ends = {tokenizer.eos_token_id} - {None}
+    for rows in encoded.values():
+        for row in rows.select(range(min(ROWS_FOR_ENDS, len(rows)))):
+            after = [*row["learned"][1:], row["tokens_cut"] > 0]  # of a row that is cut the last reply has no end
+            learned = zip(row["input_ids"], row["learned"], after, strict=True)
+            ends |= {token for token, here, next_too in learned if here and not next_too} & special
+    return sorted(ends)
 
 
 def _fingerprint(encoder: Encoder, splits: dict[str, Dataset], stream: str) -> str:

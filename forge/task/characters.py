@@ -13,10 +13,10 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_t
 PRINTABLE_ASCII = "".join(map(chr, range(32, 127)))  # known whatever the texts: other data can follow
 
 
-def character_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
+def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token for each printable ASCII character and each further one in texts; a text ends with </s>.
 
-    max_length: tokens of a text that the model has positions for.
+    How long a text may be, the model's positions say.
     """
     further = sorted({character for text in texts for character in text} - set(PRINTABLE_ASCII))
     tokens = [*SPECIAL.values(), *PRINTABLE_ASCII, *further]
@@ -25,6 +25,4 @@ def character_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedToke
     backend.decoder = Fuse()
     end = SPECIAL["eos_token"]
     backend.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokens.index(end))])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=max_length, clean_up_tokenization_spaces=False, **SPECIAL
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **SPECIAL)

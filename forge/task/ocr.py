@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
 from forge.errors import UsageError
+from forge.model.generation import write
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source
 from forge.model.recognizer import end_token, load_recognizer, reads_lines, start_token, writer
 from forge.model.source import load_processor
@@ -121,9 +122,7 @@ class OcrMetrics(Metrics):
         """Reads the batch's images; a filler's too, since the ranks of a sharded model read together."""
         reader, config = self._task.reader, self._task.config
         inputs = reader.generation_inputs({name: batch[name] for name in batch if name not in ("ids", "tokens")})
-        generated = self._model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=config.max_length, num_beams=config.num_beams, do_sample=False, use_cache=True
-        )
+        generated = write(self._model, inputs, config.max_length, config.num_beams)
         predictions = [normalize(text, config.normalization) for text in reader.replies(generated, inputs)]
         for row, prediction in zip(batch["ids"].tolist(), predictions, strict=True):
             if row == FILLER:
@@ -210,7 +209,7 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
         if model.new_tokenizer is None:
             tokenizer = load_own_tokenizer(model)
         elif model.new_tokenizer.kind == "characters":
-            tokenizer = character_tokenizer(texts, config.max_length)
+            tokenizer = character_tokenizer(texts)
         else:
             raise UsageError("model.new_tokenizer.kind is bpe, and OCR builds tokenizers of kind characters")
         processing: Any = new_processor(tokenizer, model.config)
