@@ -465,7 +465,7 @@ def test_the_model_is_told_the_tokens_that_its_rows_end_with(load: Any, model_fo
     tokenizer.eos_token = "<|endoftext|>"  # as of a base model, which is taught to end its turns
     tokenizer.save_pretrained(tmp_path / "base")
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
-    long = {"role": "assistant", "content": "<|im_start|> " * 40}  # is cut behind such a token
+    long = {"role": "assistant", "content": "<|im_start|>" * 60}  # is cut behind such a token
     special = [conversation(1), {"messages": [*conversation(0)["messages"][:1], long]}]
     task = load([conversation(0)], special, f"model.tokenizer={tmp_path / 'base'}")
     loaded = task.load_model(config_of(task).model, config_of(task).training)

@@ -184,6 +184,11 @@ def test_the_passes_are_those_of_the_step_on_every_rank_and_after_a_resume() -> 
         resumed.start_at(12)
         resumed.next_step()
         assert [resumed.epochs_at(step) for step in (0, 4, 5, 6, 12, 13)] == [0, 0, 0, 1, 2, 2]
+    whole = stream(7)
+    whole.start_at(0)
+    for _ in range(4):
+        whole.next_step()
+    assert [whole.epochs_at(step) for step in (3, 4)] == [0, 1]  # as it was when step 3 was the last, its end unseen
 
 
 def test_a_filler_counts_no_truncated_row() -> None:
