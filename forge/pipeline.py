@@ -13,6 +13,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
+from torch import Tensor
 
 from forge.checkpoint.beginning import Beginning, begin_again, check_base, with_rows
 from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
@@ -22,6 +23,7 @@ from forge.config.loader import LoadedConfig
 from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import LostRank, Stopped, Superseded, TrainingError
+from forge.losses.cross_entropy import IGNORE
 from forge.model.card import compare, model_card
 from forge.model.export import MERGED, export_adapter, export_merged, export_model, push_to_hub
 from forge.model.lineage import lineage
@@ -85,7 +87,8 @@ class Result:
 
 def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
     """Runs every stage that the run has not finished. Raises ForgeError, with the run's state saved."""
-    request = replace(request, loaded=replace(request.loaded, config=with_run_paths(request.loaded.config)))
+    if request.resumed is None:  # later its config has paths; a name in it is the hub's, whatever runs there are now
+        request = replace(request, loaded=replace(request.loaded, config=with_run_paths(request.loaded.config)))
     config = request.loaded.config
     training = config.training
     accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
@@ -249,8 +252,9 @@ def _with_origin(loaded: LoadedModel, beginning: Beginning, accelerator: Acceler
     source = loaded.source
     if source is None:
         return loaded
-    known = replace(loaded, origin=on_rank_0(accelerator, lambda: origin_of(source, "model")))
-    on_rank_0(accelerator, lambda: check_base(beginning, known.base_sha256))
+    origin = on_rank_0(accelerator, lambda: origin_of(source, "model"))
+    known = replace(loaded, origin=origin)
+    on_rank_0(accelerator, lambda: check_base(beginning, known.base_sha256, origin.weights_sha256))
     return known
 
 
@@ -285,9 +289,9 @@ def _export(trainer: FinetuningTrainer) -> None:
         else:
             export_adapter(weights, folder)
             if wanted.merge:
-                inputs = _few_inputs(task)
+                proof = _few_inputs(task)
                 merged.update(
-                    asdict(export_merged(folder, weights.below, task.auto_model, trainer.model, wanted.dtype, inputs))
+                    asdict(export_merged(folder, weights.below, task.auto_model, trainer.model, wanted.dtype, *proof))
                 )
                 task.save_processing(folder / MERGED)
         task.save_processing(folder)
@@ -295,9 +299,11 @@ def _export(trainer: FinetuningTrainer) -> None:
     def export() -> None:
         try:
             publish_folder(trainer.run.final, write, trainer.lock.check)
-            if merged:
-                metadata = read_json(trainer.run.metadata_file)
-                write_json(trainer.run.metadata_file, {**metadata, "merged": merged}, trainer.lock.check)
+            metadata = read_json(trainer.run.metadata_file)
+            metadata.pop("merged", None)  # of an earlier export, which this one replaces
+            write_json(
+                trainer.run.metadata_file, {**metadata, "merged": merged} if merged else metadata, trainer.lock.check
+            )
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(
@@ -308,11 +314,14 @@ def _export(trainer: FinetuningTrainer) -> None:
     logger.info("final model in %s", trainer.run.final)
 
 
-def _few_inputs(task: Task) -> dict[str, Any]:
-    """What the model is given for the first rows of the first validation split."""
+def _few_inputs(task: Task) -> tuple[dict[str, Any], Tensor | None]:
+    """What the model is given for the first rows of the first validation split, and which of its logits are learned;
+    None: all, where none is."""
     rows = next(iter(task.validation.values()))
     batch = task.collate([rows[i] for i in range(min(ROWS_OF_PROOF, len(rows)))])
-    return {**{name: tensor for name, tensor in batch.items() if name not in OF_THE_LOOP}, **task.forward_options}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in OF_THE_LOOP}
+    counted = batch["labels"] != IGNORE
+    return {**inputs, **task.forward_options}, counted if counted.any() else None
 
 
 def _complete(result: Result, trainer: FinetuningTrainer) -> None:

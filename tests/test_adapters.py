@@ -20,7 +20,14 @@ from forge.model.classifier import load_classifier
 from forge.model.load import ReadWeights, processing_source, read_checkpoint
 from forge.model.lora import with_lora
 from forge.model.origin import Weights, hash_of_files, hashed, weight_files
-from forge.model.source import load_model_config, load_tokenizer, model_source, origin_of, with_run_paths
+from forge.model.source import (
+    ModelSource,
+    load_model_config,
+    load_tokenizer,
+    model_source,
+    origin_of,
+    with_run_paths,
+)
 from forge.run.state import TrainingState, new_run_id
 
 
@@ -176,6 +183,152 @@ def test_a_stacked_adapter_comes_with_those_below_it(by: str, base: Path, adapte
         origin_of(source, "model")
 
 
+@pytest.fixture
+def stack(base: Path, adapter: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """An adapter on `adapter` on `base`, and what that model says."""
+    top = tmp_path / "top"
+    expected = write_adapter(
+        read(path=str(adapter)).model, base, top, below=(adapter,), seed=2, target_modules=["v_proj"]
+    )
+    return top, expected
+
+
+@pytest.mark.parametrize("how", ["a copy", "a link", "another spelling", "a copy as the base"])
+def test_an_adapter_below_is_applied_once_wherever_it_lies(
+    how: str, base: Path, adapter: Path, stack: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    top, expected = stack
+    below = tmp_path / "below"
+    if how == "a link":
+        below.symlink_to(adapter)
+    elif how == "another spelling":
+        below = base / ".." / adapter.name
+    else:
+        shutil.copytree(adapter, below)
+    keys = {"path": str(top), "base": str(below)} if "base" in how else {"path": str(below), "adapter": str(top)}
+    assert len(origin_of(model_source(ModelConfig(**keys), "model"), "model").adapters) == 2
+    torch.testing.assert_close(logits(read(**keys).model), expected)
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+@pytest.mark.parametrize("second", ["adapter", "base"])
+def test_an_adapter_on_itself_is_refused(second: str, stranger: bool, adapter: Path) -> None:
+    if stranger:
+        (adapter / "base.json").unlink()
+    source = model_source(ModelConfig(**{"path": str(adapter), second: str(adapter)}), "model")
+    with pytest.raises(UsageError, match=f"the adapter {adapter} would be applied twice"):
+        origin_of(source, "model")
+
+
+def test_more_or_fewer_adapters_than_it_was_trained_on_are_refused(
+    base: Path, adapter: Path, stack: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    top, _ = stack
+    write_adapter(llama(base), base, tmp_path / "other", seed=5)
+    with pytest.raises(UsageError, match=r"trained on .*base with 0 adapters on it, and not 2"):
+        origin_of(model_source(ModelConfig(path=str(top), adapter=str(tmp_path / "other")), "model"), "model")
+
+
+def test_what_model_base_names_replaces_all_that_lies_below(
+    base: Path, adapter: Path, stack: tuple[Path, torch.Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the adapter below is deleted: its copy, or the two in one model."""
+    top, expected = stack
+    read(path=str(adapter)).model.save_pretrained(tmp_path / "merged")
+    shutil.move(adapter, tmp_path / "moved")
+    with pytest.raises(UsageError) as error:
+        model_source(ModelConfig(path=str(top)), "model")
+    assert f"the adapter below {top} is not at {adapter} any more" in str(error.value)
+    assert "name the adapter in model.path and what it is to be put on in model.base" in str(error.value)
+    for place in ("merged", "moved"):
+        caplog.clear()
+        keys = {"path": str(top), "base": str(tmp_path / place)}
+        torch.testing.assert_close(logits(read(**keys).model), expected)
+        origin_of(model_source(ModelConfig(**keys), "model"), "model")
+        assert ("model.base asks for it" in caplog.text) == (place == "merged")
+    # The two in one model are not what it was trained on, and on them the adapter below would be applied again.
+    with pytest.raises(UsageError, match=r"what it is to be put on in model.base"):
+        model_source(ModelConfig(path=str(tmp_path / "merged"), adapter=str(top)), "model")
+    shutil.copytree(tmp_path / "moved", adapter)
+    again = model_source(ModelConfig(path=str(tmp_path / "merged"), adapter=str(top)), "model")
+    with pytest.raises(UsageError, match=r"name the adapter in model.path and what it is to be put on in model.base"):
+        origin_of(again, "model")
+
+
+def test_a_base_beside_an_adapter_of_its_own_key_is_refused(base: Path, adapter: Path) -> None:
+    keys = {"path": str(base), "adapter": str(adapter), "base": str(base)}
+    with pytest.raises(UsageError, match=r"model.adapter is put on model.path and not on that; take model.base out"):
+        model_source(ModelConfig(**keys), "model")
+
+
+def test_an_adapter_on_a_head_that_is_nowhere_cannot_be_trained_on(tiny_model: Path, tmp_path: Path) -> None:
+    """The head would be made by chance, be frozen, and be in no file."""
+    folder = tmp_path / "adapter"
+    write_adapter(classifier(tiny_model), tiny_model, folder, target_modules=["query"])
+    (folder / "config.json").unlink()
+    config = ModelConfig(path=str(folder), continue_adapter=True)
+    loaded = load_classifier(config, LABELS, load_tokenizer(*processing_source(config)))
+    with pytest.raises(UsageError, match=r"neither the adapter \S+ nor its base holds classifier.bias .*model.lora"):
+        with_lora(loaded, config, seed=1)
+    new = ModelConfig(path=str(folder), lora={"rank": 1, "target": ["value"]})
+    fresh = with_lora(load_classifier(new, LABELS, load_tokenizer(*processing_source(new))), new, seed=1)
+    assert fresh.adapter["trained_in_full"] == ["classifier"]
+
+
+@pytest.mark.parametrize("broken", ["base", "adapter"])
+def test_weights_that_are_cut_short_are_one_sentence(broken: str, base: Path, adapter: Path) -> None:
+    file = base / "model.safetensors" if broken == "base" else adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=r"^model.path"):
+        read(path=str(adapter))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"name": 5}, {"location": None}, {"revision": 1}, {"sha256": ["a"]}, {"strange": "x"}]
+)
+def test_a_record_with_other_types_is_one_sentence(changed: dict, adapter: Path) -> None:
+    record = json.loads((adapter / "base.json").read_text())
+    (adapter / "base.json").write_text(json.dumps({**record, "base": {**record["base"], **changed}}))
+    with pytest.raises(UsageError, match=r"base.json is not as forge writes it .* restore it, or name model.base"):
+        model_source(ModelConfig(path=str(adapter)), "model")
+
+
+@pytest.mark.parametrize("file", ["base.json", "adapter_config.json"])
+def test_a_broken_file_of_an_adapter_is_no_question_of_runs(file: str, adapter: Path) -> None:
+    (adapter / file).write_text('{"half": ')
+    with pytest.raises(UsageError) as error:
+        read(path=str(adapter))
+    assert str(error.value) == f"{adapter / file} is broken; restore it, or name another adapter or model"
+
+
+def test_an_adapter_without_weights_names_the_file_that_is_missing(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"the adapter in \S+ has no weights; put adapter_model.safetensors back"):
+        read(path=str(adapter))
+
+
+def test_of_a_stack_the_newest_folder_that_has_a_part_gives_it(tmp_path: Path) -> None:
+    old, new, bare = (tmp_path / name for name in ("old", "new", "bare"))
+    for folder in (old, new, bare):
+        folder.mkdir()
+    (old / "tokenizer.json").touch()
+    (old / "config.json").touch()
+    (new / "config.json").touch()
+    adapters = tuple(Weights(folder.name, str(folder)) for folder in (old, new, bare))
+    source = ModelSource("m", str(tmp_path), adapters=adapters)
+    assert source.place_of("config.json").location == str(new)
+    assert source.place_of("tokenizer").location == str(old)
+    assert source.place_of("processor") is source
+
+
+def test_a_hub_base_is_read_at_the_commit_that_is_recorded(adapter: Path) -> None:
+    record = json.loads((adapter / "base.json").read_text())
+    base = {"name": "org/m", "location": "org/m", "revision": "main", "commit": "c" * 40, "sha256": None}
+    (adapter / "base.json").write_text(json.dumps({**record, "base": base}))
+    source = model_source(ModelConfig(path=str(adapter)), "model")
+    assert (source.location, source.revision) == ("org/m", "c" * 40)
+
+
 def test_an_adapter_is_trained_on(adapter: Path, expected: torch.Tensor) -> None:
     config = ModelConfig(path=str(adapter), continue_adapter=True)
     model, missing, _ = read(path=str(adapter), continue_adapter=True)
@@ -288,6 +441,17 @@ def test_the_hash_is_of_the_files_that_are_read_and_the_hubs_cache_knows_it(tmp_
     assert hash_of_files([alone]) != first
     blob.write_bytes(b"other bytes under the same name")
     assert hash_of_files([alone]) == hash_of_files([alone])
+
+    (folder / "adapter_model.safetensors").write_bytes(b"a stray file")
+    assert weight_files(folder) == [alone]  # nothing in the folder says that it is an adapter
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"1")
+    two.write_bytes(b"2")
+    names_in_order = hash_of_files([one, two])
+    one.write_bytes(b"2")
+    two.write_bytes(b"1")
+    assert hash_of_files([one, two]) != names_in_order  # the same bytes under each other's names
 
     llama(write_llama(tmp_path / "n")).save_pretrained(tmp_path / "shards", max_shard_size="4KB")
     shards = weight_files(tmp_path / "shards")

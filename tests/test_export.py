@@ -8,19 +8,33 @@ from typing import Any
 import pytest
 import torch
 from adapters import IDS, classifier, llama, logits, write_adapter, write_llama
+from pydantic import ValidationError
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import forge.model.export as exports
+from forge.config.schema import ExportConfig, ModelConfig
 from forge.errors import TrainingError
+from forge.model.card import _use
 from forge.model.export import Merge, export_merged, export_model, push_to_hub
+from forge.model.load import LoadedModel, read_checkpoint
 from forge.model.origin import Origin, Weights, hashed
+from forge.model.source import load_model_config, model_source, origin_of
+from forge.model.trained import AdapterWeights
 
 
-def merged(base: Path, adapter: Path, dtype: str = "float32", *below: Path, auto: Any = AutoModelForCausalLM) -> Merge:
+def merged(
+    trained: PreTrainedModel,
+    base: Path,
+    adapter: Path,
+    dtype: str = "float32",
+    *below: Path,
+    auto: Any = AutoModelForCausalLM,
+    counted: torch.Tensor | None = None,
+) -> Merge:
     origin = Origin(hashed(Weights("base", str(base))), tuple(Weights(path.name, str(path)) for path in below))
-    trained = auto.from_config(AutoConfig.from_pretrained(adapter))
-    return export_merged(adapter, origin, auto, trained, dtype, {"input_ids": IDS})
+    return export_merged(adapter, origin, auto, trained, dtype, {"input_ids": IDS}, counted)
 
 
 def dtypes_in(folder: Path) -> set[str]:
@@ -47,9 +61,12 @@ KINDS = {
 def test_a_merged_model_computes_what_the_adapter_does(kind: str, tied: bool, tmp_path: Path) -> None:
     """Also where the adapter changes one of two layers that share their weight."""
     base = write_llama(tmp_path / "base", tied=tied)
-    expected = write_adapter(llama(base), base, tmp_path / "adapter", **KINDS[kind])
+    model = llama(base)
+    expected = write_adapter(model, base, tmp_path / "adapter", **KINDS[kind])
     assert (expected - logits(llama(base))).abs().max() > 0.1  # the adapter does something
-    found = merged(base, tmp_path / "adapter")
+    model.train()
+    found = merged(model, base, tmp_path / "adapter")
+    assert model.training  # the proof leaves the trained model as it was
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "merged")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
     assert found.largest_difference < 1e-4
@@ -62,8 +79,9 @@ def test_a_merged_model_computes_what_the_adapter_does(kind: str, tied: bool, tm
 
 def test_a_classifiers_new_head_is_merged(tiny_model: Path, tmp_path: Path) -> None:
     settings = {"target_modules": ["query", "pooler.dense"], "modules_to_save": ["classifier"]}
-    expected = write_adapter(classifier(tiny_model), tiny_model, tmp_path / "adapter", **settings)
-    merged(tiny_model, tmp_path / "adapter", auto=AutoModelForSequenceClassification)
+    model = classifier(tiny_model)
+    expected = write_adapter(model, tiny_model, tmp_path / "adapter", **settings)
+    merged(model, tiny_model, tmp_path / "adapter", auto=AutoModelForSequenceClassification)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter" / "merged")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
     assert loaded.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
@@ -71,19 +89,56 @@ def test_a_classifiers_new_head_is_merged(tiny_model: Path, tmp_path: Path) -> N
 
 def test_stacked_adapters_are_merged_one_after_the_other(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base")
-    write_adapter(llama(base), base, tmp_path / "first")
-    merged(base, tmp_path / "first")
+    model = llama(base)
+    write_adapter(model, base, tmp_path / "first")
+    merged(model, base, tmp_path / "first")
     between = llama(tmp_path / "first" / "merged")
     expected = write_adapter(between, base, tmp_path / "second", below=(tmp_path / "first",), seed=2)
-    merged(base, tmp_path / "second", "float32", tmp_path / "first")
+    merged(between, base, tmp_path / "second", "float32", tmp_path / "first")
     torch.testing.assert_close(logits(llama(tmp_path / "second" / "merged")), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["head", "embeddings", "embeddings in full", "module in full"])
+def test_a_stack_whose_first_adapter_parts_a_tied_base_is_merged_and_loads_as_the_card_says(
+    kind: str, dtype: str, tmp_path: Path
+) -> None:
+    """The base's files hold one weight for two layers; to the second adapter the two are different."""
+    base, first, top = write_llama(tmp_path / "base", tied=True), tmp_path / "first", tmp_path / "top"
+    write_adapter(llama(base), base, first, **KINDS[kind])
+    loaded = on_it(first)
+    expected = write_adapter(loaded.model, base, top, below=(first,), seed=2, target_modules=["v_proj"])
+    assert json.loads((top / "config.json").read_text())["tie_word_embeddings"] is True  # as the base's files are
+
+    merged(loaded.model, base, top, dtype, first)
+    whole = llama(top / "merged")
+    assert whole.config.tie_word_embeddings is False
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0, "atol": 0.1 * expected.abs().max()}
+    torch.testing.assert_close(logits(whole), expected, **close)
+    again = on_it(top)  # by forge, and now as a card's reader
+    torch.testing.assert_close(logits(again.model), expected, rtol=1e-4, atol=1e-4)
+    task = {"auto_model": "AutoModelForCausalLM", "auto_processing": "AutoTokenizer"}
+    lines = _use({**loaded.facts(), "adapter": {"continues": None}}, task, None).splitlines()
+    code = [line for line in lines if "tokenizer" not in line and "```" not in line]
+    scope: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoConfig": AutoConfig}
+    exec("\n".join(code).replace("PATH OF THIS FOLDER", str(top)), scope)
+    torch.testing.assert_close(logits(scope["model"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def on_it(adapter: Path) -> LoadedModel:
+    """The model that a run on top of this adapter trains."""
+    source = model_source(ModelConfig(path=str(adapter)), "model")
+    config = load_model_config(source, "model.path")
+    read = read_checkpoint(AutoModelForCausalLM, source, config, "model", "weights")
+    return LoadedModel(read.model, source, read.missing, [], origin=origin_of(source, "model"))
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "BF16"), ("float16", "F16")])
 def test_a_merged_model_takes_its_dtype_and_the_rounding_is_measured(dtype: str, stored: str, tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base", tied=True)
-    expected = write_adapter(llama(base), base, tmp_path / "adapter")
-    found = merged(base, tmp_path / "adapter", dtype)
+    model = llama(base)
+    expected = write_adapter(model, base, tmp_path / "adapter")
+    found = merged(model, base, tmp_path / "adapter", dtype)
     folder = tmp_path / "adapter" / "merged"
     assert dtypes_in(folder) == {stored}
     assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
@@ -96,11 +151,12 @@ def test_a_merge_that_loses_weights_is_an_error_and_not_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = write_llama(tmp_path / "base", tied=True)
-    write_adapter(llama(base), base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    trained = llama(base)
+    write_adapter(trained, base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
     with monkeypatch.context() as patch:  # as peft merges alone: into the weight that the embeddings share
         patch.setattr("forge.model.adapter.untie", lambda model: None)
         with pytest.raises(TrainingError, match=r"merging the adapter changed the logits by .*export.merge=false"):
-            merged(base, tmp_path / "adapter")
+            merged(trained, base, tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "merged").exists()
 
     def forgets(model: PreTrainedModel, folder: Path, dtype: str) -> None:
@@ -109,7 +165,56 @@ def test_a_merge_that_loses_weights_is_an_error_and_not_a_model(
 
     monkeypatch.setattr(exports, "export_model", forgets)
     with pytest.raises(TrainingError, match="writing the merged model to merged changed the logits"):
-        merged(base, tmp_path / "adapter")
+        merged(trained, base, tmp_path / "adapter")
+
+
+def test_what_is_merged_must_be_the_model_that_was_trained(tmp_path: Path) -> None:
+    """Two models that were built from the same wrong base would agree with each other."""
+    base = write_llama(tmp_path / "base")
+    trained = llama(base)
+    write_adapter(trained, base, tmp_path / "adapter")
+    write_llama(base, seed=3)
+    with pytest.raises(TrainingError, match=r"reading base and adapter anew changed the logits by up to"):
+        merged(trained, base, tmp_path / "adapter")
+
+    tensors = {name: tensor for name, tensor in llama(base).state_dict().items() if "lm_head" not in name}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match=r"neither base nor the adapter holds lm_head.weight \(1 weights in all\)"):
+        merged(trained, base, tmp_path / "adapter")
+
+
+def test_numbers_beyond_the_dtype_are_an_error_and_not_a_model(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    model = llama(base)
+    model.model.norm.weight.data[0] = 1e5  # float16 ends at 65504
+    model.save_pretrained(base)
+    write_adapter(model, base, tmp_path / "adapter")
+    with pytest.raises(TrainingError, match=r"model.norm.weight holds 1e\+05, which is beyond float16; .*=bfloat16"):
+        merged(model, base, tmp_path / "adapter", "float16")
+    with pytest.raises(TrainingError, match="beyond float16"):
+        export_model(model, tmp_path / "whole", "float16")
+    assert not (tmp_path / "adapter" / "merged").exists()
+    assert not (tmp_path / "whole").exists()
+    merged(model, base, tmp_path / "adapter", "bfloat16")
+
+
+def test_logits_that_are_no_numbers_prove_nothing_but_where_they_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_llama(tmp_path / "base")
+    model = llama(base)
+    model.model.embed_tokens.weight.data[int(IDS[0, 1])] = float("nan")  # which the first row reads, and no other
+    model.save_pretrained(base)
+    write_adapter(model, base, tmp_path / "adapter")
+    with pytest.raises(TrainingError, match="changed the logits by up to nan"):
+        merged(model, base, tmp_path / "adapter")
+    counted = torch.zeros_like(IDS, dtype=torch.bool)
+    counted[1] = True
+    merged(model, base, tmp_path / "adapter", counted=counted)
+
+    monkeypatch.setitem(exports.ROUNDING, "bfloat16", 1e-6)
+    with pytest.raises(TrainingError, match="rounding to bfloat16 changed the logits by up to"):
+        merged(model, base, tmp_path / "adapter", "bfloat16", counted=counted)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -141,14 +246,17 @@ def test_large_weights_are_written_in_shards(tmp_path: Path, monkeypatch: pytest
 class FakeHub:
     """As much of the hub's API as an upload needs."""
 
-    def __init__(self, error: Exception | None = None):
-        self.error, self.calls = error, []
+    def __init__(self, error: Exception | None = None, private: bool = True):
+        self.error, self.private, self.calls = error, private, []
 
     def create_repo(self, name: str, **settings: Any) -> Any:
         self.calls.append(("create_repo", name, settings))
         if self.error is not None:
             raise self.error
         return SimpleNamespace(repo_id=f"me/{name}")
+
+    def repo_info(self, name: str) -> Any:
+        return SimpleNamespace(private=self.private)
 
     def upload_folder(self, **settings: Any) -> None:
         self.calls.append(("upload_folder", settings["repo_id"], settings["folder_path"]))
@@ -170,3 +278,37 @@ def test_an_upload_that_fails_is_told_of_and_loses_nothing(tmp_path: Path, caplo
     assert "could not be uploaded to me/model (ConnectionError: no route to the hub)" in told
     assert f"hf upload me/model {tmp_path}" in told
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_nothing_is_uploaded_to_a_repository_that_is_public(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hub = FakeHub(private=False)
+    assert not push_to_hub(tmp_path, "me/model", hub)
+    assert [call[0] for call in hub.calls] == ["create_repo"]
+    assert "the repository is public, and forge uploads to private ones only" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "/tmp/model", "me/my model", "me/"])
+def test_a_name_that_no_repository_can_have_is_refused_at_the_start(name: str) -> None:
+    assert ExportConfig(push_to_hub="me/my.model-2_b").push_to_hub == "me/my.model-2_b"
+    with pytest.raises(ValidationError, match="push_to_hub"):
+        ExportConfig(push_to_hub=name)
+
+
+def test_the_very_commit_of_a_hub_model_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its branch has by then: in the adapter's config, in the card, and where the base is read anew."""
+    base = write_llama(tmp_path / "base")
+    model = llama(base)
+    write_adapter(model, base, tmp_path / "adapter")
+    below = Origin(Weights("org/m", "org/m", revision="main", commit="c" * 40))
+    assert json.loads(AdapterWeights(model, below).texts()["adapter_config.json"])["revision"] == "c" * 40
+
+    read = []
+    monkeypatch.setattr(exports, "read_checkpoint", lambda auto, source, *_: read.append(source) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_merged(tmp_path / "adapter", below, AutoModelForCausalLM, model, "float32", {"input_ids": IDS})
+    assert read[0].revision == "c" * 40
+
+    facts = {"location": "org/m", "commit": "c" * 40, "revision": "main", "untied": False, "adapters": []}
+    task = {"auto_model": "AutoModelForCausalLM", "auto_processing": "AutoTokenizer"}
+    text = _use({**facts, "adapter": {"continues": None}}, task, None)
+    assert f'AutoModelForCausalLM.from_pretrained("org/m", revision="{"c" * 40}", config=config)' in text

@@ -16,6 +16,7 @@ from forge.config.loader import load_config
 from forge.model.lineage import lineage
 from forge.model.origin import Origin, Weights, hash_of_files, weight_files
 from forge.run.files import read_json
+from forge.run.state import TrainingState
 
 QUICK = ("training.max_steps=2", "checkpoint.every_steps=1", "evaluation.baseline=false")
 
@@ -136,7 +137,8 @@ def test_the_card_tells_the_base_the_line_and_how_to_load(runs: SimpleNamespace,
     card = (runs.stacked / "final" / "README.md").read_text()
     assert "library_name: peft" in card
     assert "- LoRA adapter of rank 3 (alpha 32): " in card
-    assert f"- Base: {runs.full / 'final'}, weights `" in card
+    own = hash_of_files(weight_files(runs.full / "final"))[:12]  # and not of all that lies below the adapter
+    assert f"- Base: {runs.full / 'final'}, weights `{own}` (base.json has all of the hash)" in card
     assert f"1. full (nli/tiny, run `{metadata(runs.full)['run_id']}`): 2 steps, as base" in card
     assert "2. adapter (nli/tiny, run `" in card
     assert "Or without peft" in card
@@ -175,13 +177,65 @@ def test_a_resumed_adapter_finds_its_base_changed(runs: SimpleNamespace, tmp_pat
     assert f"was trained on {again[:12]}; bring those back" in refused.stderr
 
 
+def test_a_run_without_a_checkpoint_finds_its_base_changed(runs: SimpleNamespace, tmp_path: Path) -> None:
+    """It would begin anew, from other weights than the run's metadata tell."""
+    base = tmp_path / "base"
+    shutil.copytree(runs.full / "final", base)
+    words = [word for setting in QUICK for word in ("--set", setting)]
+    words += ["--set", f"model.path={base}", "--set", "model.lora.rank=2", "--output_root", str(tmp_path / "outputs")]
+    done = forge("--config", runs.config, "--run_name", "r", *words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "outputs" / "nli" / "tiny" / "r"
+    state = read_json(run / "training_state.json")
+    fresh = TrainingState(run_id=state["run_id"], attempts=1)
+    fresh.save(run / "training_state.json")
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (run / "latest_checkpoint").unlink()
+    then = hash_of_files(weight_files(base))
+
+    model = classifier(base)
+    model.classifier.weight.data.add_(1)
+    model.save_pretrained(base)
+    refused = forge("--resume", run)
+    assert refused.returncode == 2
+    now = hash_of_files(weight_files(base))
+    assert f"the weights of the model are {now[:12]}, and the run began with {then[:12]}" in refused.stderr
+
+
+def test_a_run_is_never_its_own_model(runs: SimpleNamespace, tmp_path: Path) -> None:
+    """A name that was a model's when the run began stays that, although the run has it by now; and a second export
+    tells nothing of the merge that the first had made."""
+    run = tmp_path / "outputs" / "nli" / "tiny" / "adapter"
+    shutil.copytree(runs.adapter, run)
+    state = read_json(run / "training_state.json")
+    (run / "training_state.json").write_text(json.dumps({**state, "pipeline_complete": False, "stage": "export"}))
+    settings = ("--set", "export.merge=false", "--output_root", str(tmp_path / "outputs"))
+    assert "merged" in metadata(run)
+    done = forge("--resume", run, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "merged" not in metadata(run)
+    assert "Or without peft" not in (run / "final" / "README.md").read_text()
+
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(f"path: {runs.full}", "path: adapter"))
+    (run / "training_state.json").write_text(json.dumps({**state, "pipeline_complete": False, "stage": "export"}))
+    refused = forge("--resume", run, *settings, "--allow-change", "model.path")
+    assert refused.returncode == 2
+    assert "adapter is the run" not in refused.stderr
+    assert "model.path: looking for adapter in the local cache and on the hub" in refused.stderr
+
+
 def test_nothing_leaves_the_machine_in_debug(runs: SimpleNamespace) -> None:
     settings = ["export.push_to_hub=me/model"]
     assert load_config(runs.config, settings).config.export.push_to_hub == "me/model"
     assert load_config(runs.config, settings, debug=True).config.export.push_to_hub is None
 
 
-def test_a_folder_that_no_run_made_has_no_line(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_folder_that_no_run_made_has_no_line(
+    tiny_model: Path, runs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs.full)  # a hub id is no folder, wherever forge is started
     assert lineage(None) == []
     assert lineage(Origin(Weights("m", str(tiny_model)))) == []
     assert lineage(Origin(Weights("org/name", "org/name"))) == []

@@ -230,6 +230,31 @@ def test_a_checkpoint_on_another_base_is_refused(build_trainer: Build) -> None:
     assert f"was trained on {manifest.base[:12]}; bring those back" in str(error.value)
 
 
+def test_a_run_that_begins_anew_on_other_weights_is_refused() -> None:
+    """Before its first checkpoint only its metadata know what it began with; all weights trained or an adapter."""
+    beginning = Beginning(2, weights="a" * 64)
+    check_base(beginning, None, "a" * 64)
+    check_base(beginning, None, None)  # not known
+    check_base(Beginning(), None, "b" * 64)
+    with pytest.raises(
+        UsageError, match=f"the weights of the model are {'b' * 12}, and the run began with {'a' * 12};"
+    ):
+        check_base(beginning, None, "b" * 64)
+
+
+def test_a_module_that_is_trained_in_full_takes_no_adapter_too(tmp_path: Path) -> None:
+    model = adapted(llama(write_llama(tmp_path / "m")), target=["lm_head", "q_proj"], modules_to_save=["lm_head"]).model
+    assert adapter_config(model).target_modules == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert not any("lm_head" in name and "lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_new_weight_in_no_module_is_one_sentence(tmp_path: Path) -> None:
+    model = llama(write_llama(tmp_path / "m"))
+    model.alone = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(UsageError, match=r"model.lora: alone starts new and is in no module of LlamaForCausalLM"):
+        adapted(model, ("alone",))
+
+
 def test_an_adapter_that_does_not_fit_is_not_restored(build_trainer: Build) -> None:
     small = build_trainer(*LORA)
     small.train()

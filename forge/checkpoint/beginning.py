@@ -30,6 +30,7 @@ class Beginning:
     changes: list[str] = field(default_factory=list)  # of the config since that checkpoint, one line each
     allowed: dict[str, str] = field(default_factory=dict)  # those of the meaning, and their new values
     fingerprint: str | None = None  # of the rows that the run was trained on so far
+    weights: str | None = None  # without a checkpoint: the hash of the files that the run began with; None: not known
 
 
 def begin_again(
@@ -65,7 +66,9 @@ def begin_again(
     lines = check_changes(found, allowed_changes, earlier)
     shown = [f"changed: {line}" for line in lines]
     fingerprint = manifest.data_fingerprint if manifest is not None else metadata["data"]["fingerprint"]
-    return Beginning(attempt, checkpoint, manifest, shown, allowances(found), fingerprint)
+    model = metadata.get("model")
+    weights = model.get("weights_sha256") if manifest is None and isinstance(model, dict) else None
+    return Beginning(attempt, checkpoint, manifest, shown, allowances(found), fingerprint, weights)
 
 
 def with_rows(beginning: Beginning, fingerprint: str, description: str, allowed_changes: list[str]) -> Beginning:
@@ -87,11 +90,18 @@ def with_rows(beginning: Beginning, fingerprint: str, description: str, allowed_
     return replace(beginning, changes=[*beginning.changes, line], allowed=allowed)
 
 
-def check_base(beginning: Beginning, base: str | None) -> None:
-    """Raises UsageError where the adapter of the checkpoint was trained on other weights than there are now.
+def check_base(beginning: Beginning, base: str | None, weights: str | None = None) -> None:
+    """Raises UsageError where the adapter of the checkpoint was trained on other weights than there are now, and where
+    a run without a checkpoint, which begins anew, would begin with others.
 
-    base: the hash of what the adapter lies on now; None where all weights are trained.
+    base: the hash of what the adapter lies on now; None where all weights are trained. weights: of all that the model
+    is loaded from now; None: not known.
     """
+    if beginning.weights is not None and weights is not None and beginning.weights != weights:
+        raise UsageError(
+            f"the weights of the model are {weights[:SHOWN]}, and the run began with {beginning.weights[:SHOWN]}; "
+            "bring those back (run_metadata.json names them), or start a new run"
+        )
     then = beginning.manifest.base if beginning.manifest is not None else None
     if then is not None and base is not None and then != base:
         raise UsageError(

@@ -418,8 +418,8 @@ class ExportConfig(Section):
     """Of an adapter: write final/merged too, a whole model that needs neither base nor peft."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights in final/ (of final/merged, where an adapter was trained)."""
-    push_to_hub: Text | None = None
-    """Upload final/ to this private repository of the hub once the run is complete."""
+    push_to_hub: Annotated[Text, Field(pattern=r"^([A-Za-z0-9._-]+/)?[A-Za-z0-9._-]+$")] | None = None
+    """Upload final/ to this private repository of the hub, OWNER/NAME or NAME, once the run is complete."""
 
 
 class LoggingConfig(Section):

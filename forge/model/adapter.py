@@ -4,6 +4,7 @@ The model stays the object that it was: peft only exchanges the layers that it t
 generation, its config, a task's metrics) works on one with an adapter.
 """
 
+import copy
 import json
 import logging
 import warnings
@@ -18,16 +19,16 @@ from peft.utils import PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from forge.errors import UsageError
-from forge.model.origin import ADAPTER_WEIGHTS
-from forge.run.files import read_json
+from forge.model.origin import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_file
 
 logger = logging.getLogger(__name__)
 
 NAME = "default"  # peft's word for the only adapter of a model
 PREFIX = "base_model.model."  # of every name in an adapter's file
+TIED_BELOW = "tied_below"  # of a model whose weights were parted: what its configs said before
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -87,8 +88,24 @@ def untie(model: PreTrainedModel) -> None:
     for module in parted:
         layer = _bare(module)
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config(decoder=True)) if parted else ():
-        config.tie_word_embeddings = False
+    if parted:
+        configs = _tying(model.config)
+        vars(model).setdefault(TIED_BELOW, [config.tie_word_embeddings for config in configs])
+        for config in configs:
+            config.tie_word_embeddings = False
+
+
+def config_below(model: PreTrainedModel) -> PreTrainedConfig:
+    """The model's config as the files of its base need it: they tie what a merged adapter has parted since."""
+    config = copy.deepcopy(model.config)
+    for part, tied in zip(_tying(config), vars(model).get(TIED_BELOW, []), strict=False):
+        part.tie_word_embeddings = tied
+    return config
+
+
+def is_untied(model: PreTrainedModel) -> bool:
+    """Has a merged adapter parted layers that share their weight in the base's files?"""
+    return TIED_BELOW in vars(model)
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -126,10 +143,12 @@ def adapter_config_text(model: PreTrainedModel, base: str, revision: str | None)
 
 def read_adapter(folder: Path, key: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Config and weights of an adapter's folder. Raises UsageError for what forge cannot apply."""
-    kind = read_json(folder / "adapter_config.json").get("peft_type")
+    kind = read_file(folder / ADAPTER_CONFIG).get("peft_type")
     if kind != PeftType.LORA.value:
         raise UsageError(f"{key}: {folder} is a {kind} adapter, and forge applies LoRA adapters only")
     safe, pickled = (folder / name for name in ADAPTER_WEIGHTS)
+    if not safe.is_file() and not pickled.is_file():
+        raise UsageError(f"{key}: the adapter in {folder} has no weights; put {safe.name} back")
     try:
         config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
         if safe.is_file():
@@ -137,6 +156,11 @@ def read_adapter(folder: Path, key: str) -> tuple[LoraConfig, dict[str, Tensor]]
         return config, torch.load(pickled, map_location="cpu", weights_only=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{key}: the adapter in {folder} cannot be read ({_first_line(error)})") from error
+
+
+def _tying(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Where a config says whether the embeddings and the head are one weight."""
+    return [config, config.get_text_config(decoder=True)]
 
 
 def _saved_in_full(model: PreTrainedModel) -> Iterator[str]:

@@ -8,6 +8,12 @@ import yaml
 from forge.model.origin import short
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
+# For a base that is tied, below an adapter that changes one of the two: merged, it would change the other too.
+PARTED = (
+    "head = model.get_output_embeddings()",
+    "head.weight = nn.Parameter(head.weight.detach().clone())  # shared with the embeddings, until here",
+    "config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False",
+)
 
 
 def model_card(
@@ -82,7 +88,7 @@ def _adapter(model: dict[str, Any]) -> str:
     return (
         f"- LoRA adapter of rank {adapter['rank']} (alpha {adapter['alpha']:g}){in_full}: "
         f"{model['trained_parameters']:,} parameters were trained\n"
-        f"- Base: {model['location']}, weights `{short(model['base_sha256'])}` (base.json has all of the hash)\n"
+        f"- Base: {model['location']}, weights `{short(model['location_sha256'])}` (base.json has all of the hash)\n"
     )
 
 
@@ -112,13 +118,17 @@ def _use(model: dict[str, Any], task: dict[str, Any], merged: dict[str, Any] | N
             *usage,
         )
     below = model["adapters"][:-1] if model["adapter"]["continues"] else model["adapters"]
+    revision = model["commit"] or model["revision"]
+    pinned = f', revision="{revision}"' if revision else ""
     steps = [
         f"config = AutoConfig.from_pretrained({here})  # as it was trained, with the labels if there are any",
-        f'model = {auto}.from_pretrained("{model["location"]}", config=config)',
+        f'model = {auto}.from_pretrained("{model["location"]}"{pinned}, config=config)',
+        *(PARTED if model["untied"] else ()),
         *(f'model = PeftModel.from_pretrained(model, "{item["location"]}").merge_and_unload()' for item in below),
         f"model = PeftModel.from_pretrained(model, {here})",
     ]
     text = _python(
+        *(["from torch import nn"] if model["untied"] else []),
         "from peft import PeftModel",
         f"from transformers import AutoConfig, {auto}, {processing}",
         "",

@@ -2,19 +2,21 @@
 
 import copy
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from forge.errors import TrainingError
-from forge.model.adapter import merge, put_on_trained
-from forge.model.load import read_checkpoint
+from forge.model.adapter import config_below, merge, put_on_trained
+from forge.model.load import not_pooler, read_checkpoint
 from forge.model.origin import Origin
 from forge.model.source import ModelSource
 from forge.model.trained import MODEL_CONFIG, AdapterWeights
@@ -24,9 +26,11 @@ logger = logging.getLogger(__name__)
 
 MERGED = "merged"  # the folder within final/
 SHARD = "5GB"  # larger weights are spread over files of that size, which the hub and slow disks take better
-# Merged and unmerged, in float32, add the same products in another order. Of the largest logit: 1.3e-6 was seen with 30
-# layers; a weight that was left out, or tied where it must not be, is far beyond.
-ROUNDING = 1e-4
+# How far logits may be off, of the largest one. In float32 the same products are added in another order: 1.3e-6 was
+# seen with 30 layers; a weight that was left out, or tied where it must not be, is far beyond. Weights of 8 and of 11
+# bits are off by 0.4 % and 0.05 % at most each, which adds up over the layers.
+ROUNDING = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2}
+ROUNDING_OF_GPU = 0.02  # float32 there may multiply in TF32, which has 11 bits
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,13 @@ def export_model(model: PreTrainedModel, folder: Path, dtype: str) -> None:
     if model.dtype == wanted:
         model.save_pretrained(folder, max_shard_size=SHARD)
         return
-    cast: dict[int, Tensor] = {}  # by address, so that tied weights stay tied
+    rounded: dict[int, Tensor] = {}  # by address, so that tied weights stay tied
     state = {}
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in cast:
-            cast[tensor.data_ptr()] = tensor.cpu().to(wanted) if tensor.is_floating_point() else tensor.cpu()
-        state[name] = cast[tensor.data_ptr()]
+        if tensor.data_ptr() not in rounded:
+            on_cpu = tensor.cpu()
+            rounded[tensor.data_ptr()] = _in(on_cpu, dtype, name) if tensor.is_floating_point() else on_cpu
+        state[name] = rounded[tensor.data_ptr()]
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     _say_dtype(folder / MODEL_CONFIG, dtype)
 
@@ -68,30 +73,44 @@ def export_adapter(weights: AdapterWeights, folder: Path) -> None:
 
 
 def export_merged(
-    adapter: Path, below: Origin, auto_model: Any, trained: PreTrainedModel, dtype: str, inputs: dict[str, Any]
+    adapter: Path,
+    below: Origin,
+    auto_model: Any,
+    trained: PreTrainedModel,
+    dtype: str,
+    inputs: dict[str, Any],
+    counted: Tensor | None = None,
 ) -> Merge:
     """Merges the adapter in the folder `adapter` into its base, and writes a whole model into `merged` within it.
 
-    The base is read anew from its own files, on the CPU: nothing of the training is needed but the configs of
-    `trained`, and there is one model in memory at a time. inputs: of a few rows, for the model's forward. Raises
-    TrainingError where the model that was written does not compute what the model with its adapter does.
+    The base is read anew from its own files, on the CPU, and what comes of it is compared with `trained`, the model
+    that the training ended with. inputs: of a few rows, for the model's forward. counted: which of their logits are
+    learned, a mask over all dimensions but the last; None: all. Raises TrainingError where the model that was written
+    does not compute what the trained model does.
     """
+
+    def logits(model: PreTrainedModel) -> Tensor:  # (N, V) f32
+        return _logits(model, inputs, counted)
+
     folder = adapter / MERGED
-    model = _unmerged(below, auto_model, trained)
-    handle, _ = put_on_trained(model, adapter, "model.path")
-    wanted = _logits(model, inputs)
+    handle = _unmerged(below, auto_model, trained, adapter)
+    model = cast(PreTrainedModel, handle.get_base_model())
+    if not getattr(trained, "is_quantized", False):  # 4 bits are far from the base's own weights
+        _check(logits(model), logits(trained), "reading base and adapter anew", _rounding_on(trained))
+    wanted = logits(model)
     merge(handle)
-    merged = _logits(model, inputs)
-    _check(merged, wanted, "merging the adapter")
+    merged = logits(model)
+    _check(merged, wanted, "merging the adapter", ROUNDING["float32"])
     _round(model, dtype)
-    rounded = _logits(model, inputs)
+    rounded = logits(model)
+    _check(rounded, merged, f"rounding to {dtype}", ROUNDING[dtype])
     export_model(model, folder, dtype)
     del model, handle
-    loaded = _logits(auto_model.from_pretrained(folder, dtype=torch.float32), inputs)
-    _check(loaded, rounded, f"writing the merged model to {folder.name}")
+    loaded = logits(auto_model.from_pretrained(folder, dtype=torch.float32))
+    _check(loaded, rounded, f"writing the merged model to {folder.name}", ROUNDING["float32"])
     found = Merge(
         dtype=dtype,
-        rows=len(wanted),
+        rows=len(next(iter(inputs.values()))),
         largest_logit=wanted.abs().max().item(),
         largest_difference=(loaded - wanted).abs().max().item(),
         before_rounding=(merged - wanted).abs().max().item(),
@@ -107,11 +126,13 @@ def export_merged(
 
 
 def push_to_hub(folder: Path, name: str, api: HfApi | None = None) -> bool:
-    """Uploads a folder to a private repository of the hub, which is made if there is none. What goes wrong is told
-    and loses nothing: the folder stays."""
+    """Uploads a folder to a private repository of the hub, which is made if there is none; never to a public one. What
+    goes wrong is told and loses nothing: the folder stays."""
     api = api or HfApi()
     try:
         url = api.create_repo(name, private=True, exist_ok=True)
+        if not api.repo_info(url.repo_id).private:  # it was there before
+            raise PermissionError("the repository is public, and forge uploads to private ones only")
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Trained with forge")
     except Exception as error:  # noqa: BLE001 - a login, a network, a quota: the run is complete whatever it is
         reason = " ".join(str(error).split())[:200]
@@ -122,28 +143,45 @@ def push_to_hub(folder: Path, name: str, api: HfApi | None = None) -> bool:
     return True
 
 
-def _unmerged(below: Origin, auto_model: Any, trained: PreTrainedModel) -> PreTrainedModel:
-    """What the adapter was trained on, in float32 on the CPU."""
-    config = copy.deepcopy(trained.config)
+def _unmerged(below: Origin, auto_model: Any, trained: PreTrainedModel, adapter: Path) -> PeftModel:
+    """What was trained, in float32 on the CPU, out of its files: the base, what was merged into it, and the adapter."""
+    config = config_below(trained)
     if hasattr(config, "quantization_config"):  # of QLoRA: its base is merged as it lies in its files
         del config.quantization_config
     base = below.base
     source = ModelSource(base.name, base.location, base.commit or base.revision, below.adapters, base=base.name)
-    model = read_checkpoint(auto_model, source, config, "model", "weights of the base").model
+    read = read_checkpoint(auto_model, source, config, "model", "weights of the base")
+    handle, in_full = put_on_trained(read.model, adapter, "model.path")
+    if lost := sorted({*not_pooler(read.missing)} - in_full):
+        raise TrainingError(
+            f"neither {base.name} nor the adapter holds {lost[0]} ({len(lost)} weights in all), which a merged model "
+            "needs; nothing was exported: resume with --set export.merge=false to export the adapter alone"
+        )
     if trained.can_generate():  # its task may have told it how
-        model.generation_config = copy.deepcopy(trained.generation_config)
-    return model
+        read.model.generation_config = copy.deepcopy(trained.generation_config)
+    return handle
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+def _logits(model: PreTrainedModel, inputs: dict[str, Any], counted: Tensor | None) -> Tensor:
+    """(N, V) f32, on the CPU; the model's mode stays as it was."""
+    was_training = model.training
     model.eval()
-    return torch.nan_to_num(model(**inputs).logits.float())  # padding that attends to nothing may be NaN
+    placed = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    logits = model(**placed).logits.float().cpu()
+    model.train(was_training)
+    # What is padded, or only read, may hold anything: NaN where it attends to nothing.
+    return logits.flatten(0, -2) if counted is None else logits[counted.cpu()]
 
 
-def _check(found: Tensor, wanted: Tensor, what: str) -> None:
+def _rounding_on(trained: PreTrainedModel) -> float:
+    return ROUNDING["float32"] if trained.device.type == "cpu" and trained.dtype == torch.float32 else ROUNDING_OF_GPU
+
+
+def _check(found: Tensor, wanted: Tensor, what: str, rounding: float) -> None:
+    """Raises TrainingError where the two differ by more than `rounding` of the largest logit, or are not finite."""
     difference, largest = (found - wanted).abs().max().item(), wanted.abs().max().item()
-    if not difference <= ROUNDING * largest:
+    if not difference <= rounding * largest < math.inf:  # false for NaN too
         raise TrainingError(
             f"{what} changed the logits by up to {difference:.3g} (the largest is {largest:.3g}), which is more than "
             "rounding; nothing was exported: resume with --set export.merge=false to export the adapter alone"
@@ -153,9 +191,20 @@ def _check(found: Tensor, wanted: Tensor, what: str) -> None:
 @torch.no_grad()
 def _round(model: PreTrainedModel, dtype: str) -> None:
     """Gives every weight the value that it has in the dtype, in place."""
-    for tensor in model.state_dict().values():
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            tensor.copy_(tensor.to(getattr(torch, dtype)))
+            tensor.copy_(_in(tensor, dtype, name))
+
+
+def _in(tensor: Tensor, dtype: str, name: str) -> Tensor:
+    """The weight in that dtype. Raises TrainingError where it does not fit in: float16 ends at 65504."""
+    rounded = tensor.to(getattr(torch, dtype))
+    if not torch.equal(rounded.isfinite(), tensor.isfinite()):
+        raise TrainingError(
+            f"{name} holds {tensor.abs().max().item():.3g}, which is beyond {dtype}; nothing was exported: resume with "
+            "--set export.dtype=bfloat16, or float32"
+        )
+    return rounded
 
 
 def _say_dtype(file: Path, dtype: str) -> None:

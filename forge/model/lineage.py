@@ -34,7 +34,7 @@ def lineage(origin: Origin | None, role: str = "model") -> list[dict[str, Any]]:
 def _line_of(role: str, weights: Weights) -> list[dict[str, Any]]:
     """The ancestors of the run that holds these weights, and the run itself."""
     folder = Path(weights.location)
-    run = _run_above(folder)
+    run = _run_above(folder) if folder.is_absolute() else None  # a hub id is no place here
     if run is None:
         return []
     try:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTr
 
 from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
-from forge.model.adapter import is_adapted, merge, put_on_trained
+from forge.model.adapter import is_adapted, is_untied, merge, put_on_trained
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, find_model, load_model_config, load_tokenizer, model_source, not_found
 
@@ -52,10 +52,12 @@ class LoadedModel:
             "revision": self.source.revision if self.source else None,
             "commit": self.origin.base.commit if self.origin else None,
             "weights_sha256": self.origin.weights_sha256 if self.origin else None,
+            "location_sha256": self.origin.base.sha256 if self.origin else None,
             "adapters": [asdict(adapter) for adapter in self.origin.adapters] if self.origin else [],
             "base_sha256": self.base_sha256,
             "architecture": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "untied": is_untied(self.model),
             "adapter": self.adapter,
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "labels": list((self.model.config.id2label or {}).values()) if self.label_ids else [],
@@ -69,6 +71,12 @@ class ReadWeights(NamedTuple):
     model: PreTrainedModel
     missing: list[str]  # names of parameters that start new, sorted: the checkpoint lacks them, or
     mismatched: list[str]  # has them in another shape
+
+
+def not_pooler(names: Iterable[str]) -> list[str]:
+    """Of weights that no file has, those that logits need: encoders come without their pooler, which only a classifier
+    of BERT's kind reads, and there the adapter that was trained on it holds it."""
+    return [name for name in names if ".pooler." not in name]
 
 
 def load_whole(

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from forge.config.schema import LoraConfig, ModelConfig
 from forge.errors import UsageError
 from forge.model.adapter import adapter_config, is_adapted, put_on
-from forge.model.load import LoadedModel
+from forge.model.load import LoadedModel, not_pooler
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,15 @@ def with_lora(loaded: LoadedModel, config: ModelConfig, seed: int, key: str = "m
     """
     model = loaded.model
     if config.lora is None:
-        return replace(loaded, adapter=_facts(model, config.path)) if is_adapted(model) else loaded
-    new = _modules_of(model, loaded.new_weights)
+        if not is_adapted(model):
+            return loaded
+        if lost := not_pooler(loaded.new_weights):  # neither trained nor saved, it would stay as chance made it
+            raise UsageError(
+                f"{key}.continue_adapter: neither the adapter {config.path} nor its base holds {lost[0]} ({len(lost)} "
+                f"weights in all), which would start new; start a new adapter with {key}.lora, which trains them too"
+            )
+        return replace(loaded, adapter=_facts(model, config.adapter or config.path))
+    new = _modules_of(model, loaded.new_weights, key)
     asked = _matching(model, config.lora.modules_to_save, nn.Module, f"{key}.lora.modules_to_save")
     saved = list(dict.fromkeys([*new, *asked]))
     targets = [name for name in _targets(model, config.lora, key) if not _within(name, saved)]
@@ -81,9 +88,14 @@ def _matching(model: PreTrainedModel, names: list[str], kinds: Any, key: str) ->
     return found
 
 
-def _modules_of(model: PreTrainedModel, parameters: list[str]) -> list[str]:
+def _modules_of(model: PreTrainedModel, parameters: list[str], key: str) -> list[str]:
     """The modules that hold these parameters, as far as they are trained: peft trains whole modules in full."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if alone := [name for name in parameters if name in trained and "." not in name]:
+        raise UsageError(
+            f"{key}.lora: {alone[0]} starts new and is in no module of {type(model).__name__}, so no adapter can hold "
+            "it; train all weights"
+        )
     return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if name in trained))
 
 

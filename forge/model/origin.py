@@ -6,7 +6,7 @@ import logging
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import (
@@ -21,6 +21,7 @@ from forge.run.files import read_json
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_CONFIG = "adapter_config.json"  # its folder is an adapter
 BASE_FILE = "base.json"  # beside an adapter: what it was trained on
 FORMAT = 1
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -36,6 +37,15 @@ class Weights:
     revision: str | None = None
     commit: str | None = None  # of a hub model, whatever revision said
     sha256: str | None = None  # None: not known
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """Of base.json. Raises TypeError for other keys, and for values that are no text."""
+        weights = cls(**values)
+        for name, value in values.items():
+            if not isinstance(value, str) and (value is not None or name in ("name", "location")):
+                raise TypeError(f"{name} is {value!r} and no text")
+        return weights
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,21 @@ class Origin:
     @classmethod
     def read(cls, file: Path) -> Self:
         """Raises UsageError for a base.json that forge did not write, or not this forge."""
-        values = read_json(file)
+        values = read_file(file)
         try:
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']} instead of {FORMAT}")
-            return cls(Weights(**values["base"]), tuple(Weights(**adapter) for adapter in values["adapters"]))
+            return cls(Weights.of(values["base"]), tuple(Weights.of(adapter) for adapter in values["adapters"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{file} is not as forge writes it ({error}); restore it, or name model.base") from error
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """A small file of an adapter or a model. Raises UsageError where it is broken."""
+    try:
+        return read_json(file)
+    except UsageError as error:
+        raise UsageError(f"{file} is broken; restore it, or name another adapter or model") from error
 
 
 def hashed(weights: Weights) -> Weights:
@@ -95,14 +113,14 @@ def short(sha256: str | None) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """Those that from_pretrained reads, of a model or of an adapter; none where the folder holds neither."""
-    for name in (*ADAPTER_WEIGHTS, SAFE_WEIGHTS_NAME):
+    for name in ADAPTER_WEIGHTS if (folder / ADAPTER_CONFIG).is_file() else (SAFE_WEIGHTS_NAME,):
         if (folder / name).is_file():
             return [folder / name]
     for single, index in ((None, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if single is not None and (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            return [folder / name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
+            return [folder / name for name in sorted(set(read_file(folder / index)["weight_map"].values()))]
     return []
 
 

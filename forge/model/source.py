@@ -19,13 +19,11 @@ from transformers import (
 
 from forge.config.schema import Config, ModelConfig
 from forge.errors import UsageError
-from forge.model.origin import BASE_FILE, Origin, Weights, hashed, short
+from forge.model.origin import ADAPTER_CONFIG, BASE_FILE, Origin, Weights, hashed, read_file, short
 from forge.run.directory import find_run, find_runs, valid_run_name
-from forge.run.files import read_json
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"  # its folder is an adapter
 # What an adapter's folder may have of its own; else the base has it.
 PARTS = {
     "config.json": ("config.json",),
@@ -85,6 +83,11 @@ def with_run_paths(config: Config) -> Config:
 def model_source(config: ModelConfig, key: str) -> ModelSource:
     """The model that the section `key` of the config names, with all adapters that it comes with."""
     assert config.path is not None
+    if config.base is not None and config.adapter is not None:
+        raise UsageError(
+            f"{key}.base is {config.base}, and {key}.adapter is put on {key}.path and not on that; take {key}.base "
+            f"out, or name the adapter in {key}.path instead of {key}.adapter"
+        )
     source = find_model(config.path, f"{key}.path", config.revision, base=config.base)
     if config.adapter is not None:
         source = _with_adapter(source, config, key)
@@ -101,7 +104,7 @@ def model_source(config: ModelConfig, key: str) -> ModelSource:
 def find_model(name: str, key: str, revision: str | None = None, *, base: str | None = None) -> ModelSource:
     """Resolves a name of the config's `key`. Raises UsageError where nothing of that name can exist here.
 
-    base: what an adapter is put on, in place of what it was trained on.
+    base: what an adapter is put on, in place of all that it was trained on.
     """
     folder = _folder(name, key)
     if folder is None:
@@ -133,28 +136,27 @@ def _with_base(name: str, folder: Path, key: str, base: str | None) -> ModelSour
     adapter = Weights(name, str(folder))
     section = key.split(".")[0]
     if not (folder / BASE_FILE).is_file():
-        return replace(_base_of_strangers_adapter(name, folder, key, base), adapters=(adapter,))
+        below = _base_of_strangers_adapter(name, folder, key, base)
+        return replace(below, adapters=(*below.adapters, adapter), recorded=None)
     recorded = Origin.read(folder / BASE_FILE)
-    if base is not None:
+    if base is not None:  # in place of all that lies below the adapter
         below = find_model(base, f"{section}.base")
     else:
         below = ModelSource(recorded.base.name, *_placed(recorded.base, f"the base of {name}", section))
-    chain = _chain(recorded, below, f"the adapter below {name}", section)
+        below = replace(below, adapters=_chain(recorded, f"the adapter below {name}", section))
     return replace(
         below,
         name=name,
         base=below.base or below.name,
-        adapters=(*below.adapters, *chain, adapter),
+        adapters=(*below.adapters, adapter),
         recorded=recorded,
         base_is_given=base is not None,
     )
 
 
-def _chain(recorded: Origin, below: ModelSource, what: str, section: str) -> list[Weights]:
-    """The adapters that an adapter was trained on, but for those that come with the model below it."""
-    known = {adapter.location for adapter in below.adapters}
-    missing = [item for item in recorded.adapters if item.location not in known]
-    return [replace(item, location=_placed(item, what, section)[0]) for item in missing]
+def _chain(recorded: Origin, what: str, section: str) -> tuple[Weights, ...]:
+    """The adapters that an adapter was trained on, where they lie now."""
+    return tuple(replace(item, location=_placed(item, what, section)[0]) for item in recorded.adapters)
 
 
 def _base_of_strangers_adapter(name: str, folder: Path, key: str, base: str | None) -> ModelSource:
@@ -162,7 +164,7 @@ def _base_of_strangers_adapter(name: str, folder: Path, key: str, base: str | No
     section = key.split(".")[0]
     if base is not None:
         return replace(find_model(base, f"{section}.base"), name=name, base=base, base_is_given=True)
-    told = read_json(folder / ADAPTER_CONFIG)
+    told = read_file(folder / ADAPTER_CONFIG)
     path = told.get("base_model_name_or_path")
     if not isinstance(path, str) or not path:
         raise UsageError(f"{key}: the adapter {name} does not tell its base; name it with {section}.base")
@@ -186,24 +188,27 @@ def _placed(weights: Weights, what: str, section: str) -> tuple[str, str | None]
         folder = None
     if folder is None:
         raise UsageError(
-            f"{what} is not at {weights.location} any more; put it back, or name the model that the adapter is to be "
-            f"put on with {section}.base"
+            f"{what} is not at {weights.location} any more; put it back, or name the adapter in {section}.path and "
+            f"what it is to be put on in {section}.base"
         )
     return str(folder), None
 
 
 def _with_adapter(source: ModelSource, config: ModelConfig, key: str) -> ModelSource:
-    """The adapter of model.adapter, with those that it was trained on, on top of model.path."""
+    """The adapter of model.adapter on top of model.path: on the adapters that come with that, or, where there are none,
+    on those that it was trained on."""
     assert config.adapter is not None
     folder = _folder(config.adapter, f"{key}.adapter") or _downloaded(config.adapter, f"{key}.adapter")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UsageError(f"{key}.adapter is {config.adapter}, which has no {ADAPTER_CONFIG}; name a LoRA adapter")
     recorded = Origin.read(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else None
-    chain = _chain(recorded, source, f"the adapter below {config.adapter}", key) if recorded else []
+    below = source.adapters
+    if recorded is not None and not below:
+        below = _chain(recorded, f"the adapter below {config.adapter}", key)
     return replace(
         source,
         base=source.base or source.name,
-        adapters=(*source.adapters, *chain, Weights(config.adapter, str(folder))),
+        adapters=(*below, Weights(config.adapter, str(folder))),
         recorded=recorded,
     )
 
@@ -221,10 +226,16 @@ def _downloaded(name: str, key: str) -> Path:
 def origin_of(source: ModelSource, key: str) -> Origin:
     """The files that the model is made of, with their hashes: reads all of them, so on rank 0 only.
 
-    Raises UsageError where the newest adapter was trained on others.
+    Raises UsageError where the newest adapter was trained on others, and where one adapter would be applied twice.
     """
     base = hashed(Weights(source.base or source.name, source.location, source.revision))
     origin = Origin(base, tuple(hashed(adapter) for adapter in source.adapters))
+    for number, adapter in enumerate(origin.adapters):
+        if adapter.sha256 is not None and adapter.sha256 in [other.sha256 for other in origin.adapters[:number]]:
+            raise UsageError(
+                f"{key}: the adapter {adapter.name} would be applied twice; name its base in {key}.path, or leave "
+                f"{key}.adapter and {key}.base out"
+            )
     if source.recorded is not None:
         _compare_with_record(source, origin.without_last(), source.recorded, key)
     return origin
@@ -232,20 +243,23 @@ def origin_of(source: ModelSource, key: str) -> Origin:
 
 def _compare_with_record(source: ModelSource, below: Origin, recorded: Origin, key: str) -> None:
     """Of everything below an adapter; a base that the user gave may be another, and is only told of."""
-    pairs = list(zip((recorded.base, *recorded.adapters), (below.base, *below.adapters), strict=False))
-    then, now = next(((a, b) for a, b in pairs if a.sha256 and b.sha256 and a.sha256 != b.sha256), (None, None))
-    if then is None or now is None:
+    pairs = zip((recorded.base, *recorded.adapters), (below.base, *below.adapters), strict=False)
+    changed = [
+        f"{then.name} with the weights {short(then.sha256)}, and {now.location} has {short(now.sha256)}"
+        for then, now in pairs
+        if then.sha256 and now.sha256 and then.sha256 != now.sha256
+    ]
+    if not changed and len(recorded.adapters) != len(below.adapters):
+        changed = [f"{recorded.base.name} with {len(recorded.adapters)} adapters on it, and not {len(below.adapters)}"]
+    if not changed:
         return
-    changed = (
-        f"{source.adapters[-1].name} was trained on {then.name} with the weights {short(then.sha256)}, and "
-        f"{now.location} has {short(now.sha256)}"
-    )
+    told = f"{source.adapters[-1].name} was trained on {changed[0]}"
     if source.base_is_given:
-        logger.warning("%s; %s.base asks for it", changed, key)
+        logger.warning("%s; %s.base asks for it", told, key)
         return
     raise UsageError(
-        f"{key}.path: {changed}; bring the weights back that it was trained on, or name those that you mean with "
-        f"{key}.base, as the base of the adapter in {key}.path"
+        f"{key}: {told}; bring the weights back that it was trained on, or name the adapter in {key}.path and what it "
+        f"is to be put on in {key}.base"
     )
 
 

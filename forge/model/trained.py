@@ -3,9 +3,8 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from forge.model.adapter import adapter_config_text, adapter_tensors, is_adapted, load_adapter_tensors
-from forge.model.origin import BASE_FILE, Origin
-from forge.model.source import ADAPTER_CONFIG
+from forge.model.adapter import adapter_config_text, adapter_tensors, config_below, is_adapted, load_adapter_tensors
+from forge.model.origin import ADAPTER_CONFIG, BASE_FILE, Origin
 
 MODEL_CONFIG = "config.json"
 
@@ -56,12 +55,12 @@ class AdapterWeights:
             raise RuntimeError(f"{len(strange)} tensors of the adapter do not fit the model: {sorted(strange)[0]}, …")
 
     def texts(self) -> dict[str, str]:
-        """The small files beside the weights, by name: peft's, forge's, and the config of the whole model."""
+        """The small files beside the weights, by name: peft's, forge's, and the config that the base is loaded with."""
         base = self.below.base
         return {
             ADAPTER_CONFIG: adapter_config_text(self.model, base.location, base.commit or base.revision),
             BASE_FILE: self.below.text(),
-            MODEL_CONFIG: self.model.config.to_json_string(),
+            MODEL_CONFIG: config_below(self.model).to_json_string(),
         }
 
 

@@ -255,11 +255,6 @@ def _fingerprint(read: dict[str, Dataset], reader: LineReader | ImageChat) -> st
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def _fingerprint(read: dict[str, Dataset], reader: LineReader | ImageChat) -> str:
-    parts = f"{fingerprint(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}"
-    return hashlib.sha256(parts.encode()).hexdigest()
-
-
 def _with_columns(rows: Dataset, columns: dict[str, list[Any]]) -> Dataset:
     for name, values in columns.items():
         rows = rows.add_column(name, values)
