@@ -17,7 +17,7 @@ from forge.config.schema import ModelConfig
 from forge.errors import UsageError
 from forge.model.adapter import adapter_tensors, is_adapted
 from forge.model.classifier import load_classifier
-from forge.model.load import ReadWeights, processing_source, read_checkpoint
+from forge.model.load import LoadedModel, ReadWeights, processing_source, read_checkpoint
 from forge.model.lora import with_lora
 from forge.model.origin import Weights, hash_of_files, hashed, weight_files
 from forge.model.source import (
@@ -339,6 +339,10 @@ def test_an_adapter_is_trained_on(adapter: Path, expected: torch.Tensor) -> None
     assert all(".lora_" in name for name in trained)
     saved = load_file(adapter / "adapter_model.safetensors")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter_tensors(model).items())
+    named = ModelConfig(path=str(adapter), adapter="the one on it", continue_adapter=True)
+    facts = with_lora(LoadedModel(model, None, [], []), named, seed=1).adapter
+    assert facts is not None
+    assert facts["continues"] == "the one on it"
     source = model_source(config, "model")
     assert origin_of(source, "model").without_last().weights_sha256 == hash_of_files(
         weight_files(Path(source.location))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import IDS, classifier, llama, logits, write_adapter, write_llama
+from peft import LoraConfig
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import forge.model.export as exports
 from forge.config.schema import ExportConfig, ModelConfig
 from forge.errors import TrainingError
+from forge.model.adapter import config_below, put_on, untie
 from forge.model.card import _use
 from forge.model.export import Merge, export_merged, export_model, push_to_hub
 from forge.model.load import LoadedModel, read_checkpoint
@@ -123,6 +125,16 @@ def test_a_stack_whose_first_adapter_parts_a_tied_base_is_merged_and_loads_as_th
     scope: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoConfig": AutoConfig}
     exec("\n".join(code).replace("PATH OF THIS FOLDER", str(top)), scope)
     torch.testing.assert_close(logits(scope["model"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_parting_shared_weights_is_said_in_the_config_and_remembered(tmp_path: Path) -> None:
+    model = llama(write_llama(tmp_path / "base", tied=True))
+    put_on(model, LoraConfig(target_modules=["lm_head"]))
+    untie(model)
+    assert model.lm_head.base_layer.weight is not model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is False
+    untie(model)  # a second adapter's merge: what the base's files hold is still known
+    assert config_below(model).tie_word_embeddings is True
 
 
 def on_it(adapter: Path) -> LoadedModel:
