@@ -241,6 +241,7 @@ def test_the_card_reads_an_image_as_the_evaluation_does(lines: Path, tmp_path: P
         file = lines / "validation" / f"{row}.png"
         assert Image.open(file).size != (64, 16)
         scope = what_the_card_reads(_use({"adapter": None}, ocr.about(), None), final, file)
+        assert scope["ways"]["num_beams"] == 2
         assert torch.equal(scope["pixels"], ocr.reader.pixels([Image.open(file)]))  # type: ignore[union-attr]
         assert " ".join(scope["text"].split()) == prediction_of(ocr, model, row)
 
