@@ -20,6 +20,7 @@ from transformers import (
 from forge.config.schema import ImageConfig, LoraConfig, ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
+from forge.model.card import _use
 from forge.model.load import LoadedModel, check_fits
 from forge.model.lora import with_lora
 from forge.model.recognizer import freeze_unused
@@ -245,7 +246,8 @@ def test_the_card_reads_an_image_as_the_evaluation_does(checkpoint: Path, tmp_pa
     ocr, model = ocr.for_model(loaded), loaded.model.eval()
     model.save_pretrained(tmp_path / "final")
     ocr.save_processing(tmp_path / "final")
-    scope = what_the_card_reads(ocr, tmp_path / "final", lines / "validation" / "1.png")
+    card = _use({"adapter": None}, ocr.about(), None)
+    scope = what_the_card_reads(card, tmp_path / "final", lines / "validation" / "1.png")
     row = ocr.collate([ocr.validation["validation"][1]])
     torch.testing.assert_close(scope["inputs"]["pixel_values"], row["pixel_values"])
     assert " ".join(scope["text"].split()) == prediction_of(ocr, model, 1)

@@ -17,13 +17,10 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from forge.config.schema import Config, ImageConfig, LoraConfig, ModelConfig
+from forge.config.schema import Config, ImageConfig
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.card import _use
-from forge.model.load import LoadedModel
-from forge.model.lora import with_lora
-from forge.model.recognizer import start_token
 from forge.run.files import read_json_lines
 from forge.task.batches import FILLER, row_loader
 from forge.task.characters import character_tokenizer
@@ -249,9 +246,8 @@ def test_what_is_saved_writes_the_same_text_with_transformers_alone(lines: Path,
     assert not loaded.new_weights
 
 
-def what_the_card_reads(ocr: Ocr, final: Path, image: Path) -> dict[str, Any]:
-    """What is in scope after the model card's lines, and what they say."""
-    card = _use({"adapter": None}, ocr.about(), None)
+def what_the_card_reads(card: str, final: Path, image: Path) -> dict[str, Any]:
+    """What is in scope after the model card's lines."""
     code = card.partition("```python\n")[2].partition("```")[0]
     scope: dict[str, Any] = {}
     exec(code.replace("PATH OF THIS FOLDER", str(final)).replace("PATH OF AN IMAGE", str(image)), scope)
@@ -274,7 +270,8 @@ def test_the_card_reads_an_image_as_the_evaluation_does(lines: Path, tmp_path: P
     for row in (0, 3):
         file = lines / "validation" / f"{row}.png"
         assert Image.open(file).size != (64, 16)
-        scope = what_the_card_reads(ocr, final, file)
+        scope = what_the_card_reads(_use({"adapter": None}, ocr.about(), None), final, file)
+        assert scope["ways"]["num_beams"] == 2
         assert torch.equal(scope["pixels"], ocr.reader.pixels([Image.open(file)]))  # type: ignore[union-attr]
         assert " ".join(scope["text"].split()) == prediction_of(ocr, model, row)
 
@@ -288,35 +285,6 @@ def test_a_processor_that_is_given_an_unfit_image_does_not_stretch_it(lines: Pat
         model.generate(pixels)
 
 
-def test_generation_starts_stops_and_pads_as_training_does_whatever_the_checkpoint_says(
-    lines: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    ocr, model = with_model(lines)
-    ocr.save_processing(tmp_path / "other")
-    model.config.eos_token_id = model.generation_config.eos_token_id = 7
-    model.generation_config.decoder_start_token_id = 5
-    model.generation_config.pad_token_id = 9
-    model.save_pretrained(tmp_path / "other")
-    config = config_of(lines, model={"path": str(tmp_path / "other")})
-    loaded = load_ocr(config).load_model(config.model, config.training)
-    for holder in (loaded.model.config, loaded.model.generation_config):
-        assert (holder.decoder_start_token_id, holder.eos_token_id, holder.pad_token_id) == (1, 2, 0)  # type: ignore[union-attr]
-    assert "model: eos_token_id is 7 in its GenerationConfig, now 2" in caplog.text
-    assert "model: decoder_start_token_id is 5 in its GenerationConfig, now 1" in caplog.text
-    again = load_ocr(config).for_model(loaded)
-    batch = again.collate(rows_of(again, 0))
-    assert batch["decoder_input_ids"][0, 0] == 1
-    assert batch["labels"][0, -1] == 2
-    assert again.generation()["decoder_start_token_id"] == 1
-
-
-def test_the_start_that_only_the_generation_settings_name_is_trained(lines: Path) -> None:
-    ocr, model = with_model(lines)
-    model.config.decoder_start_token_id = None
-    model.generation_config.decoder_start_token_id = 5
-    assert start_token(model, ocr.reader.tokenizer) == 5
-
-
 def test_a_tokenizer_without_padding_pads_with_its_end(lines: Path) -> None:
     tokenizer = character_tokenizer(TEXTS)
     tokenizer.pad_token = None
@@ -324,19 +292,6 @@ def test_a_tokenizer_without_padding_pads_with_its_end(lines: Path) -> None:
     batch = reader.collate([Image.new("L", (9, 9))] * 2, [[5, 2], [5, 6, 2]])
     assert batch["decoder_input_ids"].tolist() == [[1, 5, 2], [1, 5, 6]]
     assert batch["labels"].tolist() == [[5, 2, IGNORE], [5, 6, 2]]
-
-
-def test_an_adapter_on_what_is_never_used_is_refused_or_left_out(lines: Path) -> None:
-    ocr, model = with_model(lines)
-    loaded = LoadedModel(model, None, [], [])
-    with pytest.raises(UsageError, match=r"names only modules that .* does not use here \(encoder.pooler.dense, 1 in"):
-        with_lora(loaded, ModelConfig(path="m", lora=LoraConfig(target=["pooler.dense"])), 0)
-    with_lora(loaded, ModelConfig(path="m", lora=LoraConfig(target=["dense", "q_proj"])), 0)
-    batch = ocr.collate(rows_of(ocr, 0, 1))
-    model(**{name: batch[name] for name in ("pixel_values", "decoder_input_ids")}).logits.sum().backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert trained
-    assert all(parameter.grad is not None for parameter in trained)
 
 
 def test_metrics_are_those_of_what_generate_writes(lines: Path) -> None:
@@ -552,3 +507,5 @@ output_root: {tmp_path / "outputs"}
     assert [sample["row"] for sample in samples] == [0, 1, 2, 3], "so many in all, not on each rank"
     assert samples[0]["prediction"] == " ".join(task.reader.decode(written.tolist())[0].split())
     assert (runs / "both" / "samples" / "final-4" / samples[0]["image"]).is_file()
+    by_the_card = what_the_card_reads((final / "README.md").read_text(), final, lines / "validation" / "0.png")
+    assert samples[0]["prediction"] == " ".join(by_the_card["text"].split())
