@@ -1,6 +1,6 @@
 # make demo   sets everything up and runs the main job on this machine's CPU
 # make test   sets everything up and runs the tests
-# make faults hurts running trainings in every way known (a quarter of an hour on two cores) and prints who survived
+# make faults hurts running trainings in every way known (up to half an hour on two cores) and prints who survived
 # make lint   style and types
 
 PYTHON ?= python3
