@@ -229,7 +229,12 @@ def test_a_kill_that_came_too_late_is_aimed_again_at_another_run(
 def test_an_interrupt_leaves_no_process_behind_and_names_the_runs(config_file: Path, tmp_path: Path) -> None:
     settings = ["--max_steps", "5000", "--set", "checkpoint.every_steps=20"]
     with subprocess.Popen(
-        [*COMMAND, str(config_file), *settings], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        [*COMMAND, str(config_file), *settings],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell lets what it starts in the background ignore SIGINT, and so would this process and its own.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as proof:
         runs = tmp_path / "outputs" / "tiny"
         deadline = time.monotonic() + 120

@@ -8,10 +8,6 @@ import sys
 import time
 from typing import Any
 
-import torch
-
-IDS = "row_ids"  # in a batch: the rows it is made of
-
 
 def shift_clock(*, days: float) -> None:
     """Every clock of the wall is wrong by so many days; the monotonic ones go on."""
@@ -60,25 +56,7 @@ def record_samples(*, file: str) -> None:
     from forge.task import batches
 
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    get, begin, start_at, next_step = (
-        batches._Rows.__getitems__,
-        batches.StepBatches.__init__,
-        batches.StepBatches.start_at,
-        batches.StepBatches.next_step,
-    )
-
-    def with_ids(self: Any, indices: Any) -> Any:
-        rows = get(self, indices)
-        for row, index in zip(rows, indices, strict=True):
-            row[IDS] = index
-        return rows
-
-    def init(self: Any, rows: Any, collate: Any, **options: Any) -> None:
-        def collate_with_ids(items: list[dict[str, Any]]) -> Any:
-            ids = [item.pop(IDS) for item in items]
-            return {**collate(items), IDS: torch.tensor(ids)}
-
-        begin(self, rows, collate_with_ids, **options)
+    start_at, next_step = batches.StepBatches.start_at, batches.StepBatches.next_step
 
     def started(self: Any, step: int) -> None:
         self._recorded_step = step
@@ -86,12 +64,10 @@ def record_samples(*, file: str) -> None:
 
     def step(self: Any) -> Any:
         micro_batches = next_step(self)
-        ids = [row for batch in micro_batches for row in batch.pop(IDS).tolist() if row != batches.FILLER]
+        ids = [row for batch in micro_batches for row in batch["ids"].tolist() if row != batches.FILLER]
         os.write(descriptor, (json.dumps([self._recorded_step, ids]) + "\n").encode())
         self._recorded_step += 1
         return micro_batches
 
-    batches._Rows.__getitems__ = with_ids
-    batches.StepBatches.__init__ = init
     batches.StepBatches.start_at = started
     batches.StepBatches.next_step = step
