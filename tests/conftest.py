@@ -31,6 +31,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
 
 
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of two layers and its chat tokenizer."""
+    from conversations import write_chat_model
+
+    return write_chat_model(tmp_path_factory.mktemp("chat_model"))
+
+
+@pytest.fixture
+def load_lm(tmp_path: Path, chat_model: Path) -> Callable[..., object]:
+    """Loads the causal LM task on the given rows: load_lm(train, validation, "task.max_length=32", …)."""
+    from conversations import config_on
+
+    from forge.task.causal_lm import load_causal_lm
+
+    return lambda train, validation, *settings: load_causal_lm(
+        config_on(tmp_path, chat_model, train, validation, *settings)
+    )
+
+
 def write_tiny_model(folder: Path) -> Path:
     """The tiny model, also for programs that are no test."""
     import torch

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, forge, forge_on_two_ranks
-from conversations import END, LONG, LOST, config_on, conversation, labels_as_text, write_chat_model
+from conversations import END, LONG, LOST, config_on, conversation, labels_as_text
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,23 +32,8 @@ from forge.task.demo_chat import KINDS, Draw, demo_chat, is_held_out
 from forge.task.stream import RowStream
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def load(tmp_path: Path, model_folder: Path) -> Any:
-    """Loads the task on the given rows: load(train, validation, "task.max_length=32", …)."""
-
-    def load_rows(train: list[dict[str, Any]], validation: list[dict[str, Any]], *settings: str) -> CausalLm:
-        return load_causal_lm(config_on(tmp_path, model_folder, train, validation, *settings))
-
-    return load_rows
-
-
-def test_messages_are_learned_by_their_replies(load: Any) -> None:
-    task = load([conversation(0), conversation(1, turns=2)], [conversation(2)])
+def test_messages_are_learned_by_their_replies(load_lm: Any) -> None:
+    task = load_lm([conversation(0), conversation(1, turns=2)], [conversation(2)])
 
     assert labels_as_text(task, list(task.train)) == [f"red 0{END}", f"green 1{END}blue 1{END}"]
     assert task.processing.decode(task.train[0]["input_ids"]) == (
@@ -56,8 +41,8 @@ def test_messages_are_learned_by_their_replies(load: Any) -> None:
     )
 
 
-def test_labels_stand_where_the_logits_foretell_them(load: Any) -> None:
-    task = load([conversation(0), conversation(1, turns=2)], [conversation(2)])
+def test_labels_stand_where_the_logits_foretell_them(load_lm: Any) -> None:
+    task = load_lm([conversation(0), conversation(1, turns=2)], [conversation(2)])
     rows = list(task.train)
     batch = task.collate(rows)
 
@@ -73,44 +58,44 @@ def test_labels_stand_where_the_logits_foretell_them(load: Any) -> None:
     assert batch["input_ids"][0, rows[0]["length"] :].unique().tolist() == [task.processing.pad_token_id]
 
 
-def test_a_completion_is_learned_with_an_end_token_and_its_prompt_is_not(load: Any) -> None:
+def test_a_completion_is_learned_with_an_end_token_and_its_prompt_is_not(load_lm: Any) -> None:
     rows = [{"prompt": "say red:", "completion": " red"}]
-    task = load(rows, rows)
+    task = load_lm(rows, rows)
 
     assert task.encoder.form.name == "prompt_completion"
     assert task.processing.decode(task.train[0]["input_ids"]) == f"say red: red{END}"
     assert labels_as_text(task, list(task.train)) == [f" red{END}"]
-    without = load(rows, rows, "task.append_eos=false")
+    without = load_lm(rows, rows, "task.append_eos=false")
     assert labels_as_text(without, list(without.train)) == [" red"]
 
 
-def test_prompt_and_completion_become_a_conversation_where_the_format_says_so(load: Any) -> None:
+def test_prompt_and_completion_become_a_conversation_where_the_format_says_so(load_lm: Any) -> None:
     rows = [{"question": "say red", "answer": "red"}]
     columns = "task.columns={prompt: question, completion: answer}"
-    task = load(rows, rows, columns, "task.format=messages")
+    task = load_lm(rows, rows, columns, "task.format=messages")
 
     assert labels_as_text(task, list(task.train)) == [f"red{END}"]
     assert task.processing.decode(task.train[0]["input_ids"]).startswith("<|im_start|>user\nsay red<|im_end|>")
 
 
-def test_plain_text_is_learned_whole(load: Any) -> None:
-    task = load([{"text": "one two three"}], [{"text": "cat"}])
+def test_plain_text_is_learned_whole(load_lm: Any) -> None:
+    task = load_lm([{"text": "one two three"}], [{"text": "cat"}])
 
     assert labels_as_text(task, list(task.train)) == [task.processing.decode(task.train[0]["input_ids"][1:])]
     assert task.processing.decode(task.train[0]["input_ids"]) == f"one two three{END}"
 
 
-def test_a_tokenizer_that_writes_its_own_ends_is_given_none_twice(model_folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_writes_its_own_ends_is_given_none_twice(chat_model: Path, tmp_path: Path) -> None:
     from tokenizers import processors
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
     end = tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"<|im_start|> $A {END}", special_tokens=[("<|im_start|>", 2), (END, end)]
     )
     tokenizer.save_pretrained(tmp_path / "own")
     rows = [{"prompt": "say red:", "completion": " red"}]
-    task = load_causal_lm(config_on(tmp_path, model_folder, rows, rows, f"model.tokenizer={tmp_path / 'own'}"))
+    task = load_causal_lm(config_on(tmp_path, chat_model, rows, rows, f"model.tokenizer={tmp_path / 'own'}"))
 
     assert task.processing.decode(task.train[0]["input_ids"]) == f"<|im_start|>say red: red{END}"
     assert labels_as_text(task, list(task.train)) == [f" red{END}"]
@@ -129,9 +114,9 @@ def test_a_tokenizer_that_writes_its_own_ends_is_given_none_twice(model_folder: 
         ({"messages": None}, "data, train: row 1 has NoneType where a text belongs (messages)"),
     ],
 )
-def test_a_bad_row_is_named_with_its_split(load: Any, row: dict[str, Any], expected: str) -> None:
+def test_a_bad_row_is_named_with_its_split(load_lm: Any, row: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError) as refused:
-        load([conversation(0), row], [conversation(1)])
+        load_lm([conversation(0), row], [conversation(1)])
     assert expected in str(refused.value)
 
 
@@ -159,13 +144,13 @@ def test_a_bad_row_is_named_with_its_split(load: Any, row: dict[str, Any], expec
         ),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(load: Any, rows: Any, settings: tuple[str, ...], expected: str) -> None:
+def test_what_does_not_fit_is_one_sentence(load_lm: Any, rows: Any, settings: tuple[str, ...], expected: str) -> None:
     with pytest.raises(UsageError) as refused:
-        load(rows, rows, *settings)
+        load_lm(rows, rows, *settings)
     assert expected in str(refused.value)
 
 
-def test_another_template_makes_other_data(load: Any, tmp_path: Path) -> None:
+def test_another_template_makes_other_data(load_lm: Any, tmp_path: Path) -> None:
     file = tmp_path / "t.jinja"
     file.write_text(
         "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n"
@@ -173,20 +158,20 @@ def test_another_template_makes_other_data(load: Any, tmp_path: Path) -> None:
         "{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
     rows = [conversation(0)]
-    own, given = load(rows, rows), load(rows, rows, f"task.chat_template={file}")
+    own, given = load_lm(rows, rows), load_lm(rows, rows, f"task.chat_template={file}")
 
     assert labels_as_text(given, list(given.train)) == [f" red 0{END}"]
     assert own.fingerprint != given.fingerprint
-    assert own.fingerprint == load(rows, rows).fingerprint
+    assert own.fingerprint == load_lm(rows, rows).fingerprint
     assert given.processing.chat_template == file.read_text()  # it is saved with the model
 
 
 def test_packed_training_rows_hold_the_same_labels_and_evaluation_stays_as_it_is(
-    load: Any, caplog: pytest.LogCaptureFixture
+    load_lm: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     rows = [conversation(i, turns=1 + i % 2) for i in range(12)]
-    plain, packed = load(rows, rows[:3]), load(rows, rows[:3], "task.packing=true")
+    plain, packed = load_lm(rows, rows[:3]), load_lm(rows, rows[:3], "task.packing=true")
 
     assert len(packed.train) < 12
     assert "position_ids" in packed.collate([packed.train[0]])
@@ -198,8 +183,8 @@ def test_packed_training_rows_hold_the_same_labels_and_evaluation_stays_as_it_is
     assert f"train: 12 rows are packed into {len(packed.train)} of up to 64 tokens" in caplog.text
 
 
-def test_the_metrics_are_of_label_tokens_and_their_perplexity_is_that_of_the_loss(load: Any) -> None:
-    task = load([conversation(0)], [conversation(1), conversation(2, turns=2)], "evaluation.samples=0")
+def test_the_metrics_are_of_label_tokens_and_their_perplexity_is_that_of_the_loss(load_lm: Any) -> None:
+    task = load_lm([conversation(0)], [conversation(1), conversation(2, turns=2)], "evaluation.samples=0")
     loaded = task.load_model(config_of(task).model, config_of(task).training)
     metrics = task.metrics("validation", loaded.model)
     batch = task.collate(list(task.validation["validation"]))
@@ -222,8 +207,8 @@ def config_of(task: CausalLm) -> Config:
     return load_config(Path(task.description).parent / "c.yaml", ()).config
 
 
-def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(load: Any) -> None:
-    task = load([conversation(0)], [conversation(i, turns=1 + i % 2) for i in range(5)], "evaluation.samples=3")
+def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(load_lm: Any) -> None:
+    task = load_lm([conversation(0)], [conversation(i, turns=1 + i % 2) for i in range(5)], "evaluation.samples=3")
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
     metrics = task.metrics("validation", model)
     metrics.counts += 1
@@ -241,9 +226,9 @@ def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(loa
         assert tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True).strip()[:8] == sample.prediction[:8]
 
 
-def test_the_reference_of_a_row_that_was_cut_behind_its_last_reply_is_that_reply(load: Any) -> None:
+def test_the_reference_of_a_row_that_was_cut_behind_its_last_reply_is_that_reply(load_lm: Any) -> None:
     messages = [*conversation(0)["messages"], {"role": "user", "content": "dog " * 60}, conversation(1)["messages"][1]]
-    task = load([conversation(0)], [{"messages": messages}])
+    task = load_lm([conversation(0)], [{"messages": messages}])
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
     (sample,) = generate_replies(model, task, list(task.validation["validation"]))
 
@@ -251,9 +236,9 @@ def test_the_reference_of_a_row_that_was_cut_behind_its_last_reply_is_that_reply
     assert sample.prompt.endswith("say red 0<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_text_is_written_on_from_its_middle(load: Any) -> None:
+def test_a_text_is_written_on_from_its_middle(load_lm: Any) -> None:
     rows = [{"text": "one two three cat dog bird"}]
-    task = load(rows, rows)
+    task = load_lm(rows, rows)
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
     (sample,) = generate_replies(model, task, list(task.train))
 
@@ -334,9 +319,9 @@ def test_the_replies_of_the_demo_are_right() -> None:
                 assert kind.__name__ == "_places" or asked[-2] in reply
 
 
-def test_a_run_from_scratch_with_packing_learns_and_its_model_answers(tmp_path: Path, model_folder: Path) -> None:
+def test_a_run_from_scratch_with_packing_learns_and_its_model_answers(tmp_path: Path, chat_model: Path) -> None:
     rows = [conversation(i) for i in range(40)]
-    config_on(tmp_path, model_folder, rows, rows[:8])
+    config_on(tmp_path, chat_model, rows, rows[:8])
     scratch = (
         "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, "
         "max_position_embeddings: 96}"
@@ -359,9 +344,9 @@ def test_a_run_from_scratch_with_packing_learns_and_its_model_answers(tmp_path: 
     assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
-def test_a_stream_trains_on_its_rows_in_their_order(tmp_path: Path, model_folder: Path) -> None:
+def test_a_stream_trains_on_its_rows_in_their_order(tmp_path: Path, chat_model: Path) -> None:
     rows = [*[conversation(i) for i in range(20)], LONG, LOST]
-    config_on(tmp_path, model_folder, rows, rows[:8])
+    config_on(tmp_path, chat_model, rows, rows[:8])
     done = forge("--config", tmp_path / "c.yaml", "--set", "task.dataset.streaming=true", "--max_steps", 3)
 
     assert done.returncode == 0, done.stderr + done.stdout
@@ -373,9 +358,9 @@ def test_a_stream_trains_on_its_rows_in_their_order(tmp_path: Path, model_folder
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_take_the_steps_of_one_from_a_stream_and_from_packed_rows(tmp_path: Path, model_folder: Path) -> None:
+def test_two_ranks_take_the_steps_of_one_from_a_stream_and_from_packed_rows(tmp_path: Path, chat_model: Path) -> None:
     rows = [conversation(i, turns=1 + i % 3) for i in range(21)]
-    config_on(tmp_path, model_folder, rows, rows[:5])
+    config_on(tmp_path, chat_model, rows, rows[:5])
     told: dict[tuple[str, int], list[Any]] = {}
     for name in ("task.dataset.streaming", "task.packing"):
         for ranks, run in ((1, forge), (2, forge_on_two_ranks)):
@@ -388,10 +373,10 @@ def test_two_ranks_take_the_steps_of_one_from_a_stream_and_from_packed_rows(tmp_
         assert told[name, 2] == pytest.approx(told[name, 1], rel=1e-4)
 
 
-def test_the_rows_of_a_stream_are_those_of_the_data_set(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_rows_of_a_stream_are_those_of_the_data_set(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = [conversation(0), LOST, LONG, conversation(3)]
-    plain = load(rows, rows[:1])
-    stream = load(rows, rows[:1], "task.dataset.streaming=true", "training.max_steps=2").train
+    plain = load_lm(rows, rows[:1])
+    stream = load_lm(rows, rows[:1], "task.dataset.streaming=true", "training.max_steps=2").train
 
     assert isinstance(stream, RowStream)
     raw = list(stream.rows)
@@ -403,20 +388,20 @@ def test_the_rows_of_a_stream_are_those_of_the_data_set(load: Any, caplog: pytes
     assert (only["length"], only["learned"], only["row"], lost) == (1, [False], 1, 1)
 
 
-def test_a_bad_row_of_a_stream_is_named(load: Any) -> None:
+def test_a_bad_row_of_a_stream_is_named(load_lm: Any) -> None:
     rows = [conversation(0), {"messages": [{"role": "user", "content": "x"}]}]
-    stream = load(rows, rows[:1], "task.dataset.streaming=true", "training.max_steps=2").train
+    stream = load_lm(rows, rows[:1], "task.dataset.streaming=true", "training.max_steps=2").train
 
     with pytest.raises(UsageError, match=r"data, train: row 1 ends with the role user"):
         stream.prepare(list(stream.rows), [0, 1])
 
 
-def test_a_checkpoint_brings_its_own_tokenizer_whatever_the_config_makes(load: Any, model_folder: Path) -> None:
+def test_a_checkpoint_brings_its_own_tokenizer_whatever_the_config_makes(load_lm: Any, chat_model: Path) -> None:
     rows = [conversation(i) for i in range(4)]
-    task = load(rows, rows, "model.new_tokenizer={kind: bpe, vocab_size: 330}")
-    own = AutoTokenizer.from_pretrained(model_folder)
+    task = load_lm(rows, rows, "model.new_tokenizer={kind: bpe, vocab_size: 330}")
+    own = AutoTokenizer.from_pretrained(chat_model)
     assert task.processing.get_vocab() == own.get_vocab()
-    load(rows, rows, "model.new_tokenizer={kind: bpe}", "task.dataset.streaming=true", "training.max_steps=1")
+    load_lm(rows, rows, "model.new_tokenizer={kind: bpe}", "task.dataset.streaming=true", "training.max_steps=1")
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], ends: list[int], most: int) -> list[int]:
@@ -431,10 +416,10 @@ def replies_of(task: CausalLm, model: PreTrainedModel) -> list[str]:
     return [sample.prediction for sample in generate_replies(model, task, list(task.validation["validation"]))]
 
 
-def test_a_sample_is_greedy_and_stops_at_the_end_token_whatever_stands_beside_it(load: Any) -> None:
+def test_a_sample_is_greedy_and_stops_at_the_end_token_whatever_stands_beside_it(load_lm: Any) -> None:
     asked = [{"role": "user", "content": "say " * (1 + 4 * i)} for i in range(4)]
     rows = [{"messages": [question, *conversation(i)["messages"][1:]]} for i, question in enumerate(asked)]
-    task = load(rows, rows)
+    task = load_lm(rows, rows)
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
     prompts = [row["input_ids"][: row["learned"].index(True)] for row in task.validation["validation"]]
     assert len({len(prompt) for prompt in prompts}) == 4
@@ -449,8 +434,8 @@ def test_a_sample_is_greedy_and_stops_at_the_end_token_whatever_stands_beside_it
     assert replies_of(task, model) == [decode(ids, skip_special_tokens=True).strip() for ids in stopped]
 
 
-def test_what_a_checkpoint_says_of_generation_changes_no_sample(load: Any) -> None:
-    task = load([conversation(0)], [conversation(i) for i in range(3)])
+def test_what_a_checkpoint_says_of_generation_changes_no_sample(load_lm: Any) -> None:
+    task = load_lm([conversation(0)], [conversation(i) for i in range(3)])
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
     expected = replies_of(task, model)
     odd = {"num_return_sequences": 2, "num_beams": 3, "repetition_penalty": 2.0, "min_new_tokens": 30, "min_length": 90}
@@ -460,27 +445,27 @@ def test_what_a_checkpoint_says_of_generation_changes_no_sample(load: Any) -> No
     assert {name: getattr(model.generation_config, name) for name in odd} == odd
 
 
-def test_the_model_is_told_the_tokens_that_its_rows_end_with(load: Any, model_folder: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+def test_the_model_is_told_the_tokens_that_its_rows_end_with(load_lm: Any, chat_model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
     tokenizer.eos_token = "<|endoftext|>"  # as of a base model, which is taught to end its turns
     tokenizer.save_pretrained(tmp_path / "base")
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
     long = {"role": "assistant", "content": "<|im_start|>" * 60}  # is cut behind such a token
     special = [conversation(1), {"messages": [*conversation(0)["messages"][:1], long]}]
-    task = load([conversation(0)], special, f"model.tokenizer={tmp_path / 'base'}")
+    task = load_lm([conversation(0)], special, f"model.tokenizer={tmp_path / 'base'}")
     loaded = task.load_model(config_of(task).model, config_of(task).training)
 
     assert task.ends == loaded.model.generation_config.eos_token_id == sorted(ends)  # not <|im_start|>, a row's own
-    assert load([conversation(0)], [conversation(1)]).ends == ends[1:]
+    assert load_lm([conversation(0)], [conversation(1)]).ends == ends[1:]
 
 
-def test_an_adapter_and_its_merged_model_stop_where_its_samples_did(tmp_path: Path, model_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+def test_an_adapter_and_its_merged_model_stop_where_its_samples_did(tmp_path: Path, chat_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(tmp_path / "base")
     rows = [conversation(i) for i in range(8)]
-    config_on(tmp_path, model_folder, rows, rows[:2])
+    config_on(tmp_path, chat_model, rows, rows[:2])
     settings = (f"model.tokenizer={tmp_path / 'base'}", "model.lora={rank: 2}", "export.merge=true")
     arguments = [part for setting in settings for part in ("--set", setting)]
     done = forge("--config", tmp_path / "c.yaml", "--max_steps", 1, *arguments)
@@ -492,9 +477,9 @@ def test_an_adapter_and_its_merged_model_stop_where_its_samples_did(tmp_path: Pa
 
 
 def test_a_model_that_mixes_packed_rows_is_refused_as_student_and_taken_as_teacher(
-    load: Any, model_folder: Path, tmp_path: Path
+    load_lm: Any, chat_model: Path, tmp_path: Path
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
     tokenizer.save_pretrained(tmp_path / "opt")
     config = OPTConfig(
         **{"vocab_size": len(tokenizer), "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2},
@@ -505,15 +490,15 @@ def test_a_model_that_mixes_packed_rows_is_refused_as_student_and_taken_as_teach
     training = TrainingConfig()
     opt = ModelConfig(path=str(tmp_path / "opt"))
 
-    packed = load(rows, rows, "task.packing=true")
+    packed = load_lm(rows, rows, "task.packing=true")
     with pytest.raises(UsageError, match=r"OPTForCausalLM .*; set task.packing: false"):
         packed.load_model(opt, training)
     assert packed.load_model(opt, training, "teacher").model.config.model_type == "opt"
-    assert load(rows, rows).load_model(opt, training).model.config.model_type == "opt"
+    assert load_lm(rows, rows).load_model(opt, training).model.config.model_type == "opt"
 
 
-def test_a_step_keeps_no_cache_of_keys_and_values(load: Any) -> None:
-    task = load([conversation(0)], [conversation(1)])
+def test_a_step_keeps_no_cache_of_keys_and_values(load_lm: Any) -> None:
+    task = load_lm([conversation(0)], [conversation(1)])
     model = task.load_model(config_of(task).model, config_of(task).training).model
     batch = task.collate(list(task.train))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -522,11 +507,11 @@ def test_a_step_keeps_no_cache_of_keys_and_values(load: Any) -> None:
     assert model(**inputs, **task.forward_options).past_key_values is None
 
 
-def test_a_model_of_a_run_with_a_new_tokenizer_can_be_trained_on_longer_rows(load: Any, tmp_path: Path) -> None:
+def test_a_model_of_a_run_with_a_new_tokenizer_can_be_trained_on_longer_rows(load_lm: Any, tmp_path: Path) -> None:
     rows = [conversation(i) for i in range(4)]
     scratch = "{model_type: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 4}"
     new = ("model.new_tokenizer={kind: bpe, vocab_size: 330}", f"model.config={scratch}", "task.max_length=48")
-    load(rows, rows, *new).save_processing(tmp_path / "own")
+    load_lm(rows, rows, *new).save_processing(tmp_path / "own")
 
-    longer = load(rows, rows, f"model.tokenizer={tmp_path / 'own'}", "task.max_length=96")
+    longer = load_lm(rows, rows, f"model.tokenizer={tmp_path / 'own'}", "task.max_length=96")
     assert longer.config.max_length == 96

@@ -6,34 +6,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conversations import END, LONG, LOST, config_on, conversation, labels_as_text, whole_length, write_chat_model
+from conversations import END, LONG, LOST, config_on, conversation, labels_as_text, whole_length
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 from forge.config.loader import load_config
 from forge.errors import UsageError
 from forge.task import chat, documents
-from forge.task.causal_lm import CausalLm, load_causal_lm
+from forge.task.causal_lm import load_causal_lm
 from forge.task.identity import tokenizer_hash
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def load(tmp_path: Path, model_folder: Path) -> Any:
-    """Loads the task on the given rows: load(train, validation, "task.max_length=32", …)."""
-
-    def load_rows(train: list[dict[str, Any]], validation: list[dict[str, Any]], *settings: str) -> CausalLm:
-        return load_causal_lm(config_on(tmp_path, model_folder, train, validation, *settings))
-
-    return load_rows
-
-
-def test_rows_that_are_too_long_are_cut_counted_and_told(load: Any, caplog: pytest.LogCaptureFixture) -> None:
-    task = load([conversation(0), LONG, LOST, LOST], [conversation(1)])
+def test_rows_that_are_too_long_are_cut_counted_and_told(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
+    task = load_lm([conversation(0), LONG, LOST, LOST], [conversation(1)])
 
     assert len(task.train) == 2
     assert max(task.train["length"]) == 64
@@ -48,14 +33,14 @@ def test_rows_that_are_too_long_are_cut_counted_and_told(load: Any, caplog: pyte
     )
 
 
-def test_long_rows_are_left_out_or_refused_where_that_is_asked_for(load: Any) -> None:
+def test_long_rows_are_left_out_or_refused_where_that_is_asked_for(load_lm: Any) -> None:
     rows = [conversation(0), LONG]
-    left = load(rows, [conversation(1)], "task.truncation=leave_out")
+    left = load_lm(rows, [conversation(1)], "task.truncation=leave_out")
 
     assert left.train["row"][:] == [0]
     assert left.facts()["cut"]["train"] == {"rows": 0, "tokens": 0, "left_out": 1, "first_left_out": 1}
     with pytest.raises(UsageError) as refused:
-        load(rows, [conversation(1)], "task.truncation=refuse")
+        load_lm(rows, [conversation(1)], "task.truncation=refuse")
     length = whole_length(left, LONG)
     assert str(refused.value).endswith(
         f"data, train: row 1 has {length} tokens, more than task.max_length 64; raise it, or set task.truncation: cut "
@@ -63,30 +48,30 @@ def test_long_rows_are_left_out_or_refused_where_that_is_asked_for(load: Any) ->
     )
 
 
-def test_a_split_of_which_nothing_is_left_is_refused(load: Any) -> None:
+def test_a_split_of_which_nothing_is_left_is_refused(load_lm: Any) -> None:
     with pytest.raises(UsageError, match=r"validation: no row has a reply within task.max_length 64 tokens; raise it"):
-        load([conversation(0)], [LOST])
+        load_lm([conversation(0)], [LOST])
 
 
-def test_a_special_token_in_the_text_is_told_with_the_way_out(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_special_token_in_the_text_is_told_with_the_way_out(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
     messages = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red<|endoftext|>"}]
     rows = [conversation(0), {"messages": messages}]
-    load(rows, [conversation(1)])
+    load_lm(rows, [conversation(1)])
 
     assert (
         "train: 1 rows hold a special token of the tokenizer in their own text, such as <|endoftext|> in row 1, and "
         "the model reads it as such; where that is not meant, take it out with task.remove_text: ['<|endoftext|>']"
     ) in caplog.messages
     caplog.clear()
-    cleaned = load(rows, [conversation(1)], "task.remove_text=['<|endoftext|>']")
+    cleaned = load_lm(rows, [conversation(1)], "task.remove_text=['<|endoftext|>']")
     assert labels_as_text(cleaned, list(cleaned.train)) == [f"red 0{END}", f"red{END}"]
     assert "special token" not in caplog.text
 
 
 def test_an_empty_text_is_left_out_and_counted_whatever_the_tokenizer_writes_round_it(
-    model_folder: Path, tmp_path: Path
+    chat_model: Path, tmp_path: Path
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
     end = tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"<|im_start|> $A {END}", special_tokens=[("<|im_start|>", 2), (END, end)]
@@ -95,7 +80,7 @@ def test_an_empty_text_is_left_out_and_counted_whatever_the_tokenizer_writes_rou
     rows = [{"text": "red"}, {"text": ""}, {"text": "blue"}]
     for own in ((), (f"model.tokenizer={tmp_path / 'own'}",)):
         for settings in (own, (*own, "task.append_eos=false")):
-            task = load_causal_lm(config_on(tmp_path, model_folder, rows, rows[:1], *settings))
+            task = load_causal_lm(config_on(tmp_path, chat_model, rows, rows[:1], *settings))
             assert task.train["row"][:] == [0, 2], settings
             assert task.facts()["cut"]["train"]["left_out"] == 1
 
@@ -115,12 +100,12 @@ TEMPLATE = "task.chat_template=TEMPLATE"
     ],
 )
 def test_tokens_of_another_setting_are_not_taken_from_the_cache(
-    load: Any, tmp_path: Path, rows: list[dict[str, Any]], setting: str
+    load_lm: Any, tmp_path: Path, rows: list[dict[str, Any]], setting: str
 ) -> None:
     (tmp_path / "t.jinja").write_text(
         chat.CHATML.replace("assistant\\n' }}", "assistant: ' }}").replace("'\\n'", "' '")
     )
-    before = load(rows, rows)
+    before = load_lm(rows, rows)
     setting = setting.replace("TEMPLATE", str(tmp_path / "t.jinja"))
     after = load_causal_lm(load_config(tmp_path / "c.yaml", (setting,)).config)  # of the very same files
 
@@ -131,9 +116,9 @@ def test_tokens_of_another_setting_are_not_taken_from_the_cache(
 
 @pytest.mark.parametrize("module", [chat, documents])
 def test_tokens_of_other_code_are_not_taken_from_the_cache(
-    load: Any, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load_lm: Any, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = load(CHAT_ROWS, CHAT_ROWS).encoder
+    encoder = load_lm(CHAT_ROWS, CHAT_ROWS).encoder
     before = encoder.key
     assert encoder.key == before
     (tmp_path / "changed.py").write_text(Path(str(module.__file__)).read_text() + "# A change.\n")
@@ -142,28 +127,28 @@ def test_tokens_of_other_code_are_not_taken_from_the_cache(
     assert encoder.key != before
 
 
-def test_the_hash_of_a_tokenizer_sees_other_ids_and_not_its_use(model_folder: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+def test_the_hash_of_a_tokenizer_sees_other_ids_and_not_its_use(chat_model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
     before = tokenizer_hash(tokenizer)
     tokenizer(["red", "red blue"], truncation=True, max_length=1, padding=True)
     assert tokenizer_hash(tokenizer) == before
-    assert tokenizer_hash(AutoTokenizer.from_pretrained(other_digits(model_folder, tmp_path / "other"))) != before
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(other_digits(chat_model, tmp_path / "other"))) != before
     tokenizer.eos_token = "<|endoftext|>"
     assert tokenizer_hash(tokenizer) != before
 
 
-def test_other_tokens_of_the_same_rows_are_another_fingerprint(load: Any, model_folder: Path, tmp_path: Path) -> None:
-    other = other_digits(model_folder, tmp_path / "other")
-    own, again = (load(CHAT_ROWS, CHAT_ROWS).fingerprint for _ in range(2))
+def test_other_tokens_of_the_same_rows_are_another_fingerprint(load_lm: Any, chat_model: Path, tmp_path: Path) -> None:
+    other = other_digits(chat_model, tmp_path / "other")
+    own, again = (load_lm(CHAT_ROWS, CHAT_ROWS).fingerprint for _ in range(2))
 
-    assert own == again != load(CHAT_ROWS, CHAT_ROWS, f"model.tokenizer={other}").fingerprint
+    assert own == again != load_lm(CHAT_ROWS, CHAT_ROWS, f"model.tokenizer={other}").fingerprint
 
 
-def test_another_file_of_a_stream_is_another_fingerprint(load: Any) -> None:
+def test_another_file_of_a_stream_is_another_fingerprint(load_lm: Any) -> None:
     settings = ("task.dataset.streaming=true", "training.max_steps=2")
-    first, again = (load(CHAT_ROWS, CHAT_ROWS[:1], *settings).fingerprint for _ in range(2))
+    first, again = (load_lm(CHAT_ROWS, CHAT_ROWS[:1], *settings).fingerprint for _ in range(2))
 
-    assert first == again != load(CHAT_ROWS[:1], CHAT_ROWS[:1], *settings).fingerprint
+    assert first == again != load_lm(CHAT_ROWS[:1], CHAT_ROWS[:1], *settings).fingerprint
 
 
 def other_digits(model: Path, folder: Path) -> Path:
