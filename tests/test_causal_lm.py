@@ -28,7 +28,6 @@ from forge.losses.cross_entropy import IGNORE
 from forge.model.generation import end_with
 from forge.task.bpe import train_bpe
 from forge.task.causal_lm import CausalLm, generate_replies, load_causal_lm
-from forge.task.demo_chat import KINDS, Draw, demo_chat, is_held_out
 from forge.task.stream import RowStream
 
 
@@ -280,43 +279,6 @@ def test_a_new_tokenizer_writes_every_text_and_stops_with_the_turn() -> None:
     assert train_bpe(["red"], 300, chat=False).eos_token == "<|endoftext|>"
     assert train_bpe(["red"], 300, chat=False).chat_template is None
     assert len(tokenizer("47")["input_ids"]) == 2
-
-
-def test_the_demo_holds_its_questions_apart_and_needs_nothing_unseen() -> None:
-    train, validation = demo_chat("train", 3000), demo_chat("validation", 300)
-
-    def asked(rows: list[dict[str, Any]]) -> set[str]:
-        return {m["content"] for row in rows for m in row["messages"] if m["role"] == "user"}
-
-    assert demo_chat("train", 20) == train[:20]
-    assert not asked(train) & asked(validation)
-    assert all(map(is_held_out, asked(validation)))
-    texts = " ".join(m["content"] for row in train for m in row["messages"])
-    words = {word for row in validation for m in row["messages"] for word in m["content"].split()}
-    assert {word for word in words if word.isalpha()} <= set(texts.replace(".", " ").replace("?", " ").split()) | set(
-        texts.split()
-    )
-
-
-def test_the_replies_of_the_demo_are_right() -> None:
-    draw = Draw("test")
-    for kind in KINDS:
-        for _ in range(50):
-            question, reply = kind(draw)
-            numbers = [int(word.strip(".,?")) for word in question.split() if word.strip(".,?").isdigit()]
-            if kind.__name__ == "_next":
-                assert reply == f"{numbers[0] + 1}."
-            elif kind.__name__ == "_larger":
-                assert reply == f"{max(numbers)} is larger."
-            elif kind.__name__ == "_sums":
-                assert reply == f"{numbers[0]} + {numbers[1]} = {sum(numbers)}."
-            elif kind.__name__ == "_backwards":
-                assert question == f"Write {' '.join(reversed(reply.split()))} backwards."
-            elif kind.__name__ in ("_holdings", "_places"):
-                asked = question.split(". ")[-1].rstrip("?").split()
-                assert reply in question
-                assert asked[-1 if kind.__name__ == "_places" else 2] in reply
-                assert kind.__name__ == "_places" or asked[-2] in reply
 
 
 def test_a_run_from_scratch_with_packing_learns_and_its_model_answers(tmp_path: Path, chat_model: Path) -> None:
