@@ -72,9 +72,7 @@ class Classification(Task):
     def facts(self) -> dict[str, Any]:
         """What run_metadata.json tells of the data."""
         return {
-            "description": self.description,
-            "fingerprint": self.fingerprint,
-            "rows": {"train": len(self.train), **{name: len(rows) for name, rows in self.validation.items()}},
+            **super().facts(),
             "truncated": self.truncated,
             "labels": self.labels,
         }

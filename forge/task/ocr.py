@@ -114,9 +114,7 @@ class Ocr(Task):
 
     def facts(self) -> dict[str, Any]:
         return {
-            "description": self.description,
-            "fingerprint": self.fingerprint,
-            "rows": {"train": len(self.train), **{name: len(rows) for name, rows in self.validation.items()}},
+            **super().facts(),
             "truncated": self.truncated,
             "broken_images": self.broken,
             "normalization": describe_normalization(self.config.normalization),

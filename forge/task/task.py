@@ -81,9 +81,13 @@ class Task(ABC):
     def metrics(self, split: str, model: PreTrainedModel) -> Metrics:
         """An empty count for one validation split; model is the bare one, for texts that it is to generate."""
 
-    @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What run_metadata.json tells of the data: description, fingerprint, rows by split, and what was cut."""
+        """What run_metadata.json tells of the data; a task adds what it has cut or left out."""
+        return {
+            "description": self.description,
+            "fingerprint": self.fingerprint,
+            "rows": {"train": len(self.train), **{name: len(rows) for name, rows in self.validation.items()}},
+        }
 
     def about(self) -> dict[str, Any]:
         """What run_metadata.json tells of the kind of task, for the model card."""
