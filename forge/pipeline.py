@@ -46,10 +46,13 @@ from forge.run.log import RunLog
 from forge.run.opening import Attempt, open_run
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
-from forge.task.batches import OF_THE_LOOP
+from forge.task.batches import model_inputs
 from forge.task.choice import load_task
 from forge.task.task import Task
+from forge.teacher.loading import label_columns, load_teacher, wants_teacher
+from forge.teacher.placement import place
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
+from forge.trainer.distillation import DistillationTrainer
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
 from forge.trainer.optimizer import step_shape
 from forge.trainer.samples import SamplesFolder
@@ -103,8 +106,11 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         # What bad input can break comes first: until the next call of on_rank_0 nothing of a new run is created.
         task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
         loaded_model = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_model(config, task)))
-        loaded_model = _with_origin(loaded_model, beginning, accelerator)
+        loaded_model = _with_origin(loaded_model, accelerator, "model")
+        on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
         task = task.for_model(loaded_model)
+        taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task)))
+        taught = _with_origin(taught, accelerator, "teacher") if taught is not None else None
         beginning = on_rank_0(
             accelerator, lambda: with_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
         )
@@ -115,7 +121,8 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
             "task": task.about(),
             "data": task.facts(),
             "model": loaded_model.facts(),
-            "lineage": lineage(loaded_model.origin),
+            "teacher": taught.facts() if taught is not None else None,
+            "lineage": [*lineage(loaded_model.origin), *(lineage(taught.origin, "teacher") if taught else [])],
             "world": world_facts(accelerator, training),
         }
         run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts, lock))
@@ -130,7 +137,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
 
         with _recorded(run, state, accelerator, lock):
             callbacks = Callbacks(_callbacks(config, run, state, log) if accelerator.is_main_process else [])
-            trainer = FinetuningTrainer(config, accelerator, task, loaded_model, run, state, callbacks, lock, stop)
+            trainer = _trainer(taught, config, accelerator, task, loaded_model, run, state, callbacks, lock, stop)
             try:
                 result = _run_stages(trainer, beginning)
             finally:
@@ -247,15 +254,37 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
     return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
 
 
-def _with_origin(loaded: LoadedModel, beginning: Beginning, accelerator: Accelerator) -> LoadedModel:
+def _load_teacher(config: Config, task: Task) -> LoadedModel | None:
+    return load_teacher(config, task) if wants_teacher(config) else None
+
+
+def _with_origin(loaded: LoadedModel, accelerator: Accelerator, key: str) -> LoadedModel:
     """Rank 0 hashes the files that the model came from. Raises UsageError where an adapter was made for others."""
     source = loaded.source
     if source is None:
         return loaded
-    origin = on_rank_0(accelerator, lambda: origin_of(source, "model"))
-    known = replace(loaded, origin=origin)
-    on_rank_0(accelerator, lambda: check_base(beginning, known.base_sha256, origin.weights_sha256))
-    return known
+    return replace(loaded, origin=on_rank_0(accelerator, lambda: origin_of(source, key)))
+
+
+def _check_base(beginning: Beginning, loaded: LoadedModel) -> None:
+    if loaded.origin is not None:
+        check_base(beginning, loaded.base_sha256, loaded.origin.weights_sha256)
+
+
+def _trainer(
+    taught: LoadedModel | None,
+    config: Config,
+    accelerator: Accelerator,
+    task: Task,
+    loaded: LoadedModel,
+    *others: Any,
+) -> FinetuningTrainer:
+    """taught: the teacher; None: there is none."""
+    if taught is None:
+        return FinetuningTrainer(config, accelerator, task, loaded, *others)
+    columns = label_columns(loaded.label_ids, taught.label_ids)
+    teacher = place(taught.model, config.teacher, accelerator, task, columns)
+    return DistillationTrainer(config, accelerator, task, loaded, *others, teacher=teacher)
 
 
 def _callbacks(config: Config, run: RunDirectory, state: TrainingState, log: RunLog) -> list[Callback]:
@@ -319,9 +348,8 @@ def _few_inputs(task: Task) -> tuple[dict[str, Any], Tensor | None]:
     None: all, where none is."""
     rows = next(iter(task.validation.values()))
     batch = task.collate([rows[i] for i in range(min(ROWS_OF_PROOF, len(rows)))])
-    inputs = {name: tensor for name, tensor in batch.items() if name not in OF_THE_LOOP}
     counted = batch["labels"] != IGNORE
-    return {**inputs, **task.forward_options}, counted if counted.any() else None
+    return {**model_inputs(batch), **task.forward_options}, counted if counted.any() else None
 
 
 def _complete(result: Result, trainer: FinetuningTrainer) -> None:

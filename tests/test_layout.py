@@ -17,11 +17,12 @@ FLOORS = {
     **dict.fromkeys(("config", "losses"), 1),
     **dict.fromkeys(("run", "cluster"), 2),
     **dict.fromkeys(("model", "report", "checkpoint"), 3),
-    **dict.fromkeys(("task", "teacher"), 4),
-    "trainer": 5,
-    "pipeline": 6,
-    **dict.fromkeys(("command", "prove_resume"), 7),
-    **dict.fromkeys(("train", "cli"), 8),
+    "task": 4,
+    "teacher": 5,
+    "trainer": 6,
+    "pipeline": 7,
+    **dict.fromkeys(("command", "prove_resume"), 8),
+    **dict.fromkeys(("train", "cli"), 9),
 }
 ENTRIES = {"forge.py": {"train"}}  # who may import from the top floor, and what
 HEAVY = ("torch", "transformers", "datasets", "accelerate")

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from forge.config.effects import Inert, inert_keys
 from forge.config.explain import effective, inline
+from forge.config.fields import Section
 from forge.config.hints import all_keys, key_hint, schema_path, sections_of, task_type_of
 from forge.config.placing import located
-from forge.config.schema import Config, Section
+from forge.config.schema import Config
 from forge.errors import ConfigError
 
 
@@ -71,6 +72,11 @@ RULES: dict[str, tuple[Kind, str]] = {
         "what is trained lies on top of it; allow it if the same adapter only lies elsewhere",
     ),
     "model.base": (Kind.HARMLESS, "where the base lies; below an adapter its weights must have the same hash"),
+    "teacher.path": (
+        Kind.MEANING,
+        "the steps to come would be drawn to another teacher; allow it if the same one only lies elsewhere",
+    ),
+    "teacher.cache": (Kind.HARMLESS, "where the teacher's outputs lie; they must be of the same teacher and rows"),
     "model.tokenizer": (
         Kind.MEANING,
         "the same text would become other tokens; allow it if the same tokenizer only lies elsewhere",

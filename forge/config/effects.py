@@ -1,8 +1,10 @@
 """Which keys of a config have no effect in its mode, and why."""
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from forge.config.schema import CausalLmTask, Config
+from forge.config.distilling import DistillationConfig, TeacherConfig
+from forge.config.schema import CausalLmTask, ClassificationTask, Config
 
 
 class Inert(NamedTuple):
@@ -21,8 +23,8 @@ def inert_keys(config: Config) -> dict[str, Inert]:
             inert[key] = Inert(reason, mode_key)
 
     dataset, training, evaluation = config.task.dataset, config.training, config.evaluation
-    if config.distillation.alpha == 0:
-        add("distillation.temperature teacher.path", "distillation.alpha is 0", "distillation.alpha")
+    for key, why in _of_the_teacher(config):
+        inert.setdefault(key, why)
     if dataset.name is None:
         source = "task.dataset.path" if dataset.path else "task.dataset.demo"
         add("task.dataset.name task.dataset.config task.dataset.revision", f"{source} is set", source)
@@ -62,14 +64,79 @@ def inert_keys(config: Config) -> dict[str, Inert]:
     return inert
 
 
+def _of_the_teacher(config: Config) -> Iterator[tuple[str, Inert]]:
+    """Keys of teacher and distillation, and of evaluation where they decide."""
+    teacher, distillation = config.teacher, config.distillation
+
+    def each(keys: Iterable[str], reason: str, mode_key: str) -> Iterator[tuple[str, Inert]]:
+        return ((key, Inert(reason, mode_key)) for key in keys)
+
+    if distillation.alpha == 0:
+        of_loss = [f"distillation.{name}" for name in DistillationConfig.model_fields if name != "alpha"]
+        yield from each([*of_loss, "evaluation.control"], "distillation.alpha is 0", "distillation.alpha")
+        if not config.evaluation.teacher:
+            of_teacher = [f"teacher.{name}" for name in TeacherConfig.model_fields]
+            yield from each(of_teacher, "distillation.alpha is 0", "distillation.alpha")
+    if distillation.divergence != "jsd":
+        reason = f"distillation.divergence is {distillation.divergence}"
+        yield from each(["distillation.beta"], reason, "distillation.divergence")
+    if distillation.divergence not in ("skew_kl", "skew_reverse_kl"):
+        reason = f"distillation.divergence is {distillation.divergence}"
+        yield from each(["distillation.skew"], reason, "distillation.divergence")
+    if teacher.placement != "cached":
+        keys = ("teacher.cache", "distillation.missing_mass")  # teacher.top_k is also for who makes a cache
+        yield from each(keys, f"teacher.placement is {teacher.placement}", "teacher.placement")
+    if not isinstance(config.task, ClassificationTask):
+        yield from each(["teacher.labels"], f"task.type is {config.task.type}", "task.type")
+
+
 def unsupported(config: Config) -> dict[str, str]:
     """Dotted keys whose value cannot be trained with in this config, or not yet, each with a sentence."""
-    problems: dict[str, str] = {}
-    if config.distillation.alpha > 0:
-        given = f"distillation.alpha is {config.distillation.alpha:g}"
-        problems["distillation.alpha"] = f"{given}, and this version of forge trains with 0 only; set it to 0"
+    problems = _not_distilled(config) if config.distillation.alpha > 0 else {}
+    if config.evaluation.teacher and config.teacher.path is None:
+        problems["evaluation.teacher"] = "evaluation.teacher is true, and there is no teacher; set teacher.path"
     if config.task.dataset.streaming and (reason := _not_streamed(config)):
         problems["task.dataset.streaming"] = f"task.dataset.streaming is true, and {reason}"
+    return problems
+
+
+def _not_distilled(config: Config) -> dict[str, str]:
+    """What of teacher and distillation does not go together."""
+    teacher, distillation, problems = config.teacher, config.distillation, {}
+    is_lm = isinstance(config.task, CausalLmTask)
+    cached = teacher.placement == "cached"
+    if teacher.path is None:
+        given = f"distillation.alpha is {distillation.alpha:g}"
+        problems["distillation.alpha"] = f"{given}, and there is no teacher; set teacher.path, or alpha to 0"
+    if distillation.divergence == "uld" and not is_lm:
+        problems["distillation.divergence"] = (
+            f"distillation.divergence is uld, which aligns the tokens of causal LMs, and task.type is "
+            f"{config.task.type}; take forward_kl"
+        )
+    if cached and is_lm and distillation.divergence != "forward_kl":
+        problems["distillation.divergence"] = (
+            f"distillation.divergence is {distillation.divergence}, and a cached top k gives forward_kl only; set "
+            "that, or teacher.placement: replicated"
+        )
+    if cached and config.task.dataset.streaming:
+        problems["teacher.placement"] = (
+            "teacher.placement is cached, and the rows of a stream are not known before; set it to replicated, or "
+            "task.dataset.streaming to false"
+        )
+    if distillation.relations is not None and not isinstance(config.task, ClassificationTask):
+        problems["distillation.relations"] = (
+            f"distillation.relations compares the rows of encoders, and task.type is {config.task.type}; take it out"
+        )
+    if distillation.relations is not None and cached:
+        problems["distillation.relations"] = (
+            "distillation.relations needs the teacher's attention, which no cache holds; set teacher.placement: "
+            "replicated"
+        )
+    if distillation.divergence == "uld" and distillation.hidden is not None:
+        problems["distillation.hidden"] = (
+            "distillation.hidden compares token by token, and with distillation.divergence: uld the tokens differ; "
+            "take it out"
+        )
     return problems
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 
 from forge.config.effects import inert_keys
+from forge.config.fields import PlainText
 from forge.config.loader import LoadedConfig
-from forge.config.schema import Config, PlainText
+from forge.config.schema import Config
 
 
 def effective(config: Config) -> dict[str, Any]:

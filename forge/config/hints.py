@@ -7,7 +7,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from forge.config.schema import Config, Section
+from forge.config.fields import Section
+from forge.config.schema import Config
 
 # What the same thing is called elsewhere, where no spelling is near.
 OTHER_NAMES = {

@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from forge.config.effects import Inert, inert_keys, unsupported
+from forge.config.fields import PlainText
 from forge.config.hints import schema_path, unknown_key, value_problem
-from forge.config.schema import ALTERNATIVES, Config, PlainText
+from forge.config.schema import ALTERNATIVES, Config
 from forge.config.source import KeyPath, Layer, Origin, display, near_name, read_file, read_setting
 from forge.errors import BaseConfigError, ConfigError
 

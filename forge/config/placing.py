@@ -24,11 +24,14 @@ def located(config: Config) -> Config:
     task: dict[str, object] = {"dataset": dataset}
     if isinstance(config.task, CausalLmTask) and config.task.chat_template:
         task["chat_template"] = str(Path(config.task.chat_template).expanduser().absolute())
-    model = {name: place(getattr(config.model, name)) for name in ("path", "base", "adapter", "tokenizer")}
+    named = ("path", "base", "adapter", "tokenizer")
+    model = {name: place(getattr(config.model, name)) for name in named}
+    teacher = {name: place(getattr(config.teacher, name)) for name in (*named, "cache")}
     return config.model_copy(
         update={
             "task": config.task.model_copy(update=task),
             "model": config.model.model_copy(update=model),
+            "teacher": config.teacher.model_copy(update=teacher),
             "output_root": str(Path(config.output_root).absolute()),
         }
     )

@@ -5,62 +5,12 @@ the field decides how it is read: `1e-4` is a number where a number is wanted, `
 wanted. The docstring below a field is its description in `forge config schema`.
 """
 
-import math
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-class PlainText(str):
-    """A scalar written without quotes."""
-
-    def value(self) -> Any:
-        """What it means where no field gives a type: a truth value or a number if it looks like one, else the text."""
-        if self.lower() in BOOLEANS:
-            return BOOLEANS[self.lower()]
-        if any(c in "0123456789" for c in self):
-            for read in (int, float):
-                with suppress(ValueError):
-                    if math.isfinite(number := read(self)):
-                        return number
-        return str(self)
-
-
-def _read_bool(value: Any) -> Any:
-    """Only words make a boolean: `1` and `0` are refused, they are usually a number in the wrong place."""
-    if isinstance(value, str):
-        if value.lower() not in BOOLEANS:
-            raise ValueError("must be true or false")
-        return BOOLEANS[value.lower()]
-    return value
-
-
-def _read_open_map(value: Any) -> Any:
-    """Types the scalars of a map whose keys forge does not know."""
-    if isinstance(value, dict):
-        return {key: _read_open_map(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_read_open_map(item) for item in value]
-    return value.value() if isinstance(value, PlainText) else value
-
-
-Bool = Annotated[bool, BeforeValidator(_read_bool)]
-OpenMap = Annotated[dict[str, Any], BeforeValidator(_read_open_map)]
-Positive = Annotated[int, Field(gt=0)]
-Text = Annotated[
-    str, Field(min_length=1), BeforeValidator(lambda value: str(value) if isinstance(value, str) else value)
-]
-
-
-class Section(BaseModel):
-    """A map of the config: frozen, no unknown keys, no infinite numbers."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
+from forge.config.distilling import DistillationConfig, TeacherConfig
+from forge.config.fields import Bool, OpenMap, Positive, Section, Text
 
 
 class DatasetConfig(Section):
@@ -316,22 +266,6 @@ class ModelConfig(Section):
         return self
 
 
-class TeacherConfig(Section):
-    """The model that is distilled from; not loaded while distillation.alpha is 0."""
-
-    path: Text | None = None
-    """In the forms of model.path."""
-
-
-class DistillationConfig(Section):
-    """loss = (1 - alpha) * CE + alpha * T^2 * D(teacher || student); alpha 0 is plain supervised fine-tuning."""
-
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The weight of the teacher; 0: no teacher is loaded."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """T: both distributions are softened by it."""
-
-
 class TrainingConfig(Section):
     """The optimizer, its schedule and the size of a step."""
 
@@ -388,6 +322,12 @@ class EvaluationConfig(Section):
     """Evaluate after training."""
     every_steps: Positive | None = None
     """Evaluate every so many optimizer steps; null: only before and after."""
+    teacher: Bool | None = None
+    """Evaluate the teacher too, and compare the student with it: agreement and KL; null: where distillation.alpha is
+    not 0."""
+    control: Literal["sft"] | None = None
+    """sft: train the same student without the teacher as well (alpha 0, the same steps and seed), in a run beside this
+    one, and put it into the table at the end."""
     max_samples: Positive | None = None
     """Evaluate only so many rows of each split, chosen by the seed; the metrics say so."""
     samples: Annotated[int, Field(ge=0)] = 4

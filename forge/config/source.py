@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from forge.config.schema import PlainText
+from forge.config.fields import PlainText
 
 KeyPath = tuple[str, ...]  # the keys that lead to a value, from the top of the config
 

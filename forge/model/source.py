@@ -59,7 +59,7 @@ class ModelSource:
 
 
 def with_run_paths(config: Config) -> Config:
-    """The config with the names of runs below output_root as their paths: in model, in its adapter and in the teacher.
+    """The config with the names of runs below output_root as their paths: in model and in teacher.
 
     A folder of that name comes first, then the run, then the hub. Raises UsageError where several runs have the name.
     """
@@ -74,8 +74,9 @@ def with_run_paths(config: Config) -> Config:
         logger.info("%s is the run %s", name, path)
         return path
 
-    model = {key: path_of(getattr(config.model, key)) for key in ("path", "base", "adapter", "tokenizer")}
-    teacher = {"path": path_of(config.teacher.path)}
+    named = ("path", "base", "adapter", "tokenizer")
+    model = {key: path_of(getattr(config.model, key)) for key in named}
+    teacher = {key: path_of(getattr(config.teacher, key)) for key in named}
     update = {"model": config.model.model_copy(update=model), "teacher": config.teacher.model_copy(update=teacher)}
     return config.model_copy(update=update)
 

@@ -254,14 +254,25 @@ class _Endless:
 
 
 def _collate(collate: Callable[[list[dict[str, Any]]], Batch], rows: list[tuple[int, dict[str, Any]]]) -> Batch:
-    batch = collate([row for _, row in rows])
-    ids = [index for index, _ in rows]
+    return for_the_loop(collate([row for _, row in rows]), [index for index, _ in rows])
+
+
+def for_the_loop(batch: Batch, ids: list[int]) -> Batch:
+    """The batch with ids (B,) int64, and with positions (N,) int64: where labels.flatten() is counted.
+
+    Known while it is still on the CPU, so that whoever computes at these positions alone need not wait for the GPU.
+    A filler has neither labels nor tokens.
+    """
     if ids == [FILLER]:
-        batch["labels"] = torch.full_like(batch["labels"], IGNORE)
-        batch["tokens"] = torch.zeros_like(batch["tokens"])
-        if "positions" in batch:
-            batch["positions"] = batch["positions"][:0]
-    return {**batch, "ids": torch.tensor(ids)}
+        empty = {"labels": torch.full_like(batch["labels"], IGNORE), "tokens": torch.zeros_like(batch["tokens"])}
+        batch = {**batch, **empty}
+    positions = (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)
+    return {**batch, "ids": torch.tensor(ids), "positions": positions}
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What of a batch the model reads."""
+    return {name: tensor for name, tensor in batch.items() if name not in OF_THE_LOOP}
 
 
 class _Rows(torch.utils.data.Dataset[tuple[int, dict[str, Any]]]):

@@ -95,10 +95,9 @@ class CausalLm(Task):
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """input_ids, labels (B, T) int64, labels[:, t] the token t + 1 where it is learned; attention_mask (B, T), or
-        position_ids for packed rows; tokens () int64; positions (N,) int64, where labels.flatten() is counted."""
+        position_ids for packed rows; tokens () int64."""
         pad = int(self.processing.pad_token_id)
-        batch = collate_packed(rows, pad) if "lengths" in rows[0] else _padded(rows, pad)
-        return {**batch, "positions": (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)}
+        return collate_packed(rows, pad) if "lengths" in rows[0] else _padded(rows, pad)
 
     def metrics(self, split: str, model: PreTrainedModel) -> "CausalLmMetrics":
         """An empty count, and the rows that the model is to write itself."""

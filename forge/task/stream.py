@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from forge.errors import UsageError
-from forge.losses.cross_entropy import IGNORE
-from forge.task.batches import FILLER, Batch, StepBatches, split_step
+from forge.task.batches import FILLER, Batch, StepBatches, for_the_loop, split_step
 
 Row = dict[str, Any]
 
@@ -115,13 +114,8 @@ class StreamBatches:
 
     def _batch(self, taken: list[tuple[int, Row]], *, filler: bool) -> Batch:
         rows, truncated = self._rows.prepare([row for _, row in taken], [number for number, _ in taken])
-        batch = self._collate(rows)
-        batch["ids"] = torch.tensor([row["row"] for row in rows])
+        batch = for_the_loop(self._collate(rows), [FILLER] if filler else [row["row"] for row in rows])
         batch["truncated"] = torch.tensor(0 if filler else truncated)
-        if filler:
-            batch["labels"] = torch.full_like(batch["labels"], IGNORE)
-            batch["tokens"] = torch.zeros_like(batch["tokens"])
-            batch["ids"] = torch.full_like(batch["ids"], FILLER)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
 
     def _endless(self, skipped: int) -> Iterator[tuple[int, Row]]:

@@ -74,7 +74,6 @@ class Task(ABC):
 
         labels: int64, of the shape of the logits without their last dimension and aligned with them, so that targets
         of a causal model are already shifted; IGNORE where nothing is counted. tokens: int64 scalar, those read.
-        A task with a language head may add positions, int64: where labels.flatten() is counted.
         """
 
     @abstractmethod

@@ -1,4 +1,5 @@
-"""The loop: steps, rate, reports, evaluations, checkpoints and stops of supervised fine-tuning over Accelerate."""
+"""The loop over Accelerate: steps, rate, reports, evaluations, checkpoints and stops; as it is, supervised
+fine-tuning."""
 
 import logging
 import math
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from forge.checkpoint.commit import Checkpoints, RunFacts, Saved
@@ -31,6 +33,7 @@ from forge.run.state import Stage, TrainingState
 from forge.task.batches import FILLER, Batch, preparing
 from forge.task.stream import step_batches
 from forge.task.task import Task
+from forge.teacher.teacher import TeacherOutputs
 from forge.trainer.callbacks import Callback
 from forge.trainer.evaluation import evaluate
 from forge.trainer.meter import StepMeter
@@ -78,7 +81,7 @@ class FinetuningTrainer:
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(accelerator.device)
-        student = Student(model, task.forward_options, self._language_head(model))
+        student = self.build_student(model)
         self.student, self.optimizer = accelerator.prepare(student, build_optimizer(student, training))
         # From here on every rank draws its own dropout.
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
@@ -195,18 +198,18 @@ class FinetuningTrainer:
         # torch.full and not torch.tensor: a copy from the CPU would wait for the GPU
         label_count = self.accelerator.reduce(torch.full((), labels, device=self.accelerator.device), "sum")
         divisor = label_count.clamp(min=1)  # a stream may give a step whose every row was left out: gradients of 0
-        ce_sum = torch.zeros((), device=self.accelerator.device)  # float32, this rank's
+        sums: dict[str, Tensor] = {}  # float32 scalars, this rank's
         for cpu_batch in micro_batches:
             batch = send_to_device(cpu_batch, self.accelerator.device, non_blocking=True)
             with self.accelerator.accumulate(self.student):
-                losses = self.student(batch)
-                self.accelerator.backward(losses["ce_sum"] / divisor * self.undo_averaging)
-            ce_sum += losses["ce_sum"].detach()
+                losses = self.student(batch, self.teacher_outputs(batch))
+                self.accelerator.backward(losses["loss_sum"] / divisor * self.undo_averaging)
+            sums = {name: value.detach().float() + sums.get(name, 0.0) for name, value in losses.items()}
         max_norm = self.config.training.max_grad_norm
         grad_norm = self.accelerator.clip_grad_norm_(self.student.parameters(), max_norm or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.meter.add(ce_sum, label_count, grad_norm, counts)
+        self.meter.add(sums, label_count, grad_norm, counts)
 
     def evaluate(self, stage: str) -> dict[str, Any]:
         """Evaluates every validation split and reports it; stage is baseline, training or final. Raises Stopped."""
@@ -219,6 +222,7 @@ class FinetuningTrainer:
                 max_samples=self.config.evaluation.max_samples,
                 seed=self.config.training.seed,
                 num_workers=self.num_workers,
+                teacher_outputs=self.teacher_outputs,
                 between_batches=self._break_off_if_stopped,
             )
         except Stopped:
@@ -244,7 +248,16 @@ class FinetuningTrainer:
         """The bare model, for export."""
         return self.accelerator.unwrap_model(self.student).model
 
-    def _language_head(self, model: PreTrainedModel) -> LinearHead | None:
+    def build_student(self, model: PreTrainedModel) -> Student:
+        """The model with its loss; on its device, and not yet prepared."""
+        return Student(model, self.task.forward_options, self.language_head(model))
+
+    def teacher_outputs(self, batch: Batch, split: str | None = None) -> TeacherOutputs | None:
+        """What the student is given beside a batch of training, or of this validation split: nothing, where there is
+        no teacher."""
+        return None
+
+    def language_head(self, model: PreTrainedModel) -> LinearHead | None:
         """With it the loss needs no logits of a whole batch, which a large vocabulary makes larger than the model."""
         if not self.task.has_language_head:
             return None

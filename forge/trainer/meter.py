@@ -26,18 +26,21 @@ class StepMeter:
         self._loss_sums: list[float] = []
         self._label_counts: list[int] = []
         self._norms: list[float] = []
+        self._parts: dict[str, list[float]] = {}  # sums that the loss is made of, by name
         self._counts = dict.fromkeys(COUNTED, 0)
         seconds = 0.0
         if progress is not None:
             self._loss_sums, self._label_counts = list(progress["loss_sums"]), list(progress["labels"])
             self._norms, seconds = list(progress["grad_norms"]), progress["seconds"]
+            self._parts = {name: list(sums) for name, sums in progress.get("parts", {}).items()}
             self._counts = {name: progress[name] for name in COUNTED}
         self._forget_steps()
         self._start = time.perf_counter() - seconds
 
-    def add(self, ce_sum: Tensor, labels: Tensor, grad_norm: Tensor, counts: dict[str, int]) -> None:
-        """ce_sum: this rank's; labels: of all ranks; grad_norm: before clipping; counts: this rank's, by COUNTED."""
-        self._step_sums.append(ce_sum)
+    def add(self, sums: dict[str, Tensor], labels: Tensor, grad_norm: Tensor, counts: dict[str, int]) -> None:
+        """sums: this rank's, loss_sum and, where it has several, its parts, the same in each step; labels: of all
+        ranks; grad_norm: before clipping; counts: this rank's, by COUNTED."""
+        self._step_sums.append(sums)
         self._step_labels.append(labels)
         self._step_norms.append(grad_norm)
         for name in COUNTED:
@@ -56,7 +59,11 @@ class StepMeter:
             return 0
         counts = torch.tensor([self._step_counts[name] for name in COUNTED], device=self._accelerator.device)
         new = dict(zip(COUNTED, self._accelerator.reduce(counts, "sum").tolist(), strict=True))
-        self._loss_sums += self._accelerator.reduce(torch.stack(self._step_sums), "sum").double().tolist()
+        names = list(self._step_sums[0])
+        stacked = torch.stack([torch.stack([sums[name] for sums in self._step_sums]) for name in names])
+        of_all_ranks = self._accelerator.reduce(stacked, "sum").double().tolist()
+        for name, values in zip(names, of_all_ranks, strict=True):
+            (self._loss_sums if name == "loss_sum" else self._parts.setdefault(name, [])).extend(values)
         self._label_counts += torch.stack(self._step_labels).tolist()
         self._norms += torch.stack([norm.double() for norm in self._step_norms]).tolist()
         self._counts = {name: self._counts[name] + new[name] for name in COUNTED}
@@ -69,6 +76,7 @@ class StepMeter:
             "loss_sums": list(self._loss_sums),  # copies: training goes on while they are written
             "labels": list(self._label_counts),
             "grad_norms": list(self._norms),
+            "parts": {name: list(sums) for name, sums in self._parts.items()},
             **self._counts,
             "seconds": time.perf_counter() - self._start,
         }
@@ -88,13 +96,19 @@ class StepMeter:
         return torch.tensor(self._norms, dtype=torch.float64)
 
     def metrics(self, rate: float) -> dict[str, Any]:
-        """loss: nats, mean over the labels since the last report; grad_norm: the last step's, before clipping."""
+        """loss, and what it is made of: nats, means over the labels since the last report; grad_norm: the last step's,
+        before clipping."""
         device = self._accelerator.device
         peak = self._accelerator.gather(torch.tensor([_peak_memory_mib(device)], device=device)).max().item()
         seconds = time.perf_counter() - self._start
         labels = sum(self._label_counts)
         metrics = {
             "loss": sum(self._loss_sums) / labels,
+            **{
+                name.removesuffix("_sum"): sum(sums) / labels
+                for name, sums in self._parts.items()
+                if len(sums) == len(self._loss_sums)  # else a resume has changed what the loss is made of
+            },
             "learning_rate": rate,
             "grad_norm": self._norms[-1],
             "samples_per_second": round(self._counts["rows"] / seconds, 2),
@@ -107,7 +121,7 @@ class StepMeter:
         return metrics
 
     def _forget_steps(self) -> None:
-        self._step_sums: list[Tensor] = []  # float32 scalars, this rank's
+        self._step_sums: list[dict[str, Tensor]] = []  # float32 scalars, this rank's
         self._step_labels: list[Tensor] = []  # int64 scalars, of all ranks
         self._step_norms: list[Tensor] = []
         self._step_counts = dict.fromkeys(COUNTED, 0)

@@ -1,0 +1,47 @@
+"""Puts a loaded teacher where the config wants it: whole on the device, or in host memory between its forwards."""
+
+import logging
+from typing import cast
+
+import torch
+from accelerate import Accelerator, cpu_offload
+from torch import nn
+from transformers import PreTrainedModel
+
+from forge.config.distilling import TeacherConfig
+from forge.model.head import LinearHead, find_head
+from forge.task.task import Task
+from forge.teacher.teacher import ModelTeacher, Teacher
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def place(
+    model: PreTrainedModel, config: TeacherConfig, accelerator: Accelerator, task: Task, columns: list[int] | None
+) -> Teacher:
+    """The teacher in its dtype, where the config wants it. model: frozen, in eval mode.
+
+    columns: of a classifier, the teacher's output for each of the student's.
+
+    offload: accelerate brings each layer's weights to the device for its forward and drops them after it, so that the
+    device holds one layer of them at a time.
+    """
+    device = accelerator.device if config.placement == "replicated" else torch.device("cpu")
+    cast(nn.Module, model).to(device, teacher_dtype(config, accelerator))
+    # Before its weights are taken away: the head is tried out.
+    head = find_head(model, task.forward_options) if task.has_language_head else None
+    if config.placement == "offload":
+        if accelerator.device.type == "cpu":
+            logger.warning("teacher.placement: offload saves nothing here: the device is the CPU, as the host")
+        model = cpu_offload(model, execution_device=accelerator.device)
+    found = head if isinstance(head, LinearHead) else None
+    return ModelTeacher(model, task.forward_options, head=found, columns=columns)
+
+
+def teacher_dtype(config: TeacherConfig, accelerator: Accelerator) -> torch.dtype:
+    """auto: bfloat16 where training computes in half precision, else float32."""
+    if config.dtype == "auto":
+        return torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
+    return DTYPES[config.dtype]
