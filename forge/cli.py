@@ -1,4 +1,4 @@
-"""The `forge` command: train, resume, prove-resume, runs, config."""
+"""The `forge` command: train, resume, prove-resume, cache-teacher, runs, config."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ from forge.command import (
     add_override_arguments,
     add_resume_arguments,
     add_train_arguments,
+    cache_teacher,
     train,
 )
 from forge.errors import (
@@ -103,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, metavar="S", help="draws the instants of the kills (0)")
     add_config_arguments(command)
     command.set_defaults(run=_prove_resume)
+
+    command = commands.add_parser(
+        "cache-teacher", help="compute a teacher's outputs once, for teacher.placement: cached", epilog=EPILOG
+    )
+    command.add_argument("config", metavar="X.yaml")
+    add_config_arguments(command)
+    command.set_defaults(run=cache_teacher)
 
     command = commands.add_parser("runs", help="list runs")
     command.add_argument("--incomplete", action="store_true", help="only those that can go on, with the command for it")

@@ -23,9 +23,13 @@ from forge.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forge.cluster.signals import StopRequest
     from forge.config.loader import LoadedConfig
     from forge.pipeline import Result
     from forge.run.directory import RunDirectory
+    from forge.run.log import RunLog
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,33 +108,59 @@ def train(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     """The heavy imports wait until the config holds."""
-    from forge.cluster.signals import StopRequest
     from forge.run.directory import complete_message
-    from forge.run.log import start_logging
     from forge.run.state import TrainingState
+
+    def work(log: "RunLog", stop: "StopRequest") -> int:
+        loaded, resumed = _loaded(args)
+        if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
+            asked = " (what else the command line asks for was not done)" if _overrides(args) else ""
+            logging.getLogger("forge").info("%s%s", complete_message(resumed), asked)
+            return EXIT_COMPLETE
+        stop.breaks(_import_pipeline)
+        from forge.pipeline import Request, run_pipeline
+
+        request = Request(loaded, sys.orig_argv, args.run_name, resumed, args.allow_change, args.take_over)
+        result = run_pipeline(request, log, stop)
+        if int(os.environ.get("RANK", "0")) == 0:
+            _print_summary(result)
+        return EXIT_COMPLETE
+
+    return _with_outcome(work)
+
+
+def cache_teacher(args: argparse.Namespace) -> int:
+    """Fills the teacher's cache as the parsed arguments say, and returns the exit code."""
+    from forge.config.loader import load_config
+
+    def work(log: "RunLog", stop: "StopRequest") -> int:
+        overrides = {"max_steps": args.max_steps, "epochs": args.epochs, "output_root": args.output_root}
+        config = load_config(Path(args.config), args.set, debug=args.debug, **overrides).config
+        stop.breaks(_import_caching)
+        from forge.teacher import caching
+
+        log.adopt_library_loggers()
+        if int(os.environ.get("RANK", "0")) > 0 or not log.console.is_terminal:
+            caching.hide_progress_bars()
+        caching.cache_teacher(config, stop)
+        return EXIT_COMPLETE
+
+    return _with_outcome(work)
+
+
+def _with_outcome(work: "Callable[[RunLog, StopRequest], int]") -> int:
+    """The exit code of work, which is given a log on the console and hears signals; its errors are told there."""
+    from forge.cluster.signals import StopRequest
+    from forge.run.log import start_logging
 
     stop = StopRequest()
     stop.listen()
     rank = int(os.environ.get("RANK", "0"))
     log = start_logging(rank)
     logger = logging.getLogger("forge")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "true")
     try:
-        loaded, resumed = _loaded(args)
-        if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
-            asked = " (what else the command line asks for was not done)" if _overrides(args) else ""
-            logger.info("%s%s", complete_message(resumed), asked)
-            return EXIT_COMPLETE
-        os.environ.setdefault(
-            "TOKENIZERS_PARALLELISM", "false" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "true"
-        )
-        stop.breaks(_import_pipeline)
-        from forge.pipeline import Request, run_pipeline
-
-        request = Request(loaded, sys.orig_argv, args.run_name, resumed, args.allow_change, args.take_over)
-        result = run_pipeline(request, log, stop)
-        if rank == 0:
-            _print_summary(result)
-        return EXIT_COMPLETE
+        return work(log, stop)
     except AlreadyComplete as error:
         logger.info("%s", error)
         return error.exit_code
@@ -163,6 +193,10 @@ def _train(args: argparse.Namespace) -> int:
 def _import_pipeline() -> None:
     """Some seconds of imports, in which a signal is heard at once."""
     import forge.pipeline  # noqa: F401
+
+
+def _import_caching() -> None:
+    import forge.teacher.caching  # noqa: F401
 
 
 def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | None]":

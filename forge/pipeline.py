@@ -49,6 +49,7 @@ from forge.run.state import Stage, TrainingState
 from forge.task.batches import model_inputs
 from forge.task.choice import load_task
 from forge.task.task import Task
+from forge.teacher.cached import TeacherCache, find_teacher_cache
 from forge.teacher.loading import label_columns, load_teacher, wants_teacher
 from forge.teacher.placement import place
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
@@ -109,8 +110,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         loaded_model = _with_origin(loaded_model, accelerator, "model")
         on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
         task = task.for_model(loaded_model)
-        taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task)))
-        taught = _with_origin(taught, accelerator, "teacher") if taught is not None else None
+        taught = _load_teacher(request.loaded, task, loaded_model, accelerator, stop)
         beginning = on_rank_0(
             accelerator, lambda: with_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
         )
@@ -254,8 +254,18 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
     return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
 
 
-def _load_teacher(config: Config, task: Task) -> LoadedModel | None:
-    return load_teacher(config, task) if wants_teacher(config) else None
+def _load_teacher(
+    loaded: LoadedConfig, task: Task, student: LoadedModel, accelerator: Accelerator, stop: StopRequest
+) -> LoadedModel | TeacherCache | None:
+    """The teacher in memory, or the files with its outputs; None where the config wants none."""
+    config = loaded.config
+    if not wants_teacher(config):
+        return None
+    if config.teacher.placement == "cached":
+        command = f"forge cache-teacher {shlex.quote(str(loaded.file))}"
+        return find_teacher_cache(config, task, student, accelerator, command)
+    taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: load_teacher(config, task)))
+    return _with_origin(taught, accelerator, "teacher")
 
 
 def _with_origin(loaded: LoadedModel, accelerator: Accelerator, key: str) -> LoadedModel:
@@ -272,7 +282,7 @@ def _check_base(beginning: Beginning, loaded: LoadedModel) -> None:
 
 
 def _trainer(
-    taught: LoadedModel | None,
+    taught: LoadedModel | TeacherCache | None,
     config: Config,
     accelerator: Accelerator,
     task: Task,
@@ -283,7 +293,10 @@ def _trainer(
     if taught is None:
         return FinetuningTrainer(config, accelerator, task, loaded, *others)
     columns = label_columns(loaded.label_ids, taught.label_ids)
-    teacher = place(taught.model, config.teacher, accelerator, task, columns)
+    if isinstance(taught, TeacherCache):
+        teacher = taught.placed(accelerator, columns)
+    else:
+        teacher = place(taught.model, config.teacher, accelerator, task, columns)
     return DistillationTrainer(config, accelerator, task, loaded, *others, teacher=teacher)
 
 

@@ -56,7 +56,7 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
     if config.new_head or names is None:
         _set_labels(checkpoint, labels)
     else:
-        align(labels, names)
+        align(labels, names, key)
         _set_labels(checkpoint, names)
 
     read = read_checkpoint(AutoModelForSequenceClassification, source, checkpoint, key, "weights for a classifier")
@@ -75,7 +75,7 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
     if absent:
         logger.info("%s: %s has no %s; they start new", key, source.name, ", ".join(absent))
     final_names = cast(dict[int, str], model.config.id2label)
-    return LoadedModel(model, source, absent, align(labels, [final_names[i] for i in sorted(final_names)]))
+    return LoadedModel(model, source, absent, align(labels, [final_names[i] for i in sorted(final_names)], key))
 
 
 def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
