@@ -200,7 +200,8 @@ class FinetuningTrainer:
         divisor = label_count.clamp(min=1)  # a stream may give a step whose every row was left out: gradients of 0
         sums: dict[str, Tensor] = {}  # float32 scalars, this rank's
         for cpu_batch in micro_batches:
-            batch = send_to_device(cpu_batch, self.accelerator.device, non_blocking=True)
+            # ids stay: a cached teacher looks its rows up by them, and would wait for the GPU to have them back
+            batch = send_to_device(cpu_batch, self.accelerator.device, non_blocking=True, skip_keys="ids")
             with self.accelerator.accumulate(self.student):
                 losses = self.student(batch, self.teacher_outputs(batch))
                 self.accelerator.backward(losses["loss_sum"] / divisor * self.undo_averaging)
