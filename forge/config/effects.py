@@ -127,7 +127,7 @@ def _not_distilled(config: Config) -> dict[str, str]:
         problems["distillation.relations"] = (
             f"distillation.relations compares the rows of encoders, and task.type is {config.task.type}; take it out"
         )
-    if distillation.relations is not None and cached:
+    elif distillation.relations is not None and cached:
         problems["distillation.relations"] = (
             "distillation.relations needs the teacher's attention, which no cache holds; set teacher.placement: "
             "replicated"
