@@ -9,7 +9,7 @@ import math
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -53,6 +53,15 @@ Positive = Annotated[int, Field(gt=0)]
 Text = Annotated[
     str, Field(min_length=1), BeforeValidator(lambda value: str(value) if isinstance(value, str) else value)
 ]
+
+
+def _ascending(numbers: list[int]) -> list[int]:
+    if numbers != sorted(set(numbers)):
+        raise ValueError(f"must be ascending, each number once, such as {sorted(set(numbers))}")
+    return numbers
+
+
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_ascending)]
 
 
 class Section(BaseModel):
@@ -281,6 +290,8 @@ class ModelConfig(Section):
     """Train a low-rank adapter; null: all weights."""
     continue_adapter: Bool = False
     """Train the adapter that path names on, where it would be merged."""
+    keep_layers: Layers | None = None
+    """Makes a shallower student: only these layers of path, such as [0, 3], counted from 0; null: all of them."""
     load_in_4bit: Bool = False
     """QLoRA: keep the frozen weights in 4 bits (NF4); needs model.lora, a GPU and bitsandbytes."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
@@ -311,6 +322,10 @@ class ModelConfig(Section):
                              "the one of model.path")  # fmt: skip
         if self.continue_adapter and self.new_head:
             raise ValueError("has both model.continue_adapter and model.new_head: a new head needs a new adapter")
+        if self.keep_layers is not None and (adapted or self.load_in_4bit):
+            other = "model.lora" if self.lora else "model.continue_adapter" if adapted else "model.load_in_4bit"
+            raise ValueError(f"has both {other} and model.keep_layers, and an adapter needs a model that can be found "
+                             "again: train all weights first, then set model.path to that run")  # fmt: skip
         if self.load_in_4bit and not adapted:
             raise ValueError("has model.load_in_4bit, which keeps weights frozen: set model.lora beside it")
         return self
