@@ -38,6 +38,7 @@ def model_card(
     lines = "\n".join(f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, task["headline"]))
     numbers = f"| | before | after |\n|---|---|---|\n{lines}" if lines else "It was not evaluated."
     labels = f"- Labels: {', '.join(model['labels'])}\n" if model["labels"] else ""
+    begun = _layers(model) + _adapter(model)
     sampled = any(name.endswith("/samples_of") for name in {**before, **after})
     note = "\nEvaluated on a sample of the rows (evaluation.max_samples), not on all of them.\n" if sampled else ""
     rows_read = f"{data['rows']['train']:,}" if "train" in data["rows"] else "a stream of unknown length"
@@ -51,7 +52,7 @@ def model_card(
 
 {numbers}
 {note}
-{labels}{_layers(model)}{_adapter(model)}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
+{labels}{begun}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
 - Data fingerprint (SHA-256 of the rows): `{data["fingerprint"]}`
 - Run id: `{metadata["run_id"]}`; code: {code}
 - Versions: {", ".join(f"{name} {attempt['packages'][name]}" for name in PACKAGES)}

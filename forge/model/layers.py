@@ -89,8 +89,8 @@ def _stack(model: PreTrainedModel, kept: KeptLayers, name: str, key: str) -> str
     if len(found) != 1:
         there = "in no list" if not found else f"spread over {len(found)} lists ({', '.join(found)})"
         raise UsageError(
-            f"{key}.keep_layers: the {kept.of} layers of {name} ({type(model).__name__}) are {there}, and only those of "
-            "one list can be cut; take it out"
+            f"{key}.keep_layers: the {kept.of} layers of {name} ({type(model).__name__}) are {there}, and only those "
+            "of one list can be cut; take it out"
         )
     return found[0]
 
@@ -114,9 +114,7 @@ def _cut_config(config: PreTrainedConfig, kept: KeptLayers) -> PreTrainedConfig:
     return cut
 
 
-def _refuse_other_layers(
-    model: PreTrainedModel, cut: PreTrainedModel, stack: str, kept: KeptLayers, key: str
-) -> None:
+def _refuse_other_layers(model: PreTrainedModel, cut: PreTrainedModel, stack: str, kept: KeptLayers, key: str) -> None:
     """Raises UsageError where a layer is not what the new model has in its place: another window, rotation, scale."""
     for new, old in enumerate(kept.numbers):
         before, after = model.get_submodule(f"{stack}.{old}"), cut.get_submodule(f"{stack}.{new}")
@@ -146,7 +144,8 @@ def _settings(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in layer.named_modules():
         yield f"{path or 'it'}", type(module).__name__
         for name, value in vars(module).items():
-            if name != "training" and isinstance(value, bool | int | float | str | tuple | None):
+            own = name != "training" and not name.startswith("_")  # the rest is bookkeeping
+            if own and isinstance(value, bool | int | float | str | tuple | None):
                 yield f"{path}.{name}".lstrip("."), value
 
 

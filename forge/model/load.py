@@ -105,9 +105,7 @@ def load_whole(
     return LoadedModel(model, source, missing, [], layers=kept)
 
 
-def kept_layers(
-    config: ModelConfig, source: ModelSource, checkpoint: PreTrainedConfig, key: str
-) -> KeptLayers | None:
+def kept_layers(config: ModelConfig, source: ModelSource, checkpoint: PreTrainedConfig, key: str) -> KeptLayers | None:
     """What `keep_layers` asks for; None where nothing does. Raises UsageError where the model has no such layers."""
     return None if config.keep_layers is None else check_layers(config.keep_layers, checkpoint, source.name, key)
 
