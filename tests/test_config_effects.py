@@ -107,7 +107,7 @@ def test_a_value_that_the_last_author_set_again_is_his() -> None:
         ),
         (
             WHOLE.replace("path: data", "name: n").replace("path: m", "config: {model_type: bert}, tokenizer: t"),
-            {f"model.{key}" for key in ("path", "revision", "base", "adapter", "labels", "new_head")},
+            {f"model.{key}" for key in ("path", "revision", "base", "adapter", "keep_layers", "labels", "new_head")},
         ),
         (WHOLE.replace("path: data", "name: n").replace("path: m", "path: m, new_head: yes"), {"model.labels"}),
         (WHOLE.replace("path: data", "name: n") + "training: {max_steps: 1}\n", {"training.epochs"}),
