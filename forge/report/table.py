@@ -27,6 +27,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             count = len(header) - first
             while count > 1 and _width(_block(header, rows, first, count), console) > console.width:
                 count -= 1
+            if count > 1 and header[first + count :][:1] == [GAP]:  # stays beside the group that closed it
+                count -= 1
             console.print(_block(header, rows, first, count))
             first += count
     for line in _below(comparison):
