@@ -23,7 +23,7 @@ from forge.report.figures import gap_closed, read_figures, seconds_per_step
 from forge.report.groups import counts, group_runs
 from forge.report.table import comparison_markdown, print_comparison
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json_lines
+from forge.run.files import append_json_line, read_json_lines
 
 T_2 = 0.95 * (2 / (1 - 0.95**2)) ** 0.5  # 4.302653: the 97.5 % quantile of t with 2 degrees of freedom, in closed form
 KD = {"distillation.alpha": 0.9}
@@ -374,6 +374,8 @@ def test_students_that_began_alike_have_one_line_before(tmp_path: Path) -> None:
     assert line.cells[ACCURACY].values == {1: 0.31, 2: 0.32}
     assert line.cells["validation/agreement"].mean == pytest.approx(0.265)
     assert line.cells[ACCURACY].half_width == pytest.approx(12.706205 * 0.005, rel=1e-5)
+    (row,) = [text.split() for text in printed(comparison).splitlines() if text.startswith(" untrained")]
+    assert row[1] == "2"  # seeds
 
 
 def test_students_that_began_otherwise_have_a_line_each(tmp_path: Path) -> None:
@@ -381,8 +383,23 @@ def test_students_that_began_otherwise_have_a_line_each(tmp_path: Path) -> None:
     b = three(tmp_path, "b", [0.8], baseline=of(accuracy=0.331), settings={"model.path": "other"})
     comparison = compare_runs([*a, *b])
     assert labels(comparison)[:2] == ["untrained: model.path student", "untrained: model.path other"]
+    assert comparison_markdown(comparison, 160).splitlines()[2].split(" | ")[1:] == ["-", "-", "0.3300 |"]
     cell = line_of(comparison, "untrained: model.path student").cells[ACCURACY]
     assert (cell.mean, cell.half_width) == (0.330, None)  # no seed touched it
+
+
+def test_what_no_seed_touched_is_one_line_also_where_no_seed_is_shared(tmp_path: Path) -> None:
+    a = three(tmp_path, "a", [0.8], baseline=of(accuracy=0.33))
+    b = write_run(tmp_path / "b", of(accuracy=0.8), baseline=of(accuracy=0.33), seed=2, settings=KD)
+    assert labels(compare_runs([*a, b]))[0] == "untrained"
+    c = write_run(tmp_path / "c", of(accuracy=0.8), baseline=of(accuracy=0.34), seed=3, settings=KD)
+    assert len([line for line in compare_runs([*a, c]).lines if line.kind == "untrained"]) == 2
+
+
+def test_lines_without_a_common_metric_stay_apart(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", of(loss=0.5, accuracy=0.8), baseline=of(loss=1.1))
+    b = write_run(tmp_path / "b", of(loss=0.5, accuracy=0.8), baseline=of(accuracy=0.3), settings=KD)
+    assert len([line for line in compare_runs([a, b]).lines if line.kind == "untrained"]) == 2
 
 
 def test_two_teachers_have_a_line_each(tmp_path: Path) -> None:
@@ -536,13 +553,15 @@ control
 
 
 def test_json_holds_every_number_of_every_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path / "a", of(loss="inf", accuracy=0.8), baseline=of(loss=1.1, accuracy=0.3))
+    a = write_run(tmp_path / "a", of(loss="inf", accuracy=0.8), baseline=of(loss=1.1, accuracy=0.3))
+    append_json_line(a.metrics_file, {"step": 50, "stage": "training", **of(loss=0.7)})
     write_run(tmp_path / "b", of(loss=0.4, accuracy=0.9), seed=2, baseline=of(loss=1.1, accuracy=0.3))
     assert main(["compare", "a", str(tmp_path / "b"), "--json", "--output_root", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["groups"][0]["seeds"] == [1, 2]
     assert [run["path"] for run in found["groups"][0]["runs"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
-    assert found["groups"][0]["runs"][0]["evaluations"]["final"]["validation/loss"] == "inf"
+    evaluations = found["groups"][0]["runs"][0]["evaluations"]
+    assert (list(evaluations), evaluations["final"]["validation/loss"]) == (["baseline", "final"], "inf")
     untrained, trained = found["lines"]
     assert (untrained["kind"], untrained["metrics"][ACCURACY]) == (
         "untrained", {"mean": 0.3, "half_width": None, "values": {"1": 0.3, "2": 0.3}}
@@ -575,7 +594,9 @@ def test_a_run_that_is_not_there_and_forms_that_exclude_each_other(
 
 
 def test_a_real_run_has_what_the_written_ones_have(config_file: Path, tmp_path: Path) -> None:
-    done = forge("--config", config_file, "--run_name", "real", "--max_steps", "2", "--set", "checkpoint.every_steps=null")
+    done = forge(
+        "--config", config_file, "--run_name", "real", "--max_steps", "2", "--set", "checkpoint.every_steps=null"
+    )
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("outputs/**/real")
     real = RunDirectory(folder)

@@ -105,7 +105,7 @@ def seconds_per_step(rows: Sequence[Mapping[str, Any]], step_sizes: Sequence[Seq
             continue
         speed = _number(row["samples_per_second"])
         first, last = last, row["step"]
-        if speed is None or not 0 < speed < math.inf or last <= first:
+        if speed is None or not 0 < speed < math.inf:
             continue
         ends = [*(start for start, _ in step_sizes[1:]), last]
         taken = [
