@@ -575,7 +575,9 @@ def test_a_run_that_is_not_there_and_forms_that_exclude_each_other(
 
 
 def test_a_real_run_has_what_the_written_ones_have(config_file: Path, tmp_path: Path) -> None:
-    done = forge("--config", config_file, "--run_name", "real", "--max_steps", "2", "--set", "checkpoint.every_steps=null")
+    done = forge(
+        "--config", config_file, "--run_name", "real", "--max_steps", "2", "--set", "checkpoint.every_steps=null"
+    )
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("outputs/**/real")
     real = RunDirectory(folder)
