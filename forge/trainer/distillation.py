@@ -1,14 +1,19 @@
 """Adds a teacher to the loop: nothing of it changes but what the student is given beside a batch."""
 
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from forge.errors import Stopped
+from forge.model.load import LoadedModel
+from forge.model.origin import Origin
 from forge.task.batches import Batch
-from forge.teacher.teacher import Teacher, TeacherOutputs
+from forge.teacher.teacher import ModelTeacher, Teacher, TeacherOutputs
 from forge.trainer.finetuning import FinetuningTrainer
 from forge.trainer.objective import Objective
 from forge.trainer.student import Student
+from forge.trainer.teacher_numbers import evaluate_teacher, teacher_numbers
 
 
 class DistillationTrainer(FinetuningTrainer):
@@ -34,3 +39,20 @@ class DistillationTrainer(FinetuningTrainer):
         if split is None:
             return self.teacher.outputs(batch, split, distillation.temperature) if distillation.alpha > 0 else None
         return self.teacher.outputs(batch, split, 1.0)
+
+    def report_teacher(self, taught: LoadedModel | None, origin: Origin | None) -> None:
+        """The teacher's own numbers, as the evaluation `teacher`: computed, or those of an earlier run of the same one.
+        Raises Stopped.
+
+        taught: the model that the teacher computes with; None: it is not in memory. origin: of the teacher.
+        """
+        teacher, computing = self.teacher, None
+        if taught is not None and isinstance(teacher, ModelTeacher):
+            given = (self.config, self.task, taught, teacher, self.accelerator)
+            computing = partial(evaluate_teacher, *given, self._break_off_if_stopped)
+        try:
+            metrics = teacher_numbers(self.config, self.task, origin, self.accelerator, computing, str(self.run.path))
+        except Stopped:
+            self._save_and_stop()
+        if metrics is not None:
+            self._on_rank_0_of_this_attempt(lambda: self.callbacks.evaluated(self.state, "teacher", metrics))
