@@ -181,7 +181,7 @@ def forge_on_two_ranks(
 
 @pytest.fixture
 def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., object]]:
-    """Builds the trainer of a config in this process: build_trainer("training.seed=1", …)."""
+    """Builds the config's trainer in this process, with its teacher: build_trainer("training.seed=1", …)."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 

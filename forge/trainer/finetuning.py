@@ -102,7 +102,7 @@ class FinetuningTrainer:
         self.meter = StepMeter(accelerator)
         self.vote = StopVote(accelerator, stop)
         self.weights = trained_weights(model, loaded.below)
-        self.parts = Training(accelerator, self.weights, self.optimizer, training.seed)
+        self.parts = Training(accelerator, self.weights, self.optimizer, training.seed, student.projections)
         facts = RunFacts(
             ranks=accelerator.num_processes,
             rows_per_step=self.rows_per_step,
