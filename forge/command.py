@@ -229,11 +229,15 @@ def _print_summary(result: "Result") -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 100, markup=False)  # a path may hold [brackets]
-    if rows := result.table():
-        table = Table("metric", "before", "after", title=result.run.name, title_justify="left")
+    known = result.evidence
+    header, rows = (["metric", "before", "after"], result.table()) if known is None else known.table()
+    if rows:
+        table = Table(*header, title=result.run.name, title_justify="left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    if known is not None and known.text:
+        console.print(known.text, highlight=False)
     path = os.path.relpath(result.run.path) if result.run.path.is_relative_to(Path.cwd()) else result.run.path
     active = shutil.which("forge") is not None  # the environment that forge is installed in
     python = "python" if active else os.path.relpath(sys.executable)

@@ -2,9 +2,9 @@
 
 import logging
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,33 @@ import datasets
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
-from torch import Tensor
 
-from forge.checkpoint.beginning import Beginning, begin_again, check_base, with_rows
+from forge.checkpoint.beginning import Beginning, begin_again, check_base, check_teacher, with_rows
 from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
 from forge.cluster.signals import StopRequest, stopped_early
-from forge.config.explain import effective, to_yaml
+from forge.config.explain import effective
 from forge.config.loader import LoadedConfig
 from forge.config.placing import config_name
 from forge.config.schema import Config
-from forge.errors import LostRank, Stopped, Superseded, TrainingError
-from forge.losses.cross_entropy import IGNORE
+from forge.errors import AlreadyComplete, LostRank, Stopped, Superseded
 from forge.model.card import compare, model_card
-from forge.model.export import MERGED, export_adapter, export_merged, export_model, push_to_hub
+from forge.model.export import push_to_hub
 from forge.model.lineage import lineage
 from forge.model.load import LoadedModel
 from forge.model.lora import with_lora
 from forge.model.source import origin_of, with_run_paths
-from forge.model.trained import AdapterWeights
+from forge.report.evidence import Evidence, evidence, evidence_markdown
+from forge.run.control import (
+    Control,
+    check_control,
+    control_config,
+    control_of,
+    place_of,
+    remove_half_made,
+    wants_control,
+)
 from forge.run.directory import RunDirectory, check_run_name, check_writable
 from forge.run.files import (
-    publish_folder,
     read_json,
     read_json_lines,
     sync_file,
@@ -46,22 +51,21 @@ from forge.run.log import RunLog
 from forge.run.opening import Attempt, open_run
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
-from forge.task.batches import model_inputs
 from forge.task.choice import load_task
 from forge.task.task import Task
 from forge.teacher.cached import TeacherCache, find_teacher_cache
-from forge.teacher.loading import label_columns, load_teacher, wants_teacher
+from forge.teacher.loading import evaluates_teacher, label_columns, load_teacher, wants_teacher
 from forge.teacher.placement import place
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.distillation import DistillationTrainer
+from forge.trainer.final import export
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
 from forge.trainer.optimizer import step_shape
+from forge.trainer.peak import PeakMetrics
 from forge.trainer.samples import SamplesFolder
 from forge.trainer.tracking import WandbTracker
 
 logger = logging.getLogger(__name__)
-
-ROWS_OF_PROOF = 4  # whose logits are compared, of the model with its adapter and of the merged one
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Request:
     resumed: RunDirectory | None = None  # None: a new run
     allowed_changes: list[str] = field(default_factory=list)  # keys that may change the meaning of a resumed run
     take_over: bool = False  # of a process that is frozen, or on a dead host
+    control_of: RunDirectory | None = None  # the run that this one is the control of, beside which it lies
 
 
 @dataclass(frozen=True)
@@ -84,18 +89,24 @@ class Result:
     before: dict[str, Any]
     after: dict[str, Any]
     headline: tuple[str, ...]  # the metrics that count most
+    evidence: Evidence | None = None  # of a run that has a teacher to be compared with
 
-    def table(self) -> list[tuple[str, str, str]]:
-        return compare(self.before, self.after, self.headline)
+    def table(self) -> list[list[str]]:
+        return [list(row) for row in compare(self.before, self.after, self.headline)]
 
 
 def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
     """Runs every stage that the run has not finished. Raises ForgeError, with the run's state saved."""
     if request.resumed is None:  # later its config has paths; a name in it is the hub's, whatever runs there are now
         request = replace(request, loaded=replace(request.loaded, config=with_run_paths(request.loaded.config)))
+    accelerator = _accelerator(request.loaded.config)
+    result = _run(request, accelerator, log, stop)
+    accelerator.end_training()
+    return result
+
+
+def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequest) -> Result:
     config = request.loaded.config
-    training = config.training
-    accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
     log.adopt_library_loggers()
     if not log.console.is_terminal or not accelerator.is_main_process:
         _hide_progress_bars()
@@ -109,8 +120,10 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         loaded_model = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_model(config, task)))
         loaded_model = _with_origin(loaded_model, accelerator, "model")
         on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
+        headline = task.headline
         task = task.for_model(loaded_model)
-        taught = _load_teacher(request.loaded, task, loaded_model, accelerator, stop)
+        taught = _teacher(request.loaded, task, loaded_model, accelerator, stop)
+        beginning = on_rank_0(accelerator, lambda: _check_teacher(beginning, taught, request))
         beginning = on_rank_0(
             accelerator, lambda: with_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
         )
@@ -123,7 +136,8 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
             "model": loaded_model.facts(),
             "teacher": taught.facts() if taught is not None else None,
             "lineage": [*lineage(loaded_model.origin), *(lineage(taught.origin, "teacher") if taught else [])],
-            "world": world_facts(accelerator, training),
+            "world": world_facts(accelerator, config.training),
+            **({"control_of": _named(request.control_of)} if request.control_of is not None else {}),
         }
         run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts, lock))
         if lock is None:
@@ -136,30 +150,47 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         logger.info("run %s (%s)", run.path, "new" if request.resumed is None else f"attempt {state.attempts}")
 
         with _recorded(run, state, accelerator, lock):
-            callbacks = Callbacks(_callbacks(config, run, state, log) if accelerator.is_main_process else [])
+            own = _callbacks(config, run, state, log, headline) if accelerator.is_main_process else []
+            callbacks = Callbacks(own)
             trainer = _trainer(taught, config, accelerator, task, loaded_model, run, state, callbacks, lock, stop)
             try:
-                result = _run_stages(trainer, beginning)
+                if wants_control(config):
+                    steps = trainer.total_steps
+                    on_rank_0(accelerator, lambda: _existing_control(request, run, steps, facts))
+                _run_stages(trainer, beginning, taught)
             finally:
                 trainer.close()
                 callbacks.finished(state)
+            if wants_control(config):
+                accelerator.free_memory()
+                # Two models of this run would lie beside those of the control.
+                del trainer, callbacks, own, taught, loaded_model, task
+                _train_control(request, run, state, facts, accelerator, log, stop)
+            return on_rank_0(accelerator, lambda: _complete(run, state, config, headline, lock))
     finally:
         if lock is not None:
             lock.release()
-    accelerator.end_training()
-    return result
 
 
-def _run_stages(trainer: FinetuningTrainer, beginning: Beginning) -> Result:
-    config, run, state, accelerator = trainer.config, trainer.run, trainer.state, trainer.accelerator
+def _run_stages(trainer: FinetuningTrainer, beginning: Beginning, taught: LoadedModel | TeacherCache | None) -> None:
+    """taught: the teacher, where there is one."""
+    config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
     on_every_rank(accelerator, lambda: trainer.restore(beginning.checkpoint))
     if beginning.checkpoint is not None:
         logger.info("goes on from %s", beginning.checkpoint.name)
         on_rank_0(accelerator, lambda: trainer.checkpoints.prune(state))
+    if state.reached(Stage.TRAINING):  # else within the first stage
+        _report_teacher(trainer, beginning, taught)
+
+    def baseline() -> None:
+        _report_teacher(trainer, beginning, taught)
+        if config.evaluation.baseline:
+            trainer.evaluate("baseline")
+
     stages: list[tuple[Stage, Callable[[], object]]] = [
-        (Stage.BASELINE_EVALUATION, lambda: trainer.evaluate("baseline") if config.evaluation.baseline else None),
+        (Stage.BASELINE_EVALUATION, baseline),
         (Stage.TRAINING, trainer.train),
-        (Stage.EXPORT, lambda: _export(trainer)),
+        (Stage.EXPORT, lambda: export(trainer)),
         (Stage.FINAL_EVALUATION, lambda: trainer.evaluate("final") if config.evaluation.final else None),
     ]
     for stage, work in stages:
@@ -167,10 +198,72 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning) -> Result:
             trainer.stop_if_asked()
             _enter(stage, trainer)
             work()
-    before, after = _recorded_evaluation(run, "baseline"), _recorded_evaluation(run, "final")
-    result = Result(run, before, after, trainer.task.headline)
-    on_rank_0(accelerator, lambda: _complete(result, trainer))
-    return result
+    if wants_control(config):
+        trainer.stop_if_asked()
+        trainer.keep()
+        _enter(Stage.CONTROL, trainer)
+
+
+def _report_teacher(
+    trainer: FinetuningTrainer, beginning: Beginning, taught: LoadedModel | TeacherCache | None
+) -> None:
+    """The teacher's own numbers, unless the run has them."""
+    if not isinstance(trainer, DistillationTrainer) or not evaluates_teacher(trainer.config):
+        return
+    known = on_rank_0(trainer.accelerator, lambda: bool(_recorded_evaluation(trainer.run, "teacher")))
+    if not known or beginning.other_teacher:
+        model = taught if isinstance(taught, LoadedModel) else None
+        trainer.report_teacher(model, taught.origin if taught is not None else None)
+
+
+def _train_control(
+    request: Request,
+    run: RunDirectory,
+    state: TrainingState,
+    facts: dict[str, Any],
+    accelerator: Accelerator,
+    log: RunLog,
+    stop: StopRequest,
+) -> None:
+    """Trains the run's twin without the teacher, or goes on with it. Raises Stopped, for the run itself."""
+    config = request.loaded.config
+    twin = control_config(config, state.total_steps, evaluates_teacher=evaluates_teacher(config))
+    known = on_rank_0(accelerator, lambda: _existing_control(request, run, state.total_steps, facts))
+    control = control_of(run)
+    if known is not None and known.complete:
+        logger.info("the control run %s is complete already", control.path)
+        return
+    on_rank_0(accelerator, lambda: remove_half_made(control))
+    root, _ = place_of(run, config)
+    twin = twin.model_copy(update={"output_root": str(root)})
+    file = on_rank_0(accelerator, lambda: Path(read_json(run.metadata_file)["config_file"]))
+    asked = Request(
+        LoadedConfig(twin, file),
+        request.command,
+        control.name,
+        known.run if known is not None else None,
+        known.allowed if known is not None else [],
+        request.take_over and known is not None,
+        control_of=run,
+    )
+    logger.info("control run %s: the same without the teacher, %d steps", control.path, state.total_steps)
+    try:
+        with log.of_another():
+            _run(asked, _accelerator(twin), log, stop)  # the ranks are the same, and the seed is set again
+    except AlreadyComplete:  # by another process, just now
+        pass
+    except Stopped:
+        raise Stopped(f"stopped by {StopVote(accelerator, stop).reason()}") from None
+    logger.info("control run %s: complete", control.path)
+
+
+def _existing_control(
+    request: Request, run: RunDirectory, steps: int | None = None, facts: dict[str, Any] | None = None
+) -> Control | None:
+    """run: the one that is controlled. Raises UsageError where another thing has the control's name."""
+    config = request.loaded.config
+    wanted = control_config(config, steps or 1, evaluates_teacher=evaluates_teacher(config))
+    return check_control(control_of(run), wanted, steps=steps, facts=facts, allowed=request.allowed_changes)
 
 
 @contextmanager
@@ -217,9 +310,14 @@ def _begin(request: Request, lock: RunLock | None, accelerator: Accelerator) -> 
     check_writable(output_root)
     if request.resumed is None or lock is None:
         if request.run_name is not None:
-            check_run_name(output_root, config_name(request.loaded.file), request.run_name)
+            place = _place(request)
+            check_run_name(output_root, place, request.run_name)
+            if wants_control(request.loaded.config):
+                _existing_control(request, RunDirectory(output_root / place / request.run_name))
         return Beginning()
     config = request.loaded.config
+    if wants_control(config):
+        _existing_control(request, request.resumed)
     return begin_again(
         request.resumed,
         lock,
@@ -241,7 +339,24 @@ def _open(
         request.command,
         facts,
         Attempt(beginning.attempt, beginning.changes, beginning.allowed, unguarded if lock is None else lock.check),
+        _place(request),
     )
+
+
+def _place(request: Request) -> Path:
+    """Of a new run, below the output root."""
+    if request.control_of is not None:
+        return place_of(request.control_of, request.loaded.config)[1]
+    return config_name(request.loaded.file)
+
+
+def _named(run: RunDirectory) -> dict[str, Any]:
+    return {"run_id": read_json(run.metadata_file)["run_id"], "name": run.name}
+
+
+def _accelerator(config: Config) -> Accelerator:
+    training = config.training
+    return build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
 
 
 def _hide_progress_bars() -> None:
@@ -254,18 +369,20 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
     return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
 
 
-def _load_teacher(
+def _load_teacher(config: Config, task: Task) -> LoadedModel | None:
+    return load_teacher(config, task) if wants_teacher(config) else None
+
+
+def _teacher(
     loaded: LoadedConfig, task: Task, student: LoadedModel, accelerator: Accelerator, stop: StopRequest
 ) -> LoadedModel | TeacherCache | None:
     """The teacher in memory, or the files with its outputs; None where the config wants none."""
     config = loaded.config
-    if not wants_teacher(config):
-        return None
-    if config.teacher.placement == "cached":
+    if wants_teacher(config) and config.teacher.placement == "cached":
         command = f"forge cache-teacher {shlex.quote(str(loaded.file))}"
         return find_teacher_cache(config, task, student, accelerator, command)
-    taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: load_teacher(config, task)))
-    return _with_origin(taught, accelerator, "teacher")
+    taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task)))
+    return _with_origin(taught, accelerator, "teacher") if taught is not None else None
 
 
 def _with_origin(loaded: LoadedModel, accelerator: Accelerator, key: str) -> LoadedModel:
@@ -279,6 +396,11 @@ def _with_origin(loaded: LoadedModel, accelerator: Accelerator, key: str) -> Loa
 def _check_base(beginning: Beginning, loaded: LoadedModel) -> None:
     if loaded.origin is not None:
         check_base(beginning, loaded.base_sha256, loaded.origin.weights_sha256)
+
+
+def _check_teacher(beginning: Beginning, taught: LoadedModel | TeacherCache | None, request: Request) -> Beginning:
+    now = taught.origin.weights_sha256 if taught is not None and taught.origin is not None else None
+    return check_teacher(beginning, now, request.allowed_changes)
 
 
 def _trainer(
@@ -300,8 +422,11 @@ def _trainer(
     return DistillationTrainer(config, accelerator, task, loaded, *others, teacher=teacher)
 
 
-def _callbacks(config: Config, run: RunDirectory, state: TrainingState, log: RunLog) -> list[Callback]:
+def _callbacks(
+    config: Config, run: RunDirectory, state: TrainingState, log: RunLog, headline: Sequence[str]
+) -> list[Callback]:
     callbacks: list[Callback] = [MetricsFile(run), ConsoleReport(log.console), SamplesFolder(run)]
+    callbacks.append(PeakMetrics(run, headline))
     if config.tracking.wandb is not None:
         contents = {**effective(config), "run_metadata": read_json(run.metadata_file)}
         callbacks.append(WandbTracker(config.tracking.wandb, run, state, contents))
@@ -321,60 +446,25 @@ def _enter(stage: Stage, trainer: FinetuningTrainer) -> None:
     on_rank_0(trainer.accelerator, record)
 
 
-def _export(trainer: FinetuningTrainer) -> None:
-    wanted, weights, task = trainer.config.export, trainer.weights, trainer.task
-    merged: dict[str, Any] = {}
-
-    def write(folder: Path) -> None:
-        if not isinstance(weights, AdapterWeights):
-            export_model(trainer.model, folder, wanted.dtype)
-        else:
-            export_adapter(weights, folder)
-            if wanted.merge:
-                proof = _few_inputs(task)
-                merged.update(
-                    asdict(export_merged(folder, weights.below, task.auto_model, trainer.model, wanted.dtype, *proof))
-                )
-                task.save_processing(folder / MERGED)
-        task.save_processing(folder)
-
-    def export() -> None:
-        try:
-            publish_folder(trainer.run.final, write, trainer.lock.check)
-            metadata = read_json(trainer.run.metadata_file)
-            metadata.pop("merged", None)  # of an earlier export, which this one replaces
-            write_json(
-                trainer.run.metadata_file, {**metadata, "merged": merged} if merged else metadata, trainer.lock.check
-            )
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise TrainingError(
-                f"the final model could not be written ({reason}); free some space, then resume"
-            ) from error
-
-    on_rank_0(trainer.accelerator, export)
-    logger.info("final model in %s", trainer.run.final)
-
-
-def _few_inputs(task: Task) -> tuple[dict[str, Any], Tensor | None]:
-    """What the model is given for the first rows of the first validation split, and which of its logits are learned;
-    None: all, where none is."""
-    rows = next(iter(task.validation.values()))
-    batch = task.collate([rows[i] for i in range(min(ROWS_OF_PROOF, len(rows)))])
-    counted = batch["labels"] != IGNORE
-    return {**model_inputs(batch), **task.forward_options}, counted if counted.any() else None
-
-
-def _complete(result: Result, trainer: FinetuningTrainer) -> None:
-    state, config = trainer.state, trainer.config
-    metadata = read_json(result.run.metadata_file)
-    card = model_card(metadata, state.step, to_yaml(config), result.before, result.after)
-    write_atomically(result.run.final / "README.md", card, trainer.lock.check)
+def _complete(
+    run: RunDirectory, state: TrainingState, config: Config, headline: tuple[str, ...], lock: RunLock
+) -> Result:
+    before, after = _recorded_evaluation(run, "baseline"), _recorded_evaluation(run, "final")
+    metadata = read_json(run.metadata_file)
+    control = None
+    if wants_control(config):
+        control = control_of(run)
+        metadata["control"] = _named(control)
+        write_json(run.metadata_file, metadata, lock.check)
+    known = evidence(run, control) if evaluates_teacher(config) else None
+    card = model_card(metadata, state.step, config, before, after, evidence_markdown(known) if known else None)
+    write_atomically(run.final / "README.md", card, lock.check)
     state.stage, state.pipeline_complete = Stage.COMPLETE, True
-    state.save(result.run.state_file, trainer.lock.check)
+    state.save(run.state_file, lock.check)
     unregister(Path(config.output_root), state.run_id)
     if config.export.push_to_hub is not None:
-        push_to_hub(result.run.final, config.export.push_to_hub)
+        push_to_hub(run.final, config.export.push_to_hub)
+    return Result(run, before, after, headline, known)
 
 
 def _recorded_evaluation(run: RunDirectory, stage: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from forge.cluster.processes import Processes
 from forge.config.loader import load_config
 from forge.config.placing import config_name
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ForgeError, UsageError
+from forge.run.control import wants_control
 from forge.run.directory import RunDirectory, check_run_name, check_writable, start_name
 from forge.run.kill_points import Decision, Marksman, Point, Victim, plan_kills
 from forge.run.registry import unregister
@@ -110,6 +111,9 @@ class Procedure:
 
     def _prepare(self) -> None:
         """What the runs have in common, as far as it is known by now."""
+        if wants_control(self.config):
+            self.proof.overrides.append("evaluation.control=null")
+            self._say("evaluation.control is null in all runs: a control is a run of its own")
         if self.config.tracking.wandb is not None:
             self.proof.overrides.append("tracking.wandb=null")
             self._say("tracking.wandb is null in all runs: a proof is no result")

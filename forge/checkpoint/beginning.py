@@ -18,6 +18,7 @@ from forge.run.lock import RunLock
 from forge.run.state import TrainingState
 
 SHOWN = 12  # digits of a hash in a message
+TEACHER_KEYS = tuple(f"teacher.{name}" for name in ("path", "revision", "base", "adapter"))  # each names its weights
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Beginning:
     allowed: dict[str, str] = field(default_factory=dict)  # those of the meaning, and their new values
     fingerprint: str | None = None  # of the rows that the run was trained on so far
     weights: str | None = None  # without a checkpoint: the hash of the files that the run began with; None: not known
+    teacher: str | None = None  # the hash of the teacher that the run was begun with; None: there is none, or not known
+    other_teacher: bool = False  # it goes on with another one, as was allowed
 
 
 def begin_again(
@@ -68,7 +71,9 @@ def begin_again(
     fingerprint = manifest.data_fingerprint if manifest is not None else metadata["data"]["fingerprint"]
     model = metadata.get("model")
     weights = model.get("weights_sha256") if manifest is None and isinstance(model, dict) else None
-    return Beginning(attempt, checkpoint, manifest, shown, allowances(found), fingerprint, weights)
+    taught = metadata.get("teacher")
+    teacher = taught.get("weights_sha256") if isinstance(taught, dict) else None
+    return Beginning(attempt, checkpoint, manifest, shown, allowances(found), fingerprint, weights, teacher)
 
 
 def with_rows(beginning: Beginning, fingerprint: str, description: str, allowed_changes: list[str]) -> Beginning:
@@ -108,6 +113,24 @@ def check_base(beginning: Beginning, base: str | None, weights: str | None = Non
             f"the weights below the adapter are {base[:SHOWN]}, and {beginning.checkpoint} was trained on "
             f"{then[:SHOWN]}; bring those back (base.json in the checkpoint names them), or start a new run"
         )
+
+
+def check_teacher(beginning: Beginning, weights: str | None, allowed_changes: list[str]) -> Beginning:
+    """The beginning, with what is known of the teacher there is now; weights: its hash; None: not known, or no teacher.
+
+    Raises UsageError where it is not the one that the run was begun with, and no other one was allowed.
+    """
+    then = beginning.teacher
+    if then is None or weights is None or then == weights:
+        return beginning
+    if not set(allowed_changes) & set(TEACHER_KEYS):
+        raise UsageError(
+            f"the weights of the teacher are {weights[:SHOWN]}, and the run was begun with {then[:SHOWN]}; bring those "
+            "back (run_metadata.json names them), start a new run, or name another teacher by --set teacher.path=… "
+            "--allow-change teacher.path"
+        )
+    line = f"changed: the weights of the teacher: {then[:SHOWN]} -> {weights[:SHOWN]}"
+    return replace(beginning, changes=[*beginning.changes, line], other_teacher=True)
 
 
 def _metadata(run: RunDirectory) -> dict[str, Any]:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from forge.checkpoint.manifest import OPTIMIZER_FILE, STATE_FILE, StoredFile, rng_file, store
+from forge.checkpoint.manifest import OPTIMIZER_FILE, PROJECTIONS_FILE, STATE_FILE, StoredFile, rng_file, store
 from forge.cluster.ranks import rank_seed
+from forge.errors import UsageError
 from forge.run.state import TrainingState
 
 DTYPES = {
@@ -52,6 +53,7 @@ class Training:
     weights: Weights
     optimizer: Optimizer  # of the trained parameters only
     seed: int
+    projections: nn.Module | None = None  # trained beside the model: no part of what is exported
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,12 @@ class Snapshot:
     weights: dict[str, Tensor] | None
     texts: dict[str, str] | None
     optimizer: dict[str, Any] | None
+    projections: dict[str, Tensor] | None = None  # None also where nothing is trained beside the model
 
     @property
     def bytes(self) -> int:
         """About what it takes on the disk."""
-        return sum(tensor.nbytes for tensor in _tensors([self.weights, self.optimizer, self.rng]))
+        return sum(tensor.nbytes for tensor in _tensors([self.weights, self.projections, self.optimizer, self.rng]))
 
 
 def take_snapshot(training: Training, state: TrainingState, progress: dict[str, Any], *, copy: bool) -> Snapshot:
@@ -91,6 +94,7 @@ def take_snapshot(training: Training, state: TrainingState, progress: dict[str, 
         _on_cpu(weights.tensors(), copy=copy),
         weights.texts(),
         _on_cpu(optimizer, copy=copy),
+        None if training.projections is None else _on_cpu(training.projections.state_dict(), copy=copy),
     )
 
 
@@ -99,6 +103,9 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, StoredFile]:
     writers: dict[str, Callable[[IO[bytes]], None]] = {rng_file(snapshot.rank): _saves(snapshot.rng)}
     if snapshot.weights is not None and snapshot.texts is not None:
         weights = snapshot.weights
+        beside = snapshot.projections
+        if beside is not None:
+            writers[PROJECTIONS_FILE] = lambda file: write_safetensors(beside, file)
         texts = {**snapshot.texts, STATE_FILE: json.dumps(snapshot.state, indent=2) + "\n"}
         writers |= {
             snapshot.weights_file: lambda file: write_safetensors(weights, file),
@@ -111,9 +118,11 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, StoredFile]:
 def restore(training: Training, folder: Path) -> tuple[TrainingState, dict[str, Any]]:
     """Puts a verified checkpoint back on this rank; returns the run's state at it, and the report's progress.
 
-    A rank that the checkpoint does not know (there are more now) starts random numbers of its own.
+    A rank that the checkpoint does not know (there are more now) starts random numbers of its own. Raises UsageError
+    where it was saved with other projections than are trained now.
     """
     accelerator = training.accelerator
+    _restore_projections(training.projections, folder)
     training.weights.load(load_file(folder / training.weights.file))
     states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
     training.optimizer.load_state_dict(states["optimizer"])
@@ -127,6 +136,22 @@ def restore(training: Training, folder: Path) -> tuple[TrainingState, dict[str, 
     else:
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index * 2**32 + state.step))
     return state, values["progress"]
+
+
+def _restore_projections(projections: nn.Module | None, folder: Path) -> None:
+    file = folder / PROJECTIONS_FILE
+    back = "set teacher, model and distillation.hidden back to what the run had, or start a new run"
+    if projections is None:
+        if file.exists():
+            raise UsageError(f"{file} holds projections of hidden states, and none are trained now; {back}")
+        return
+    if not file.exists():
+        raise UsageError(f"{folder} has no {file.name}, and distillation.hidden trains projections; {back}")
+    try:
+        projections.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise UsageError(f"{file} does not fit the projections that are trained now ({reason}); {back}") from error
 
 
 def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:

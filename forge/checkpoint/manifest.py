@@ -16,6 +16,7 @@ FORMAT = 2  # 1 knew of no adapters, and is read as it was
 MANIFEST_FILE = "manifest.json"
 MODEL_FILES = ("model.safetensors", "config.json")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json")
+PROJECTIONS_FILE = "projections.safetensors"  # what is trained beside the model, in distillation only
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"  # not training_state.json, which marks a run directory
 READ_BYTES = 1 << 22

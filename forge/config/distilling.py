@@ -6,6 +6,8 @@ from pydantic import Field
 
 from forge.config.fields import Positive, Section, Text
 
+Layer = Annotated[int, Field(ge=0)]
+
 
 class TeacherConfig(Section):
     """The model that is distilled from; not loaded while distillation.alpha is 0, unless evaluation.teacher asks."""
@@ -41,7 +43,7 @@ class HiddenConfig(Section):
     """What this term is multiplied by; it is added to the loss, whatever alpha > 0 is."""
     kind: Literal["mse", "cosine"] = "mse"
     """mse: squared difference, the mean over the width (arXiv 1909.10351); cosine: 1 - cos (arXiv 1910.01108)."""
-    layers: dict[int, int] | None = None
+    layers: Annotated[dict[Layer, Layer], Field(min_length=1)] | None = None
     """Student's layer: teacher's layer; 0 is the embeddings' output, n that of the n-th layer. null: each layer of the
     student, and the embeddings, at equal distances over the teacher's."""
 

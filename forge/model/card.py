@@ -5,6 +5,9 @@ from typing import Any
 
 import yaml
 
+from forge.config.explain import to_yaml
+from forge.config.schema import Config
+from forge.model.layers import KeptLayers
 from forge.model.origin import short
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
@@ -17,11 +20,17 @@ PARTED = (
 
 
 def model_card(
-    metadata: dict[str, Any], steps: int, config_yaml: str, before: dict[str, Any], after: dict[str, Any]
+    metadata: dict[str, Any],
+    steps: int,
+    config: Config,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    evidence_table: str | None = None,
 ) -> str:
     """Markdown with the hub's front matter.
 
-    metadata: the run's run_metadata.json. before and after: evaluations, empty where none was made.
+    metadata: the run's run_metadata.json. before and after: evaluations, empty where none was made. evidence_table:
+    where the run has a teacher to be compared with, what stands in their place.
     """
     model, data, task, attempt = metadata["model"], metadata["data"], metadata["task"], metadata["attempts"][-1]
     git = attempt["git"]
@@ -36,9 +45,12 @@ def model_card(
     }
     lines = "\n".join(f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, task["headline"]))
     numbers = f"| | before | after |\n|---|---|---|\n{lines}" if lines else "It was not evaluated."
+    numbers = numbers if evidence_table is None else evidence_table or "It was not evaluated."
     labels = f"- Labels: {', '.join(model['labels'])}\n" if model["labels"] else ""
+    learned = _layers(model) + _distillation(metadata, config) + _adapter(model)
     sampled = any(name.endswith("/samples_of") for name in {**before, **after})
     note = "\nEvaluated on a sample of the rows (evaluation.max_samples), not on all of them.\n" if sampled else ""
+    note = note if evidence_table is None else ""  # the table has its own
     rows_read = f"{data['rows']['train']:,}" if "train" in data["rows"] else "a stream of unknown length"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -50,7 +62,7 @@ def model_card(
 
 {numbers}
 {note}
-{labels}{_adapter(model)}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
+{labels}{learned}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
 - Data fingerprint (SHA-256 of the rows): `{data["fingerprint"]}`
 - Run id: `{metadata["run_id"]}`; code: {code}
 - Versions: {", ".join(f"{name} {attempt['packages'][name]}" for name in PACKAGES)}
@@ -64,7 +76,7 @@ def model_card(
     {attempt["command"]}
 
 ```yaml
-{config_yaml.strip()}
+{to_yaml(config).strip()}
 ```
 """
 
@@ -77,6 +89,31 @@ def compare(before: dict[str, Any], after: dict[str, Any], headline: Sequence[st
         return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
     return [(name, text(before.get(name)), text(after.get(name))) for name in names]
+
+
+def _layers(model: dict[str, Any]) -> str:
+    """A line on the layers that a student was begun with; empty where it has all of its source."""
+    if not model.get("kept_layers"):  # a run of an older forge tells nothing of them
+        return ""
+    kept = KeptLayers(model["kept_layers"], model["layers_of"])
+    return f"- Begun with {kept} of {model['source']}, renumbered from 0, and with its other weights\n"
+
+
+def _distillation(metadata: dict[str, Any], config: Config) -> str:
+    """Lines on the teacher and the loss; empty where nothing was learned from a teacher."""
+    taught, loss = metadata.get("teacher"), config.distillation
+    if loss.alpha == 0 or not taught:
+        return ""
+    of_divergence = {"jsd": f" (beta {loss.beta:g})"}
+    of_divergence |= dict.fromkeys(("skew_kl", "skew_reverse_kl"), f" (lambda {loss.skew:g})")
+    terms = "".join(f" + {name} term" for name in ("hidden", "relations") if getattr(loss, name) is not None)
+    control = metadata.get("control")
+    return (
+        f"- Teacher: {taught['source']}, weights `{short(taught['weights_sha256'])}`, {config.teacher.placement}\n"
+        f"- Loss: (1 - alpha) * CE + alpha * T^2 * D(teacher || student){terms}; "
+        f"alpha {loss.alpha:g}, T {loss.temperature:g}, D {loss.divergence}{of_divergence.get(loss.divergence, '')}\n"
+        + (f"- Control (alpha 0, as many steps, the same seed): run `{control['run_id']}`\n" if control else "")
+    )
 
 
 def _adapter(model: dict[str, Any]) -> str:

@@ -49,6 +49,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def peak_file(self) -> Path:
+        return self.path / "peak_metrics.json"
+
+    @property
     def final(self) -> Path:
         return self.path / "final"
 

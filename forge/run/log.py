@@ -11,7 +11,8 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,43 @@ class RunLog:
             self._to_file.release()
         self._redirect(path)
 
+    @contextmanager
+    def of_another(self) -> Iterator[None]:
+        """Within it the log is another run's, whose file `open` names; after it, it is this run's again."""
+        _flush_streams()
+        bypassed = []  # our tee goes on reading, and hears nothing meanwhile
+        for descriptor, original, _ in self._tees:
+            bypassed.append((descriptor, os.dup(descriptor)))
+            os.dup2(original, descriptor)
+        ours = self._to_file.setStream(io.StringIO())
+        tees, self._tees = self._tees, []
+        assert ours is not None
+        try:
+            yield
+        finally:
+            self._close_tees()
+            self._tees = tees
+            for descriptor, entry in bypassed:
+                os.dup2(entry, descriptor)
+                os.close(entry)
+            theirs = self._to_file.setStream(ours)
+            if isinstance(theirs, io.StringIO):  # never opened: what it kept is told here
+                ours.write(theirs.getvalue())
+            elif theirs is not None:
+                theirs.close()
+
     def close(self) -> None:
         """Gives the descriptors back and waits for the last lines to be written. A second call does nothing."""
         atexit.unregister(self.close)
+        self._close_tees()
+        for handler in (self._to_console, self._to_file):
+            logging.getLogger().removeHandler(handler)
+        file = self._to_file.setStream(io.StringIO())
+        if file is not None:
+            file.close()
+        logging.captureWarnings(False)
+
+    def _close_tees(self) -> None:
         _flush_streams()
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         for descriptor, original, child in self._tees:
@@ -108,12 +143,6 @@ class RunLog:
             with suppress(subprocess.TimeoutExpired):  # not killed: whoever holds its pipe may still have to say
                 child.wait(TEE_TIMEOUT_S)
         self._tees.clear()
-        for handler in (self._to_console, self._to_file):
-            logging.getLogger().removeHandler(handler)
-        file = self._to_file.setStream(io.StringIO())
-        if file is not None:
-            file.close()
-        logging.captureWarnings(False)
 
     def _redirect(self, path: Path) -> None:
         tee = shutil.which("tee")

@@ -32,17 +32,19 @@ def open_run(
     command: list[str],
     facts: dict[str, Any],
     attempt: Attempt | None = None,
+    place: Path | None = None,
 ) -> tuple[RunDirectory, TrainingState]:
     """A new run named run_name, or the next attempt of `resumed`. On rank 0 only.
 
     facts: what the run trains on, and how; run_metadata.json holds them beside one entry of provenance per attempt.
-    attempt: the one that goes on with `resumed`.
+    attempt: the one that goes on with `resumed`. place: the new run's folder below the output root; None: as the
+    config's file says.
     Raises UsageError for a name that is taken and for a run whose files are broken.
     """
     output_root = Path(loaded.config.output_root)
     if resumed is not None:
         return _next_attempt(loaded, resumed, command, facts, attempt or Attempt())
-    run = create_run_directory(output_root, config_name(loaded.file), run_name)
+    run = create_run_directory(output_root, place or config_name(loaded.file), run_name)
     try:
         state = TrainingState(run_id=new_run_id())
         _write_config(loaded, run, unguarded)

@@ -20,6 +20,7 @@ class Stage(StrEnum):
     TRAINING = "training"
     EXPORT = "export"
     FINAL_EVALUATION = "final_evaluation"
+    CONTROL = "control"  # of its twin without the teacher, where one is wanted
     COMPLETE = "complete"
 
     @property

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -92,6 +92,9 @@ class CausalLm(Task):
             check_packing(loaded.model, self.forward_options)
         end_with(loaded.model, self.ends, int(tokenizer.pad_token_id))
         return loaded
+
+    def without_samples(self) -> "CausalLm":
+        return replace(self, evaluation=self.evaluation.model_copy(update={"samples": 0}))
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """input_ids, labels (B, T) int64, labels[:, t] the token t + 1 where it is learned; attention_mask (B, T), or

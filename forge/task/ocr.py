@@ -89,6 +89,9 @@ class Ocr(Task):
         special = {name: getattr(generation, name) for name in SPECIAL_TOKENS if getattr(generation, name) is not None}
         return replace(self, reader=self.reader.for_model(loaded.model.config), special_tokens=special)
 
+    def without_samples(self) -> "Ocr":
+        return replace(self, samples=0)
+
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Decodes the images, in the process that calls it."""
         images = [open_image(row["image"]) for row in rows]

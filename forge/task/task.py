@@ -68,6 +68,10 @@ class Task(ABC):
         """The task as this model needs it."""
         return self
 
+    def without_samples(self) -> "Task":
+        """The task with metrics that show no rows."""
+        return self
+
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """One batch: the model's inputs, `labels` and `tokens`.

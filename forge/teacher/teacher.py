@@ -1,6 +1,7 @@
 """What a frozen teacher tells of a batch, and the form in which every placement gives it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from forge.errors import UsageError
+from forge.model.attention import attention_modules, listening, width_of
 from forge.model.head import LinearHead
 from forge.task.batches import Batch, model_inputs
 
@@ -15,7 +18,8 @@ from forge.task.batches import Batch, model_inputs
 #   logits (N, Vt)                            where the student's loss has whole logits as well
 #   hidden (N, Ht), head (Vt, Ht)[, head_bias (Vt,)]     for a student whose loss is computed from hidden states
 #   top_log_probs (N, K), top_indices (N, K)  of a cache: log-probabilities at the temperature that was asked for
-# and, where they were asked for, hidden_states.L (B, T, Dt) of each layer L.
+# and, for rows that are trained on, where they were asked for: hidden_states.L (B, T, Dt) of each layer L;
+# relations.{queries,keys,values} (B, T, Dt) of one layer.
 TeacherOutputs = dict[str, Tensor]
 
 
@@ -25,11 +29,23 @@ class Teacher(ABC):
     logit_scale: float = 1.0  # of what hidden and head give
     softcap: float | None = None
     whole_logits: bool = False  # the student's loss takes no hidden states
+    layers: tuple[int, ...] = ()  # whose hidden states are wanted; 0: the embeddings' output
 
     @abstractmethod
     def outputs(self, batch: Batch, split: str | None, temperature: float) -> TeacherOutputs:
         """Of a batch on the device, without gradients and in the teacher's own dtype. split: of task.validation, whose
         rows these are; None: those that are trained on. temperature: at which a top k is wanted."""
+
+    def hidden_widths(self, batch: Batch) -> tuple[int, ...]:
+        """Of the hidden states of the embeddings and of each layer: what `layers` may ask for. batch: any, on the
+        device. Raises UsageError where it tells none."""
+        raise UsageError("distillation.hidden: this teacher tells no hidden states; set teacher.placement: replicated")
+
+    def want_relations(self, layer: int | None, kinds: Sequence[str]) -> dict[str, int]:
+        """Asks for these vectors of a self-attention layer (from 1; None: the last), and tells their widths.
+
+        Raises UsageError where there are none."""
+        raise UsageError("distillation.relations: this teacher tells none; set teacher.placement: replicated")
 
 
 class ModelTeacher(Teacher):
@@ -40,23 +56,41 @@ class ModelTeacher(Teacher):
         model: PreTrainedModel,
         forward_options: dict[str, Any],
         *,
-        layers: tuple[int, ...] = (),
         head: LinearHead | None = None,
         columns: list[int] | None = None,
     ):
-        """model: placed, in its dtype. layers: whose hidden states are wanted, 0 for the embeddings' output. head: of
-        this model, where it is known to be one matrix. columns: of a classifier, the teacher's output for each of the
-        student's; None: the same ones."""
+        """model: placed, in its dtype. head: of this model, where it is known to be one matrix. columns: of a
+        classifier, the teacher's output for each of the student's; None: the same ones."""
         self.model = model.eval()
         self.forward_options = forward_options
-        self.layers, self.head, self.columns = layers, head, columns
+        self.head, self.columns = head, columns
+        self._attention: dict[str, str] = {}  # the modules whose outputs are relations.{…}
         if head is not None:
             self.logit_scale, self.softcap = head.scale, head.softcap
 
     @torch.no_grad()
     def outputs(self, batch: Batch, split: str | None, temperature: float) -> TeacherOutputs:
-        """The same for every split and temperature."""
-        options = {**self.forward_options, **({"output_hidden_states": True} if self.layers else {})}
+        """The same for every temperature."""
+        trains = split is None
+        layers = self.layers if trains else ()
+        options = {**self.forward_options, **wanting(layers)}
+        with listening(self.model, self._attention if trains else {}) as heard:
+            outputs, result = self._at_labels(batch, options)
+        states = hidden_states_of(result) if layers else ()
+        outputs |= {f"hidden_states.{layer}": states[layer] for layer in layers}
+        return outputs | {f"relations.{kind}": vectors for kind, vectors in heard.items()}
+
+    @torch.no_grad()
+    def hidden_widths(self, batch: Batch) -> tuple[int, ...]:
+        return hidden_widths(self.model, as_dtype(model_inputs(batch), self.model.dtype), self.forward_options)
+
+    def want_relations(self, layer: int | None, kinds: Sequence[str]) -> dict[str, int]:
+        found = attention_modules(self.model, layer, "teacher")
+        self._attention = {kind: found[kind] for kind in kinds}
+        return {kind: width_of(self.model, name) for kind, name in self._attention.items()}
+
+    def _at_labels(self, batch: Batch, options: dict[str, Any]) -> tuple[TeacherOutputs, Any]:
+        """The outputs at the label positions, and the model's own output with what else the options ask for."""
         inputs = as_dtype(model_inputs(batch), self.model.dtype)
         positions = batch["positions"]
         if self.head is not None and not self.whole_logits:
@@ -70,8 +104,7 @@ class ModelTeacher(Teacher):
             result = self.model(**inputs, **options)
             logits = result.logits.flatten(0, -2)[positions]  # (N, Vt)
             outputs = {"logits": logits if self.columns is None else logits[:, self.columns]}
-        states = hidden_states_of(result) if self.layers else ()
-        return outputs | {f"hidden_states.{layer}": states[layer] for layer in self.layers}
+        return outputs, result
 
 
 def as_dtype(inputs: Batch, dtype: torch.dtype) -> Batch:
@@ -80,6 +113,20 @@ def as_dtype(inputs: Batch, dtype: torch.dtype) -> Batch:
 
 
 def hidden_states_of(result: Any) -> tuple[Tensor, ...]:
-    """Of a model's output: (B, T, D) of the embeddings and of each layer; of an encoder-decoder the decoder's."""
+    """Of a model's output: (B, T, D) of the embeddings and of each layer; of an encoder-decoder the decoder's.
+
+    The last is what the head reads: with a norm behind its layers, that norm's output.
+    """
     states = getattr(result, "decoder_hidden_states", None)
     return tuple(states if states is not None else result.hidden_states)
+
+
+def wanting(layers: Sequence[int]) -> dict[str, Any]:
+    """The option of a forward that gives the hidden states of these layers; a model that can keeps no others."""
+    return {"output_hidden_states": list(layers)} if layers else {}
+
+
+def hidden_widths(model: PreTrainedModel, inputs: Batch, forward_options: dict[str, Any]) -> tuple[int, ...]:
+    """Of the hidden states of the embeddings and of each layer, as a forward in eval mode gives them."""
+    result = model(**inputs, **forward_options, output_hidden_states=True)
+    return tuple(states.shape[-1] for states in hidden_states_of(result))

@@ -31,7 +31,7 @@ class Callback:
         """Step metrics: loss and speed since the last report, the last step's rate and gradient norm."""
 
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
-        """Metrics of an evaluation; stage is baseline, training or final."""
+        """Metrics of an evaluation; stage is teacher, baseline, training or final."""
 
     def sampled(self, state: TrainingState, stage: str, samples: Samples) -> None:
         """Rows of that evaluation, by split, with the text that the model gave."""

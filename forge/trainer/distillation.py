@@ -1,18 +1,26 @@
 """Adds a teacher to the loop: nothing of it changes but what the student is given beside a batch."""
 
+from functools import partial
 from typing import Any
 
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
-from forge.task.batches import Batch
-from forge.teacher.teacher import Teacher, TeacherOutputs
+from forge.errors import Stopped
+from forge.model.load import LoadedModel
+from forge.model.origin import Origin
+from forge.task.batches import Batch, for_the_loop
+from forge.teacher.teacher import ModelTeacher, Teacher, TeacherOutputs
+from forge.trainer.features import build_features
 from forge.trainer.finetuning import FinetuningTrainer
 from forge.trainer.objective import Objective
 from forge.trainer.student import Student
+from forge.trainer.teacher_numbers import evaluate_teacher, teacher_numbers
 
 
 class DistillationTrainer(FinetuningTrainer):
-    """Trains with (1 - alpha) * CE + alpha * T^2 * D(teacher || student), the mean over all labels of a step.
+    """Trains with (1 - alpha) * CE + alpha * T^2 * D(teacher || student) + the terms of features, the mean over all
+    labels of a step.
 
     With alpha 0 it trains as the FinetuningTrainer does, bit for bit; the teacher is asked in evaluations only.
     """
@@ -24,13 +32,39 @@ class DistillationTrainer(FinetuningTrainer):
 
     def build_student(self, model: PreTrainedModel) -> Student:
         """A student that takes its teacher's outputs."""
-        objective = Objective(self.config.distillation, self.teacher.logit_scale, self.teacher.softcap)
-        student = Student(model, self.task.forward_options, self.language_head(model), objective)
+        config, options = self.config, self.task.forward_options
+        objective = Objective(config.distillation, self.teacher.logit_scale, self.teacher.softcap)
+        features = build_features(
+            config.distillation, config.training.seed, model, options, self.teacher, self._any_batch()
+        )
+        student = Student(model, options, self.language_head(model), objective, features)
         self.teacher.whole_logits = student.head is None
         return student
+
+    def _any_batch(self) -> Batch:
+        """One row, to see what the models make of it."""
+        row = next(iter(self.task.validation.values()))[0]
+        return send_to_device(for_the_loop(self.task.collate([row]), [0]), self.accelerator.device)
 
     def teacher_outputs(self, batch: Batch, split: str | None = None) -> TeacherOutputs | None:
         distillation = self.config.distillation
         if split is None:
             return self.teacher.outputs(batch, split, distillation.temperature) if distillation.alpha > 0 else None
         return self.teacher.outputs(batch, split, 1.0)
+
+    def report_teacher(self, taught: LoadedModel | None, origin: Origin | None) -> None:
+        """The teacher's own numbers, as the evaluation `teacher`: computed, or those of an earlier run of the same one.
+        Raises Stopped.
+
+        taught: the model that the teacher computes with; None: it is not in memory. origin: of the teacher.
+        """
+        teacher, computing = self.teacher, None
+        if taught is not None and isinstance(teacher, ModelTeacher):
+            given = (self.config, self.task, taught, teacher, self.accelerator)
+            computing = partial(evaluate_teacher, *given, self._break_off_if_stopped)
+        try:
+            metrics = teacher_numbers(self.config, self.task, origin, self.accelerator, computing, str(self.run.path))
+        except Stopped:
+            self._save_and_stop()
+        if metrics is not None:
+            self._on_rank_0_of_this_attempt(lambda: self.callbacks.evaluated(self.state, "teacher", metrics))

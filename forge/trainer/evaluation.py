@@ -127,5 +127,6 @@ def _calibrate(bins: Tensor, outputs: dict[str, Tensor], batch: Batch) -> None:
     """
     confidences, positions = outputs["confidences"], batch["positions"]
     right = (outputs["predictions"].flatten()[positions] == batch["labels"].flatten()[positions]).double()
-    which = (confidences * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    # A NaN is no index; the loss beside it tells of it.
+    which = (confidences.nan_to_num(0.0) * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
     bins.index_add_(0, which, torch.stack([right, confidences.double()], dim=1))

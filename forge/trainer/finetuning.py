@@ -1,5 +1,4 @@
-"""The loop over Accelerate: steps, rate, reports, evaluations, checkpoints and stops; as it is, supervised
-fine-tuning."""
+"""The loop over Accelerate: steps, rate, reports, evaluations, checkpoints and stops; by itself it fine-tunes."""
 
 import logging
 import math
@@ -26,6 +25,7 @@ from forge.losses.cross_entropy import count_labels
 from forge.model.head import LinearHead, find_head
 from forge.model.load import LoadedModel
 from forge.model.trained import trained_weights
+from forge.report.figures import LOWER_IS_BETTER
 from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.provenance import code_facts
@@ -41,8 +41,6 @@ from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape
 from forge.trainer.student import Student
 
 logger = logging.getLogger(__name__)
-
-LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer")
 
 
 class FinetuningTrainer:
@@ -104,7 +102,7 @@ class FinetuningTrainer:
         self.meter = StepMeter(accelerator)
         self.vote = StopVote(accelerator, stop)
         self.weights = trained_weights(model, loaded.below)
-        self.parts = Training(accelerator, self.weights, self.optimizer, training.seed)
+        self.parts = Training(accelerator, self.weights, self.optimizer, training.seed, student.projections)
         facts = RunFacts(
             ranks=accelerator.num_processes,
             rows_per_step=self.rows_per_step,
@@ -243,6 +241,11 @@ class FinetuningTrainer:
         """Between two stages: raises Stopped on all ranks if any was asked, with the trained weights committed."""
         if self.vote.now():
             self._save_and_stop()
+
+    def keep(self) -> None:
+        """The last step's weights are on the disk, also where no checkpoint was asked for: there is more to come."""
+        self._save(must=True)
+        self.checkpoints.finish(self.state)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from forge.losses.linear_kd import Parts, linear_kd
 from forge.model.head import LinearHead
 from forge.task.batches import Batch, model_inputs
 from forge.teacher.teacher import TeacherOutputs
+from forge.trainer.features import Features
 from forge.trainer.objective import Objective, likeliest
 
 ROWS_OF_LOGITS = 1024  # logits of so many positions exist at a time where only the likeliest token is sought
@@ -25,21 +26,30 @@ class Student(nn.Module):
         forward_options: dict[str, Any] | None = None,
         head: LinearHead | None = None,
         objective: Objective | None = None,
+        features: Features | None = None,
     ):
         """head: of this model; with it the loss is computed in pieces, and no batch of logits is ever held.
-        objective: of a student that is given a teacher's outputs."""
+        objective: of a student that is given a teacher's outputs. features: what of its inside is drawn to the
+        teacher's too."""
         super().__init__()
         self.model = model
         self.forward_options = forward_options or {}
         self.head = head
         self.objective = objective
+        self.features = features
+
+    @property
+    def projections(self) -> nn.ModuleDict | None:
+        """What is trained beside the model, and is no part of it."""
+        return self.features.projections if self.features is not None and len(self.features.projections) else None
 
     def forward(self, batch: Batch, teacher: TeacherOutputs | None = None) -> dict[str, Tensor]:
         """batch: the model's inputs, labels (...) aligned with its logits (..., V), and positions (N,), where
         labels.flatten() is counted. teacher: its outputs at those positions; None: the loss is the cross-entropy.
 
         Returns scalars, sums over the labels in nats: loss_sum, the only one with a gradient, and with a teacher what
-        it is made of: ce_sum; divergence_sum, at temperature T and without T^2.
+        it is made of: ce_sum; divergence_sum, at temperature T and without T^2; hidden_sum and relation_sum, where they
+        are configured, without their weights.
 
         In eval mode instead ce_sum; predictions (...) int64, the likeliest labels, and anything where none is counted;
         confidences (N,) float32, their probabilities; with a teacher also kl_sum, KL(teacher || student) at temperature
@@ -47,16 +57,31 @@ class Student(nn.Module):
         """
         inputs, labels = model_inputs(batch), batch["labels"]
         positions = batch["positions"] if "positions" in batch else (labels.flatten() != IGNORE).nonzero().squeeze(1)
-        if self.head is None:
-            logits = self.model(**inputs, **self.forward_options).logits
-            if self.training:
-                return self._loss_of_logits(logits, labels, positions, teacher)
-            return self._judged(logits.flatten(0, -2)[positions], labels, positions, teacher)
-        hidden = self.head.body(**inputs, **self.forward_options).last_hidden_state  # (B, T, D)
-        hidden = hidden.flatten(0, -2)[positions]  # only what carries a label goes through the head
+        if self.features is not None and self.training and teacher is not None:
+            with self.features.listening(self.model) as heard:
+                result = self._run({**inputs, **self.features.options})
+            losses = self._loss(result, labels, positions, teacher)
+            added, parts = self.features(result, heard, batch, teacher)
+            return {**losses, "loss_sum": losses["loss_sum"] + added, **parts}
+        result = self._run(inputs)
         if self.training:
-            return self._loss_of_hidden(self.head, hidden, labels.flatten()[positions], teacher)
-        return self._judged(hidden, labels, positions, teacher)
+            return self._loss(result, labels, positions, teacher)
+        if self.head is None:
+            return self._judged(result.logits.flatten(0, -2)[positions], labels, positions, teacher)
+        return self._judged(result.last_hidden_state.flatten(0, -2)[positions], labels, positions, teacher)
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        """The model's output; where the student has a head, that of the model below it."""
+        run = self.model if self.head is None else self.head.body
+        return run(**inputs, **self.forward_options)
+
+    def _loss(
+        self, result: Any, labels: Tensor, positions: Tensor, teacher: TeacherOutputs | None
+    ) -> dict[str, Tensor]:
+        if self.head is None:
+            return self._loss_of_logits(result.logits, labels, positions, teacher)
+        hidden = result.last_hidden_state.flatten(0, -2)[positions]  # only what carries a label goes through the head
+        return self._loss_of_hidden(self.head, hidden, labels.flatten()[positions], teacher)
 
     def _loss_of_logits(
         self, logits: Tensor, labels: Tensor, positions: Tensor, teacher: TeacherOutputs | None

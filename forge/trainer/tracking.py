@@ -7,9 +7,10 @@ from typing import Any
 
 from forge.config.schema import WandbConfig
 from forge.run.directory import RunDirectory
-from forge.run.state import TrainingState
+from forge.run.state import Stage, TrainingState
 from forge.task.task import Sample
 from forge.trainer.callbacks import Callback, Metrics, Samples
+from forge.trainer.peak import read_peaks
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ class WandbTracker(Callback):
     def __init__(self, config: WandbConfig, run: RunDirectory, state: TrainingState, contents: dict[str, Any]):
         """contents: the run's config and metadata, shown as the W&B run's config."""
         self._run: Any = None
+        self._folder = run
         self._guarded(lambda: self._start(config, run, state, contents))
 
     def reported(self, state: TrainingState, metrics: Metrics) -> None:
@@ -41,7 +43,10 @@ class WandbTracker(Callback):
 
     def finished(self, state: TrainingState) -> None:
         if self._run is not None:
-            self._guarded(lambda: self._run.finish(exit_code=0 if state.pipeline_complete else 1))
+            best = {f"peak/{name}": peak["value"] for name, peak in read_peaks(self._folder).items()}
+            self._guarded(lambda: self._run.summary.update(best))
+        if self._run is not None:
+            self._guarded(lambda: self._run.finish(exit_code=0 if state.reached(Stage.CONTROL) else 1))
 
     def _start(self, config: WandbConfig, run: RunDirectory, state: TrainingState, contents: dict[str, Any]) -> None:
         import wandb

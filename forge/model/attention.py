@@ -1,0 +1,86 @@
+"""Finds the modules that make queries, keys and values in a self-attention layer, and listens to them in a forward."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from forge.errors import UsageError
+
+KINDS = ("queries", "keys", "values")
+# As architectures name the three: BERT, RoBERTa, ELECTRA; DistilBERT; DeBERTa; most later ones; MPNet.
+NAMES = (
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),
+)
+FUSED = ("Wqkv", "qkv", "qkv_proj", "query_key_value", "in_proj", "c_attn")
+LAYER = re.compile(r"(?P<stack>.*?\.)(?P<layer>\d+)\.(?P<within>.*)\.(?P<leaf>\w+)")
+OTHER = ("crossattention", "cross_attn", "encoder_attn")  # attention to another model's states
+
+
+def attention_modules(model: PreTrainedModel, layer: int | None, whose: str) -> dict[str, str]:
+    """The name in model of the module that makes each of KINDS, in the encoder's layer (from 1; None: the last).
+
+    Raises UsageError, which names the architecture, where forge does not know them. whose: student or teacher.
+    """
+    leaves = {leaf: kind for names in NAMES for leaf, kind in zip(names, KINDS, strict=True)}
+    layers: dict[tuple[str, int], dict[str, str]] = {}
+    fused = ""
+    for name, module in model.named_modules():
+        if found := LAYER.fullmatch(name):
+            attends = isinstance(getattr(module, "out_features", None), int) and "att" in found["within"].lower()
+            if attends and found["leaf"] in leaves and not any(part in name for part in OTHER):
+                layers.setdefault((found["stack"], int(found["layer"])), {})[leaves[found["leaf"]]] = name
+            elif found["leaf"] in FUSED:
+                fused = f" (it makes them in one, {name})"
+    architecture = type(model).__name__
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    whole = all(len(modules) == len(KINDS) for modules in layers.values())
+    if not whole or len({stack for stack, _ in layers}) != 1 or sorted(i for _, i in layers) != list(range(count or 0)):
+        raise UsageError(
+            f"distillation.relations: forge finds no modules of queries, keys and values in each layer of the {whose}, "
+            f"a {architecture}{fused}; take distillation.relations out, or use distillation.hidden"
+        )
+    if layer is not None and layer > len(layers):
+        raise UsageError(
+            f"distillation.relations.{whose}_layer is {layer}, and the {whose}, a {architecture}, has {len(layers)} "
+            "layers"
+        )
+    chosen = layers[max(layers) if layer is None else (max(layers)[0], layer - 1)]
+    if getattr(model.get_submodule(chosen["queries"].rpartition(".")[0]), "is_causal", False):
+        raise UsageError(
+            f"distillation.relations compares encoders, where each token reads all others, and the {whose}, a "
+            f"{architecture}, reads from left to right; take it out, or use distillation.hidden"
+        )
+    return chosen
+
+
+def width_of(model: nn.Module, name: str) -> int:
+    """Of what the module gives, also where its weight lies elsewhere or has an adapter on it."""
+    return int(getattr(model.get_submodule(name), "out_features"))  # noqa: B009 - of a linear layer of any library
+
+
+@contextmanager
+def listening(model: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+    """What each named module gives in the forwards within, (B, T, D) with their gradients, under its key in modules.
+
+    Only the first that it gives: DeBERTa then calls it again, on positions. Nothing stays on the model afterwards.
+    """
+    heard: dict[str, Tensor] = {}
+
+    def hook(kind: str) -> Any:
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            heard.setdefault(kind, output)
+
+        return keep
+
+    with ExitStack() as hooks:
+        for kind, name in modules.items():
+            hooks.callback(model.get_submodule(name).register_forward_hook(hook(kind)).remove)
+        yield heard

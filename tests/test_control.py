@@ -1,0 +1,407 @@
+"""A distilled run trains its control beside it, whatever ends an attempt, and shows what the teacher was worth."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, forge, forge_on_two_ranks
+from recorded_runs import write_run
+
+from forge.config.explain import difference
+from forge.config.loader import load_config
+from forge.config.schema import Config
+from forge.errors import UsageError
+from forge.run.control import check_control, control_config, control_of, is_half_made, place_of, wants_control
+from forge.run.directory import RunDirectory
+from forge.run.files import read_json, read_json_lines
+from forge.run.state import Stage
+from forge.trainer.peak import peaks
+
+DISTILLED = ("--set", "distillation.alpha=0.7", "--set", "teacher.path=teacher")
+CONTROLLED = (*DISTILLED, "--set", "evaluation.control=sft")
+
+# An entry that ends its own process: in the control while it is created (open), before its step 5 (step), or once it is
+# complete and the run itself is about to be (end).
+FAULT = """
+import os, signal, sys
+sys.path.insert(0, {repository!r})
+import forge.pipeline as pipeline
+import forge.run.opening as opening
+from forge.trainer.finetuning import FinetuningTrainer
+
+where, number = {where!r}, signal.{signal}
+write_config, train_step, complete = opening._write_config, FinetuningTrainer.train_step, pipeline._complete
+
+def ended(run, here):
+    if where == here and (run.name.endswith("-sft") or here == "end"):
+        os.kill(os.getpid(), number)
+
+def creating(loaded, run, guard):
+    write_config(loaded, run, guard)
+    ended(run, "open")
+
+def stepping(self, *args):
+    if self.state.step == 4:
+        ended(self.run, "step")
+    train_step(self, *args)
+
+def completing(run, *args):
+    if not run.name.endswith("-sft"):
+        ended(run, "end")
+    return complete(run, *args)
+
+opening._write_config, FinetuningTrainer.train_step, pipeline._complete = creating, stepping, completing
+from forge.train import main
+sys.exit(main())
+"""
+
+
+def write_config(folder: Path, model: Path, data: Path, outputs: Path) -> Path:
+    """Six steps of eight rows, with dropout."""
+    file = folder / "tiny.yaml"
+    file.write_text(f"""
+task:
+  type: classification
+  dataset: {{path: {data}}}
+  columns: {{text: premise, text_pair: hypothesis}}
+  labels: [entailment, neutral, contradiction]
+  max_length: 32
+model: {{path: {model}, dropout: 0.1}}
+training: {{epochs: 1, batch_size: 8, learning_rate: 1e-3, mixed_precision: no}}
+logging: {{every_steps: 2}}
+evaluation: {{every_steps: 2}}
+checkpoint: {{every_steps: 3}}
+output_root: {outputs}
+""")
+    return file
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data_folder: Path) -> tuple[Path, Path, str]:
+    """The config's file, the folder with the runs teacher, plain (fine-tuned), kd and kd-sft, and what kd printed."""
+    folder = tmp_path_factory.mktemp("controlled")
+    config = write_config(folder, tiny_model, data_folder, folder / "outputs")
+    longer = ("--max_steps", 40, "--set", "checkpoint.every_steps=null", "--set", "evaluation.every_steps=null")
+    printed = ""
+    for name, settings in {"teacher": longer, "plain": (), "kd": CONTROLLED}.items():
+        done = forge("--config", config, "--run_name", name, *settings, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    return config, folder / "outputs" / "tiny", printed
+
+
+def evaluation(run: Path, stage: str) -> dict[str, Any]:
+    (row,) = [row for row in read_json_lines(run / "metrics.jsonl") if row.get("stage") == stage]
+    return {name: value for name, value in row.items() if not name.endswith("/seconds")}
+
+
+def weights(run: Path) -> bytes:
+    return (run / "final" / "model.safetensors").read_bytes()
+
+
+def test_the_control_is_the_plain_run_to_the_last_bit(outputs: tuple[Path, Path, str]) -> None:
+    _, runs, _ = outputs
+    assert weights(runs / "kd-sft") == weights(runs / "plain")
+    assert weights(runs / "kd") != weights(runs / "plain")
+    state = read_json(runs / "kd-sft" / "training_state.json")
+    assert (state["pipeline_complete"], state["step"], state["attempts"]) == (True, 6, 1)
+    alone, beside = evaluation(runs / "plain", "final"), evaluation(runs / "kd-sft", "final")
+    assert {name: beside[name] for name in alone} == alone
+    assert {name for name in beside if name not in alone} == {
+        f"{split}/{metric}" for split in ("matched", "other") for metric in ("agreement", "kl")
+    }
+    assert read_json(runs / "kd" / "run_metadata.json")["control"] == {"run_id": state["run_id"], "name": "kd-sft"}
+    owner = read_json(runs / "kd" / "training_state.json")["run_id"]
+    assert read_json(runs / "kd-sft" / "run_metadata.json")["control_of"] == {"run_id": owner, "name": "kd"}
+    assert list((runs.parent / ".incomplete").iterdir()) == []
+
+
+def test_the_teachers_numbers_are_its_own_and_computed_once(outputs: tuple[Path, Path, str]) -> None:
+    _, runs, _ = outputs
+    own = evaluation(runs / "teacher", "final")
+    for run in ("kd", "kd-sft"):
+        assert evaluation(runs / run, "teacher") == own | {"step": 0, "stage": "teacher"}
+    assert "the teacher's numbers are those of" not in (runs / "kd" / "output.log").read_text()
+    reused = f"the teacher's numbers are those of {runs / 'kd'} ("
+    assert reused in (runs / "kd-sft" / "output.log").read_text()
+    assert len(list((runs.parent / ".teachers").iterdir())) == 1
+
+
+def test_the_table_has_untrained_sft_kd_and_teacher(outputs: tuple[Path, Path, str]) -> None:
+    _, runs, printed = outputs
+    lines = [
+        [cell.strip() for cell in line.strip("│┃").split("┃" if "┃" in line else "│")] for line in printed.splitlines()
+    ]
+    assert ["metric", "untrained", "SFT", "KD", "teacher", "gap closed"] in lines
+    before, teacher = evaluation(runs / "kd", "baseline"), evaluation(runs / "kd", "teacher")
+    after, sft = evaluation(runs / "kd", "final"), evaluation(runs / "kd-sft", "final")
+    for metric in ("matched/loss", "matched/accuracy", "other/macro_f1", "matched/ece"):
+        (row,) = [line for line in lines if line[0] == metric]
+        assert row[1:5] == [f"{numbers[metric]:.4f}" for numbers in (before, sft, after, teacher)]
+    (row,) = [line for line in lines if line[0] == "matched/kl"]
+    assert row[1:] == [
+        f"{before['matched/kl']:.4f}",
+        f"{sft['matched/kl']:.4f}",
+        f"{after['matched/kl']:.4f}",
+        "-",
+        "-",
+    ]
+    share = (after["matched/loss"] - sft["matched/loss"]) / (teacher["matched/loss"] - sft["matched/loss"])
+    assert next(line for line in lines if line[0] == "matched/loss")[5] == f"{100 * share:.0f} %"
+    assert "gap closed: the share of the way from SFT to the teacher" in printed
+
+    card = (runs / "kd" / "final" / "README.md").read_text()
+    assert f"| matched/loss | {before['matched/loss']:.4f} | {sft['matched/loss']:.4f} |" in card
+    sha256 = read_json(runs / "kd" / "run_metadata.json")["teacher"]["weights_sha256"]
+    assert f"- Teacher: {runs / 'teacher'}, weights `{sha256[:12]}`, replicated\n" in card
+    assert "; alpha 0.7, T 2, D forward_kl\n" in card
+    plain = (runs / "plain" / "final" / "README.md").read_text()
+    assert "| | before | after |" in plain
+    assert "Teacher" not in plain
+
+
+def test_each_log_has_its_own_runs_lines(outputs: tuple[Path, Path, str]) -> None:
+    _, runs, _ = outputs
+    main, control = ((runs / run / "output.log").read_text() for run in ("kd", "kd-sft"))
+    for text in (main, control):
+        assert text.count("step 6/6") == 1
+        assert text.count("final evaluation, matched") == 1
+    stages = [line.split("stage: ")[1] for line in main.splitlines() if "stage: " in line]
+    assert stages == ["baseline evaluation", "training", "export", "final evaluation", "control"]
+    assert f"control run {runs / 'kd-sft'}: complete" in main.split("stage: control")[1]
+    assert "┃ gap closed ┃" in main
+    assert "gap closed" not in control
+    assert main.splitlines()[-1].endswith("# go on from this model")
+
+
+def test_peaks_are_those_of_the_evaluations(outputs: tuple[Path, Path, str]) -> None:
+    _, runs, _ = outputs
+    found = read_json(runs / "kd" / "peak_metrics.json")
+    rows = [row for row in read_json_lines(runs / "kd" / "metrics.jsonl") if row.get("stage") not in (None, "teacher")]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    for metric, best in {"matched/kl": min, "other/loss": min, "matched/accuracy": max, "other/agreement": max}.items():
+        assert found[metric]["value"] == best(row[metric] for row in rows)
+        at = next(row for row in rows if row[metric] == found[metric]["value"])
+        assert (found[metric]["step"], found[metric]["stage"]) == (at["step"], at["stage"])
+    agreement = found["matched/agreement"]
+    assert agreement["mean"] == pytest.approx(sum(row["matched/agreement"] for row in rows) / 4)
+    assert agreement["evaluations"] == 4
+    assert not [name for name in found if name.endswith(("/samples", "/seconds", "/neutral"))]
+    told = f"matched/accuracy {found['matched/accuracy']['value']:.4f} at step {found['matched/accuracy']['step']}"
+    assert told in (runs / "kd" / "output.log").read_text().split("best: ")[1].splitlines()[0]
+
+
+def test_a_peak_goes_with_its_row() -> None:
+    """A resumed run drops the rows of steps that it takes again."""
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "stage": "teacher", "a/accuracy": 0.99},
+        {"step": 0, "stage": "baseline", "a/accuracy": 0.1, "a/cer": 0.9, "a/samples": 9, "a/perplexity": "nan"},
+        {"step": 5, "loss": 0.1},
+        {"step": 5, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.4, "a/samples": 9},
+        {"step": 9, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.5, "a/samples": 9},
+    ]
+    assert peaks(rows) == {
+        "a/accuracy": {"value": 0.7, "step": 5, "stage": "training"},
+        "a/cer": {"value": 0.4, "step": 5, "stage": "training"},
+    }
+    assert peaks(rows[:3] + rows[4:])["a/cer"] == {"value": 0.5, "step": 9, "stage": "training"}
+    assert peaks(rows[:1]) == {}
+
+
+def test_a_run_that_is_ended_in_its_control_goes_on_there(outputs: tuple[Path, Path, str], tmp_path: Path) -> None:
+    config, runs, _ = outputs
+    run, control = runs / "killed", runs / "killed-sft"
+
+    done = faulty(tmp_path, "open", "SIGKILL", "--config", config, "--run_name", "killed", *CONTROLLED)
+    assert done.returncode == -9, done.stderr
+    assert is_half_made(RunDirectory(control))
+    assert read_json(run / "training_state.json")["stage"] == "control"
+    final = evaluation(run, "final")
+
+    done = faulty(tmp_path, "step", "SIGTERM", "--resume", run)
+    assert done.returncode == 75, done.stderr
+    state = read_json(run / "training_state.json")
+    assert (state["stage"], state["error"]) == ("control", "stopped by SIGTERM in control at step 6")
+    assert f"go on from checkpoint-6 with `python forge.py --resume {run}`" in done.stderr
+    assert read_json(control / "training_state.json")["latest_checkpoint"] == "checkpoint-5"
+
+    done = faulty(tmp_path, "end", "SIGKILL", "--resume", run)
+    assert done.returncode == -9, done.stderr
+    assert "goes on from checkpoint-5" in (control / "output.log").read_text()
+    assert read_json(control / "training_state.json")["pipeline_complete"]
+    assert not read_json(run / "training_state.json")["pipeline_complete"]
+
+    shutil.rmtree(runs.parent / ".teachers")  # the run has the numbers, and needs none
+    done = forge("--resume", run, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert f"the control run {control} is complete already" in done.stderr
+    assert not (runs.parent / ".teachers").exists()
+    assert read_json(run / "training_state.json")["pipeline_complete"]
+    assert read_json(control / "training_state.json")["attempts"] == 2
+    assert weights(control) == weights(runs / "plain")
+    assert weights(run) == weights(runs / "kd")  # one has computed the teacher's numbers, the other has read them
+    assert evaluation(run, "final") == final
+    assert (
+        len([line for line in (run / "output.log").read_text().splitlines() if "teacher evaluation, other" in line])
+        == 1
+    )
+    assert list((runs.parent / ".incomplete").iterdir()) == []
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_train_both_runs(outputs: tuple[Path, Path, str], tiny_model: Path, data_folder: Path) -> None:
+    config, runs, _ = outputs
+    done = forge_on_two_ranks("--config", config, "--run_name", "two", *CONTROLLED)
+    assert done.returncode == 0, done.stderr
+    for name in ("two", "two-sft"):
+        assert [attempt["ranks"] for attempt in read_json(runs / name / "run_metadata.json")["attempts"]] == [2]
+    one, two = evaluation(runs / "kd", "teacher"), evaluation(runs / "two", "teacher")
+    assert {name: value for name, value in two.items() if not name.endswith(("loss", "ece"))} == {
+        name: value for name, value in one.items() if not name.endswith(("loss", "ece"))
+    }
+
+
+def test_debug_runs_every_stage_of_both(outputs: tuple[Path, Path, str]) -> None:
+    config, runs, _ = outputs
+    settings = ("--set", "distillation.alpha=1", "--set", f"teacher.path={runs / 'teacher'}")
+    done = forge(
+        *("--config", config, "--run_name", "quick", "--debug", *settings, "--set", "evaluation.control=sft"),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert {read_json(runs / name / "training_state.json")["step"] for name in ("quick", "quick-sft")} == {2}
+
+
+def test_a_complete_control_serves_the_next_run_and_another_thing_is_refused(outputs: tuple[Path, Path, str]) -> None:
+    config, runs, _ = outputs
+    shutil.copytree(runs / "kd-sft", runs / "again-sft")
+    done = forge("--config", config, "--run_name", "again", *CONTROLLED, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert f"the control run {runs / 'again-sft'} is complete already" in done.stderr
+    assert weights(runs / "again") == weights(runs / "kd")
+
+    shutil.copytree(runs / "kd-sft", runs / "other-sft")
+    done = forge(
+        "--config", config, "--run_name", "other", *CONTROLLED, "--set", "training.seed=7", OMP_NUM_THREADS="1"
+    )
+    assert done.returncode == 2, done.stderr
+    assert (
+        "other-sft is where the control of this run is to lie (evaluation.control: sft), and it is another"
+        in done.stderr
+    )
+    assert "its config differs: training.seed: 42 -> 7" in done.stderr
+    assert not (runs / "other").exists()
+
+
+def faulty(folder: Path, where: str, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    entry = folder / "entry.py"
+    entry.write_text(FAULT.format(repository=str(REPOSITORY), where=where, signal=name))
+    return subprocess.run(
+        [sys.executable, str(entry), *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+# What is checked before training, on written runs.
+
+
+@pytest.fixture
+def wanted(tmp_path: Path) -> Config:
+    """The config of a control of 100 steps."""
+    run = write_run(
+        tmp_path / "root" / "tiny" / "kd", settings={"distillation.alpha": 0.9, "evaluation.control": "sft"}
+    )
+    config = load_config(run.config_file).config
+    assert wants_control(config)
+    return control_config(config, 100, evaluates_teacher=True)
+
+
+def a_control(tmp_path: Path, settings: dict[str, Any] | None = None, **state: Any) -> RunDirectory:
+    of_control = {"distillation.alpha": 0.0, "evaluation.teacher": True, **(settings or {})}
+    return write_run(tmp_path / "root" / "tiny" / "kd-sft", settings=of_control, state=state)
+
+
+def test_the_controls_config_differs_in_the_teachers_part_alone(tmp_path: Path) -> None:
+    settings = {"distillation.alpha": 0.9, "evaluation.control": "sft", "export.push_to_hub": "me/student"}
+    run = write_run(tmp_path / "kd", settings=settings | {"training.max_steps": None, "training.epochs": 2.0})
+    config = load_config(run.config_file).config
+    twin = control_config(config, 70, evaluates_teacher=True)
+    changed = {line.split(":")[0] for line in difference(config, twin)}
+    assert changed >= {"distillation.alpha", "evaluation.teacher", "training.max_steps", "export.push_to_hub"}
+    assert {key.split(".")[0] for key in changed} == {"distillation", "evaluation", "training", "export", "output_root"}
+    assert not wants_control(twin)
+    assert (twin.training.max_steps, twin.export.push_to_hub, twin.evaluation.teacher) == (70, None, True)
+
+
+def test_a_free_name_and_a_matching_run_are_a_control(wanted: Config, tmp_path: Path) -> None:
+    control = control_of(RunDirectory(tmp_path / "root" / "tiny" / "kd"))
+    assert control.path == tmp_path / "root" / "tiny" / "kd-sft"
+    assert check_control(control, wanted, steps=100) is None
+    a_control(tmp_path)
+    found = check_control(control, wanted, steps=100, facts={"data": {"fingerprint": "963c2d6e6018"}, "teacher": None})
+    assert found is not None
+    assert (found.complete, found.allowed) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "state", "expected"),
+    [
+        ({"training.learning_rate": 1.0}, {}, "its config differs: training.learning_rate: 1.0 -> 5.0e-05"),
+        ({"distillation.alpha": 0.5}, {}, "its config differs: distillation.alpha: 0.5 -> 0.0"),
+        ({}, {"step": 60}, "it is complete at step 60, and this run takes 100"),
+        (
+            {},
+            {"step": 101, "pipeline_complete": False, "stage": Stage.TRAINING},
+            "it is at step 101, and this run takes 100",
+        ),
+    ],
+)
+def test_a_run_that_is_no_control_is_refused(
+    settings: dict[str, Any], state: dict[str, Any], expected: str, wanted: Config, tmp_path: Path
+) -> None:
+    control = a_control(tmp_path, settings, **state)
+    with pytest.raises(UsageError) as raised:
+        check_control(control, wanted, steps=100)
+    assert expected in str(raised.value)
+    assert "set evaluation.control=null" in str(raised.value)
+
+
+def test_a_control_on_other_rows_is_refused(wanted: Config, tmp_path: Path) -> None:
+    control = a_control(tmp_path)
+    with pytest.raises(UsageError, match="its rows, or their tokens, are 963c2d6e6018 instead of 0123"):
+        check_control(control, wanted, steps=100, facts={"data": {"fingerprint": "0123"}})
+    assert check_control(control, wanted, facts={"data": {"fingerprint": "0123"}}, allowed=["task.dataset"]) is not None
+
+
+def test_a_control_goes_on_with_what_was_allowed(wanted: Config, tmp_path: Path) -> None:
+    control = a_control(
+        tmp_path, {"training.learning_rate": 1.0}, step=5, pipeline_complete=False, stage=Stage.TRAINING
+    )
+    found = check_control(control, wanted, steps=100, allowed=["training.learning_rate", "distillation.temperature"])
+    assert found is not None
+    assert (found.complete, found.allowed) == (False, ["training.learning_rate"])
+
+
+def test_a_strangers_folder_is_refused_and_a_half_made_one_is_none(wanted: Config, tmp_path: Path) -> None:
+    control = RunDirectory(tmp_path / "root" / "tiny" / "kd-sft")
+    control.path.mkdir()
+    (control.path / "config.yaml").write_text("")
+    assert check_control(control, wanted) is None
+    (control.path / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match=r"it holds no training_state\.json"):
+        check_control(control, wanted)
+
+
+def test_a_run_that_was_moved_has_its_control_beside_it(wanted: Config, tmp_path: Path) -> None:
+    at_home = wanted.model_copy(update={"output_root": str(tmp_path / "root")})
+    assert place_of(RunDirectory(tmp_path / "root" / "a" / "b" / "kd"), at_home) == (tmp_path / "root", Path("a/b"))
+    assert place_of(RunDirectory(tmp_path / "away" / "kd"), at_home) == (tmp_path / "away", Path())

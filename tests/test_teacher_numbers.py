@@ -1,0 +1,289 @@
+"""A teacher's own numbers are those of the model it is, in every placement, evaluated once and read ever after."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from conftest import pair_rows
+from conversations import config_on, conversation
+from test_ocr import TINY, write_images
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from forge.checkpoint.beginning import Beginning, check_teacher
+from forge.config.loader import load_config
+from forge.config.schema import Config
+from forge.errors import Stopped, TrainingError, UsageError
+from forge.losses.cross_entropy import IGNORE
+from forge.model.origin import Origin, Weights
+from forge.task.choice import load_task
+from forge.teacher.key import digest
+from forge.teacher.loading import label_columns, load_teacher
+from forge.teacher.numbers import numbers_key, store_numbers, stored_numbers
+from forge.teacher.placement import place
+from forge.teacher.teacher import ModelTeacher
+from forge.trainer.teacher_numbers import evaluate_teacher, teacher_numbers
+
+LABELS = ["entailment", "neutral", "contradiction"]
+SHUFFLED = ["contradiction", "entailment", "neutral"]
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def classifier(tmp_path: Path, tiny_model: Path) -> Path:
+    """A teacher whose outputs are in another order than the data's labels, with sharp logits."""
+    torch.manual_seed(3)
+    names = {"id2label": dict(enumerate(SHUFFLED)), "label2id": {name: i for i, name in enumerate(SHUFFLED)}}
+    model = BertForSequenceClassification.from_pretrained(tiny_model, num_labels=3, **names)
+    torch.nn.init.normal_(model.classifier.weight, std=1.0)
+    folder = tmp_path / "classifier"
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def numbers(config: Config, accelerator: Accelerator, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """The teacher's, without the seconds."""
+    task = load_task(config)
+    taught = load_teacher(config, task)
+    columns = label_columns(list(range(3)), taught.label_ids) if taught.label_ids else None
+    teacher = place(taught.model, config.teacher, accelerator, task, columns)
+    assert isinstance(teacher, ModelTeacher)
+    metrics = evaluate_teacher(config, task, taught, teacher, accelerator, between)
+    assert not any(module.training for module in teacher.model.modules())
+    return {name: value for name, value in metrics.items() if not name.endswith("/seconds")}
+
+
+def with_teacher(file: Path, teacher: Path, *settings: str) -> Config:
+    return load_config(file, [f"teacher.path={teacher}", "evaluation.teacher=true", *settings]).config
+
+
+def test_a_classifiers_numbers_are_the_models_own(
+    classifier: Path, config_file: Path, accelerator: Accelerator
+) -> None:
+    model = BertForSequenceClassification.from_pretrained(classifier).double().eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(classifier)
+    losses, right = [], []
+    for row in pair_rows(13, offset=100):  # validation_matched, one by one
+        with torch.no_grad():
+            logits = model(**tokenizer(row["premise"], row["hypothesis"], return_tensors="pt")).logits[0]
+        label = SHUFFLED.index(LABELS[int(str(row["label"]))])
+        losses.append(-logits.log_softmax(0)[label].item())
+        right.append(int(logits.argmax()) == label)
+    found = numbers(with_teacher(config_file, classifier), accelerator)
+    assert found["matched/loss"] == pytest.approx(sum(losses) / 13, abs=1e-5)
+    assert found["matched/accuracy"] == pytest.approx(sum(right) / 13)
+    assert found["other/samples"] == 7
+    assert not [name for name in found if name.endswith(("/agreement", "/kl"))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_offloaded_classifier_has_the_same_numbers(
+    dtype: str, classifier: Path, config_file: Path, accelerator: Accelerator
+) -> None:
+    found = [
+        numbers(
+            with_teacher(config_file, classifier, f"teacher.dtype={dtype}", f"teacher.placement={where}"), accelerator
+        )
+        for where in ("replicated", "offload")
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("placement", ["replicated", "offload"])
+def test_a_language_models_numbers_are_the_models_own(
+    placement: str, tmp_path: Path, chat_model: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_on(
+        *(tmp_path, chat_model, [conversation(i) for i in range(8)], [conversation(i, 2) for i in range(20, 25)]),
+        *(f"teacher.path={chat_model}", "evaluation.teacher=true", f"teacher.placement={placement}"),
+    )
+    monkeypatch.setattr("forge.task.causal_lm.generate_replies", lambda *_: pytest.fail("a teacher shows no samples"))
+    found = numbers(config, accelerator)
+    task = load_task(config)
+    rows = task.validation["validation"]
+    model = AutoModelForCausalLM.from_pretrained(chat_model).double().eval()
+    assert AutoTokenizer.from_pretrained(chat_model).get_vocab() == task.processing.get_vocab()
+    ce_sum, right, labels = 0.0, 0, 0
+    for row in rows:
+        ids, learned = torch.tensor(row["input_ids"]), torch.tensor(row["learned"]).bool()
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        targets = torch.where(learned, ids, IGNORE)[1:]
+        counted = targets != IGNORE
+        ce_sum -= logits.log_softmax(-1)[counted, targets[counted]].sum().item()
+        right += int((logits.argmax(-1) == targets)[counted].sum())
+        labels += int(counted.sum())
+    assert found["validation/labels"] == labels
+    assert found["validation/loss"] == pytest.approx(ce_sum / labels, abs=1e-5)
+    assert found["validation/perplexity"] == pytest.approx(math.exp(ce_sum / labels), rel=1e-5)
+    assert found["validation/token_accuracy"] == pytest.approx(right / labels)
+
+
+def test_a_reader_of_lines_is_the_same_offloaded_and_writes_texts_in_half_precision(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    texts = ["TOTAL 9.50", "tea", "Cash: 12", "No. 77/A", "GST", "2 x egg"]
+    for split in ("train", "validation"):
+        write_images(tmp_path / "lines" / split, texts)
+    config = Config.model_validate(
+        {
+            "task": {"type": "ocr", "dataset": {"path": str(tmp_path / "lines")}, "max_length": 16},
+            "model": {"config": TINY, "new_tokenizer": {"kind": "characters"}},
+            "evaluation": {"teacher": True, "max_samples": 4},
+            "training": {"num_workers": 0},
+        }
+    )
+    task = load_task(config)
+    torch.manual_seed(0)
+    task.load_model(config.model, config.training).model.save_pretrained(tmp_path / "reader")
+    task.save_processing(tmp_path / "reader")
+
+    def of(**teacher: str) -> dict[str, Any]:
+        named = config.teacher.model_copy(update={"path": str(tmp_path / "reader"), **teacher})
+        return numbers(config.model_copy(update={"teacher": named}), accelerator)
+
+    whole, half = of(), of(dtype="bfloat16")
+    assert (whole["validation/samples"], whole["validation/samples_of"]) == (4, 6)
+    assert whole["validation/cer"] > 0.5
+    assert of(placement="offload") == whole
+    assert half["validation/loss"] == pytest.approx(whole["validation/loss"], rel=0.02)
+    assert half["validation/loss"] != whole["validation/loss"]
+
+
+def test_weights_that_are_not_finite_name_the_teacher(
+    classifier: Path, config_file: Path, accelerator: Accelerator
+) -> None:
+    model = BertForSequenceClassification.from_pretrained(classifier)
+    torch.nn.init.constant_(model.classifier.weight, float("nan"))
+    model.save_pretrained(classifier)
+    with pytest.raises(TrainingError, match=r"matched/loss of the teacher .*classifier is nan in float32: a student"):
+        numbers(with_teacher(config_file, classifier), accelerator)
+
+
+def test_a_stop_breaks_it_off(classifier: Path, config_file: Path, accelerator: Accelerator) -> None:
+    def stop() -> None:
+        raise Stopped("stopped")
+
+    with pytest.raises(Stopped):
+        numbers(with_teacher(config_file, classifier), accelerator, stop)
+
+
+class Task:
+    fingerprint = "f" * 64
+
+
+ORIGIN = Origin(Weights("t", "/t", sha256="a" * 64))
+METRICS = {"matched/loss": 0.5, "matched/perplexity": math.inf, "matched/samples": 13}
+
+
+@pytest.fixture
+def config(config_file: Path) -> Config:
+    return load_config(config_file, ["evaluation.teacher=true", "teacher.path=t"]).config
+
+
+def key_of(config: Config, origin: Origin = ORIGIN, dtype: str = "float32") -> dict[str, Any]:
+    return numbers_key(config, Task(), origin, dtype)  # type: ignore[arg-type]
+
+
+def test_numbers_are_evaluated_once_for_each_key(
+    config: Config, accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    def compute() -> dict[str, Any]:
+        calls.append(1)
+        return METRICS
+
+    def ask(origin: Origin | None = ORIGIN, compute: Callable[[], dict[str, Any]] | None = compute) -> Any:
+        return teacher_numbers(config, Task(), origin, accelerator, compute, "the run a")  # type: ignore[arg-type]
+
+    caplog.set_level(logging.INFO)
+    assert ask(compute=None) is None
+    assert "the teacher's own numbers are missing: with teacher.placement: cached it is not in memory" in caplog.text
+    assert "`forge cache-teacher`" in caplog.text
+    assert [ask(), ask(), ask(compute=None)] == [METRICS] * 3
+    assert len(calls) == 1
+    assert caplog.text.count("the teacher's numbers are those of the run a (20") == 2
+    assert ask(Origin(Weights("t", "/t", sha256="b" * 64))) == METRICS
+    assert ask(None) == METRICS  # a teacher whose files are not known is evaluated each time
+    assert len(calls) == 3
+    assert len(list((tmp_path / "outputs" / ".teachers").iterdir())) == 2
+
+
+def test_a_file_that_cannot_be_used_is_warned_of_once_and_replaced(
+    config: Config, accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, key = tmp_path / "outputs", key_of(config)
+    file = root / ".teachers" / f"{digest(key)[:16]}.json"
+    store_numbers(root, key, METRICS, "a")
+    whole = file.read_text()
+    another = json.dumps({**json.loads(whole), "key": key_of(config, dtype="bfloat16")})
+    for broken in (whole[:40], "[]", '{"key": {}}', whole.replace("matched/", ""), another):
+        file.write_text(broken)
+        caplog.clear()
+        found = teacher_numbers(config, Task(), ORIGIN, accelerator, lambda: {"matched/loss": 0.7}, "b")  # type: ignore[arg-type]
+        assert found == {"matched/loss": 0.7}
+        assert caplog.text.count("cannot be used") == 1
+        stored = stored_numbers(root, key)
+        assert stored is not None
+        assert (stored.metrics, stored.made_by) == ({"matched/loss": 0.7}, "b")
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "outputs").write_text("")
+    store_numbers(tmp_path / "outputs", key_of(config), METRICS, "a")
+    assert "could not be kept" in caplog.text
+
+
+def test_the_key_holds_what_the_numbers_depend_on(config_file: Path) -> None:
+    def key(*settings: str) -> str:
+        return digest(key_of(load_config(config_file, ["evaluation.teacher=true", "teacher.path=t", *settings]).config))
+
+    assert key("training.learning_rate=1", "training.seed=3", "evaluation.per_device_batch_size=2") == key()
+    others = (
+        ("evaluation.max_samples=5",),
+        ("evaluation.max_samples=5", "training.seed=3"),
+        ("task.max_length=16",),
+        ("teacher.labels=[a, b, c]",),
+        ("task.dataset.max_rows=20",),
+    )
+    assert len({key(), *(key(*settings) for settings in others)}) == 1 + len(others)
+    file = load_config(config_file, ["evaluation.teacher=true", "teacher.path=t"]).config
+    assert len({digest(key_of(file)), digest(key_of(file, dtype="bfloat16"))}) == 2
+
+
+def test_a_resume_with_another_teacher_is_refused() -> None:
+    begun = Beginning(teacher="a" * 64)
+    assert check_teacher(begun, "a" * 64, []) is begun
+    assert check_teacher(Beginning(), "b" * 64, []) == Beginning()
+    assert check_teacher(begun, None, []) is begun
+    with pytest.raises(UsageError) as raised:
+        check_teacher(begun, "b" * 64, ["training.seed"])
+    assert str(raised.value).startswith(
+        f"the weights of the teacher are {'b' * 12}, and the run was begun with {'a' * 12};"
+    )
+    other = check_teacher(begun, "b" * 64, ["teacher.path"])
+    assert other.other_teacher
+    assert other.changes == [f"changed: the weights of the teacher: {'a' * 12} -> {'b' * 12}"]
