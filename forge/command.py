@@ -1,6 +1,7 @@
 """The training command behind every entry: arguments in, exit code out."""
 
 import argparse
+import functools
 import logging
 import os
 import shlex
@@ -138,11 +139,12 @@ def cache_teacher(args: argparse.Namespace) -> int:
         config = load_config(Path(args.config), args.set, debug=args.debug, **overrides).config
         stop.breaks(_import_caching)
         from forge.teacher import caching
+        from forge.trainer.teacher_numbers import keep_numbers
 
         log.adopt_library_loggers()
         if int(os.environ.get("RANK", "0")) > 0 or not log.console.is_terminal:
             caching.hide_progress_bars()
-        caching.cache_teacher(config, stop)
+        caching.cache_teacher(config, stop, functools.partial(keep_numbers, stop))
         return EXIT_COMPLETE
 
     return _with_outcome(work)
@@ -196,7 +198,8 @@ def _import_pipeline() -> None:
 
 
 def _import_caching() -> None:
-    import forge.teacher.caching  # noqa: F401
+    import forge.teacher.caching
+    import forge.trainer.teacher_numbers  # noqa: F401
 
 
 def _loaded(args: argparse.Namespace) -> "tuple[LoadedConfig, RunDirectory | None]":

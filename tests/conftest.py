@@ -188,7 +188,7 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
     from forge.cluster.ranks import build_accelerator
     from forge.cluster.signals import StopRequest
     from forge.config.loader import load_config
-    from forge.pipeline import _load_model, _load_teacher, _trainer, _with_origin
+    from forge.pipeline import _load_model, _teacher, _trainer, _with_origin
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
@@ -214,7 +214,8 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
     def build(*settings: str, mutate: Callable[[object], None] | None = None) -> FinetuningTrainer:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        config = load_config(config_file, settings).config
+        whole = load_config(config_file, settings)
+        config = whole.config
         training = config.training
         accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
         task = load_task(config)
@@ -223,7 +224,7 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
             mutate(loaded.model)
         run = create_run_directory(tmp_path / "trainer_runs", Path("tiny"), None)
         task = task.for_model(loaded)
-        taught = _load_teacher(config, task)
+        taught = _teacher(whole, task, loaded, accelerator, StopRequest())
         state = TrainingState(run_id=new_run_id())
         lock = RunLock(run)
         lock.take()

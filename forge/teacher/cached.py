@@ -77,8 +77,6 @@ class TeacherCache:
 class CachedTeacher(Teacher):
     """A teacher whose outputs are read."""
 
-    layers: tuple[int, ...] = ()  # whose hidden states are wanted, of those that are kept
-
     def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device, columns: list[int] | None = None):
         """manifest: of the folder. columns: of a classifier, the teacher's output for each of the student's."""
         self._folder, self._device, self._columns = folder, device, columns

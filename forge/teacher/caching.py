@@ -1,8 +1,9 @@
 """The job behind `forge cache-teacher`: computes the teacher's outputs once, shard by shard, and can be stopped."""
 
+import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError, UnreadableRows, UsageError
 from forge.model.load import LoadedModel
+from forge.model.origin import Origin
 from forge.model.source import load_model_config, with_run_paths
 from forge.run.directory import check_writable
 from forge.run.state import now
@@ -31,14 +33,24 @@ from forge.teacher.cached import check_loss, default_folder, wanted_key
 from forge.teacher.keeper import MEASURED, Keeper, splits_of
 from forge.teacher.key import ContentKey, changed, digest, keeps_whole_logits, token_columns
 from forge.teacher.loading import load_teacher
+from forge.teacher.placement import place
+from forge.teacher.teacher import ModelTeacher
 
 logger = logging.getLogger(__name__)
+
+Load = Callable[[], tuple[LoadedModel, ModelTeacher]]  # of all ranks at once
 
 REPORT_EVERY_S = 30.0
 
 
-def cache_teacher(config: Config, stop: StopRequest) -> tuple[Path, dict[str, Any]]:
+def cache_teacher(
+    config: Config,
+    stop: StopRequest,
+    evaluate: Callable[[Config, Task, Origin, Accelerator, Load], object] | None = None,
+) -> tuple[Path, dict[str, Any]]:
     """Fills the cache of the config with what it lacks; returns its folder and its manifest.
+
+    evaluate: called at the end, with what loads and places the teacher, where it is not in memory yet.
 
     Raises UsageError where the config, the data or the folder is not fit for it, TrainingError where the disk is full,
     and Stopped, with every finished shard kept, at a signal.
@@ -56,6 +68,17 @@ def cache_teacher(config: Config, stop: StopRequest) -> tuple[Path, dict[str, An
     del student
     width = load_model_config(source, "teacher.path").get_text_config(decoder=True).hidden_size if layers else 0
     shards = _plan(config, task, len(layers) * width)
+
+    @functools.cache
+    def load() -> tuple[LoadedModel, ModelTeacher]:
+        loaded = on_every_rank(accelerator, lambda: stop.breaks(lambda: load_teacher(config, task)))
+        placement = "offload" if config.teacher.placement == "offload" else "replicated"
+        placed = config.teacher.model_copy(update={"placement": placement})
+        # In the teacher's own order of labels: each student takes its own from it.
+        teacher = place(loaded.model, placed, accelerator, task, None)
+        assert isinstance(teacher, ModelTeacher)
+        return replace(loaded, origin=origin), teacher
+
     folder = Path(config.teacher.cache).expanduser() if config.teacher.cache else default_folder(config, key)
     with ExitStack() as held:
         on_rank_0(accelerator, lambda: _take(folder, key, source.name, held))
@@ -65,16 +88,16 @@ def cache_teacher(config: Config, stop: StopRequest) -> tuple[Path, dict[str, An
         if not missing and manifest is not None:
             logger.info("the cache is complete already; nothing is computed")
         else:
-            loaded = on_every_rank(accelerator, lambda: stop.breaks(lambda: load_teacher(config, task)))
-            loaded = replace(loaded, origin=origin)
-            keeper = Keeper(config, task, loaded, accelerator, layers)
+            keeper = Keeper(config, task, *load(), accelerator, layers)
             logger.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
             _fill(keeper, folder, digest(key), missing, shards, stop)
-            facts = {"digest": digest(key), "key": key, "teacher": loaded.facts(), "made_at": now(), **keeper.facts()}
+            about = {"teacher": load()[0].facts(), "made_at": now()}
+            facts = {"digest": digest(key), "key": key, **about, **keeper.facts()}
             manifest = on_rank_0(accelerator, lambda: _complete(folder, shards, facts))
-        held.close()
     for line in report(folder, manifest):
         logger.info(line)
+    if evaluate is not None:
+        evaluate(config, task, origin, accelerator, load)
     accelerator.end_training()
     return folder, manifest
 

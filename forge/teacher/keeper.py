@@ -14,14 +14,13 @@ from forge.config.schema import Config
 from forge.errors import TrainingError, UsageError
 from forge.losses.linear_kd_plain import head_logits
 from forge.model.load import LoadedModel
-from forge.task.batches import Batch, for_the_loop, model_inputs, preparing, row_loader
+from forge.task.batches import Batch, for_the_loop, preparing, row_loader
 from forge.task.classification import Classification
 from forge.task.task import Task
 from forge.teacher.cache import HIDDEN, LABEL_OFFSETS, TOKEN_OFFSETS, TRAIN, Arrays, Shard, split_name
 from forge.teacher.cached import token_places
 from forge.teacher.key import keeps_whole_logits, token_columns
-from forge.teacher.placement import place
-from forge.teacher.teacher import ModelTeacher, TeacherOutputs, as_dtype, hidden_states_of
+from forge.teacher.teacher import ModelTeacher, TeacherOutputs
 from forge.teacher.top_k import top_k, truncation_kl
 
 LOGITS_BYTES = 64 << 20  # of float32 logits, so many exist at a time
@@ -37,19 +36,21 @@ class Keeper:
     """A teacher in memory, and what is kept of it."""
 
     def __init__(
-        self, config: Config, task: Task, loaded: LoadedModel, accelerator: Accelerator, layers: tuple[int, ...]
+        self,
+        config: Config,
+        task: Task,
+        loaded: LoadedModel,
+        teacher: ModelTeacher,
+        accelerator: Accelerator,
+        layers: tuple[int, ...],
     ):
-        """loaded: the teacher, on the CPU. layers: whose hidden states are kept, of rows that are trained on."""
+        """loaded, teacher: the same model, loaded and placed, in its own order of labels. layers: whose hidden states
+        are kept, of rows that are trained on."""
         self.accelerator, self._config, self._task, self._layers = accelerator, config, task, layers
         self._splits = splits_of(task)
         self._lengths = {split: np.asarray(rows["length"][:]) for split, rows in self._splits.items()}
         workers = config.training.num_workers
         self._num_workers = task.num_workers if workers is None else workers
-        placement = "offload" if config.teacher.placement == "offload" else "replicated"
-        placed = config.teacher.model_copy(update={"placement": placement})
-        # In the teacher's own order of labels: each student takes its own from it.
-        teacher = place(loaded.model, placed, accelerator, task, None)
-        assert isinstance(teacher, ModelTeacher)
         self._teacher = teacher
         columns, self._widths = self._probe()
         if layers and layers[-1] >= len(self._widths):
@@ -116,7 +117,6 @@ class Keeper:
                 _deal(by_row, batch, self._at_tokens(outputs, batch, counts), counts)
         return _joined(list(by_row.values())), sums
 
-    @torch.no_grad()
     def _probe(self) -> tuple[int, list[int]]:
         """Columns of the teacher's logits; where hidden states are kept, the widths of those of each layer."""
         batch = for_the_loop(self._task.collate([self._task.train[0]]), [0])
@@ -125,10 +125,7 @@ class Keeper:
         columns = outputs["logits"].shape[1] if "logits" in outputs else outputs["head"].shape[0]
         if not self._layers:
             return columns, []
-        model = self._teacher.model
-        inputs = as_dtype(model_inputs(batch), model.dtype)
-        states = hidden_states_of(model(**inputs, **self._task.forward_options, output_hidden_states=True))
-        return columns, [state.shape[-1] for state in states]
+        return columns, list(self._teacher.hidden_widths(batch))
 
     def _at_labels(self, outputs: TeacherOutputs, labels: int, sums: dict[str, float]) -> Arrays:
         """What is kept of a batch's labels; adds to the sums, where they are wanted."""

@@ -14,13 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import align_module_device
 from torch import Tensor
 
-from forge.cluster.ranks import on_rank_0
+from forge.cluster.ranks import StopVote, on_rank_0
+from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
-from forge.errors import TrainingError
+from forge.errors import Stopped, TrainingError
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
 from forge.task.batches import Batch
 from forge.task.task import Task
+from forge.teacher.loading import evaluates_teacher
 from forge.teacher.numbers import numbers_key, store_numbers, stored_numbers
 from forge.teacher.placement import teacher_dtype
 from forge.teacher.teacher import ModelTeacher, TeacherOutputs, as_dtype
@@ -101,6 +103,34 @@ def evaluate_teacher(
             ": a student would learn nothing from it; set teacher.dtype: float32, or name another teacher"
         )
     return metrics
+
+
+def keep_numbers(
+    stop: StopRequest,
+    config: Config,
+    task: Task,
+    origin: Origin,
+    accelerator: Accelerator,
+    load: Callable[[], tuple[LoadedModel, ModelTeacher]],
+) -> None:
+    """Evaluates a teacher for the runs that will not have it in memory, unless none asks, or it is done already.
+
+    load: the teacher, placed; called where it is needed. Raises Stopped.
+    """
+    vote = StopVote(accelerator, stop)
+
+    def between_batches() -> None:
+        if vote.now():
+            raise Stopped(f"stopped by {vote.reason()} in the teacher's evaluation; the same command goes on")
+
+    def compute() -> dict[str, Any]:
+        return evaluate_teacher(config, task, *load(), accelerator, between_batches)
+
+    if evaluates_teacher(config):
+        logger.info("the teacher's own numbers, on the rows that are not trained on")
+        metrics = teacher_numbers(config, task, origin, accelerator, compute, "forge cache-teacher") or {}
+        shown = [f"{name} {value:.4f}" for name, value in metrics.items() if name.split("/")[-1] in task.headline]
+        logger.info("%s", "  ".join(shown))
 
 
 class _Taught(Student):
