@@ -17,6 +17,7 @@ from forge.losses.hidden_states import hidden_state_loss
 from forge.losses.relations import relation_loss
 from forge.model.attention import attention_modules, listening, width_of
 from forge.task.batches import Batch, model_inputs
+from forge.teacher.layers import layer_map
 from forge.teacher.teacher import Teacher, TeacherOutputs, hidden_states_of, hidden_widths, wanting
 
 logger = logging.getLogger(__name__)
@@ -117,25 +118,6 @@ def build_features(
         of_teacher = teacher.want_relations(config.relations.teacher_layer, list(attention))
         _check_heads(config.relations.heads, {"student": widths, "teacher": of_teacher})
     return Features(config, pairs, projections, attention)
-
-
-def layer_map(given: Mapping[int, int] | None, student_layers: int, teacher_layers: int) -> dict[int, int]:
-    """For each layer of the student that is drawn the teacher's; 0 is the embeddings' output, n the n-th layer's.
-
-    None: each layer i, and 0, to round(i * teacher_layers / student_layers), a half to the even one. Raises UsageError
-    for a layer that there is not.
-    """
-    if given is None:
-        return {layer: round(layer * teacher_layers / student_layers) for layer in range(student_layers + 1)}
-    for layer, of_teacher in given.items():
-        for whose, index, count in (("student", layer, student_layers), ("teacher", of_teacher, teacher_layers)):
-            if not 0 <= index <= count:
-                raise UsageError(
-                    f"distillation.hidden.layers draws layer {layer} to {of_teacher}, and the {whose} has no {index}: "
-                    f"the student has {student_layers} layers and the teacher {teacher_layers}, counted from 1, and 0 "
-                    "is the embeddings' output"
-                )
-    return dict(sorted(given.items()))
 
 
 def name_of(layer: int, of_teacher: int) -> str:
