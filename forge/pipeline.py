@@ -53,6 +53,7 @@ from forge.teacher.loading import label_columns, load_teacher, wants_teacher
 from forge.teacher.placement import place
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.distillation import DistillationTrainer
+from forge.trainer.features import check_features
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
 from forge.trainer.optimizer import step_shape
 from forge.trainer.samples import SamplesFolder
@@ -109,7 +110,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         loaded_model = _with_origin(loaded_model, accelerator, "model")
         on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
         task = task.for_model(loaded_model)
-        taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task)))
+        taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task, loaded_model)))
         taught = _with_origin(taught, accelerator, "teacher") if taught is not None else None
         beginning = on_rank_0(
             accelerator, lambda: with_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
@@ -254,8 +255,12 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
     return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
 
 
-def _load_teacher(config: Config, task: Task) -> LoadedModel | None:
-    return load_teacher(config, task) if wants_teacher(config) else None
+def _load_teacher(config: Config, task: Task, student: LoadedModel) -> LoadedModel | None:
+    if not wants_teacher(config):
+        return None
+    taught = load_teacher(config, task)
+    check_features(config.distillation, student.model, taught.model)
+    return taught
 
 
 def _with_origin(loaded: LoadedModel, accelerator: Accelerator, key: str) -> LoadedModel:

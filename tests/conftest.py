@@ -223,7 +223,7 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
             mutate(loaded.model)
         run = create_run_directory(tmp_path / "trainer_runs", Path("tiny"), None)
         task = task.for_model(loaded)
-        taught = _load_teacher(config, task)
+        taught = _load_teacher(config, task, loaded)
         state = TrainingState(run_id=new_run_id())
         lock = RunLock(run)
         lock.take()
