@@ -58,6 +58,7 @@ from forge.teacher.loading import evaluates_teacher, label_columns, load_teacher
 from forge.teacher.placement import place
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.distillation import DistillationTrainer
+from forge.trainer.features import check_features
 from forge.trainer.final import export
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
 from forge.trainer.optimizer import step_shape
@@ -369,8 +370,12 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
     return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
 
 
-def _load_teacher(config: Config, task: Task) -> LoadedModel | None:
-    return load_teacher(config, task) if wants_teacher(config) else None
+def _load_teacher(config: Config, task: Task, student: LoadedModel) -> LoadedModel | None:
+    if not wants_teacher(config):
+        return None
+    taught = load_teacher(config, task)
+    check_features(config.distillation, student.model, taught.model)
+    return taught
 
 
 def _teacher(
@@ -381,7 +386,7 @@ def _teacher(
     if wants_teacher(config) and config.teacher.placement == "cached":
         command = f"forge cache-teacher {shlex.quote(str(loaded.file))}"
         return find_teacher_cache(config, task, student, accelerator, command)
-    taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task)))
+    taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task, student)))
     return _with_origin(taught, accelerator, "teacher") if taught is not None else None
 
 
