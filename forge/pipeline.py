@@ -213,8 +213,8 @@ def _report_teacher(
         return
     known = on_rank_0(trainer.accelerator, lambda: bool(_recorded_evaluation(trainer.run, "teacher")))
     if not known or beginning.other_teacher:
-        model = taught if isinstance(taught, LoadedModel) else None
-        trainer.report_teacher(model, taught.origin if taught is not None else None)
+        loaded = taught if isinstance(taught, LoadedModel) else None
+        trainer.report_teacher(loaded, taught.origin if taught is not None else None)
 
 
 def _train_control(
@@ -228,7 +228,7 @@ def _train_control(
 ) -> None:
     """Trains the run's twin without the teacher, or goes on with it. Raises Stopped, for the run itself."""
     config = request.loaded.config
-    twin = control_config(config, state.total_steps, evaluates_teacher=evaluates_teacher(config))
+    twin = control_config(config, state.total_steps)
     known = on_rank_0(accelerator, lambda: _existing_control(request, run, state.total_steps, facts))
     control = control_of(run)
     if known is not None and known.complete:
@@ -263,7 +263,7 @@ def _existing_control(
 ) -> Control | None:
     """run: the one that is controlled. Raises UsageError where another thing has the control's name."""
     config = request.loaded.config
-    wanted = control_config(config, steps or 1, evaluates_teacher=evaluates_teacher(config))
+    wanted = control_config(config, steps or 1)
     return check_control(control_of(run), wanted, steps=steps, facts=facts, allowed=request.allowed_changes)
 
 
