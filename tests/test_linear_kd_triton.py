@@ -12,7 +12,7 @@ from test_linear_kd import DIVERGENCES, IGNORE, cast, error, gradients, oracle, 
 from torch import Tensor
 
 from forge.losses import linear_kd as module
-from forge.losses.kd_settings import Chunks, Inputs, Needs, Outputs, Settings
+from forge.losses.kd_settings import Chunks, Inputs, Needs, Outputs, Settings, teacher_share
 from forge.losses.linear_kd import linear_kd
 from forge.losses.linear_kd_plain import plain_linear_kd
 
@@ -67,7 +67,7 @@ def assert_close(got: Outputs, expected: Outputs, sums: float, gradient: float) 
 @pytest.mark.parametrize(("divergence", "mix"), DIVERGENCES)
 def test_fp32_logits_equal_float64(divergence: str, mix: float, temperature: float) -> None:
     x = cast(problem(N=9, V=70), torch.float32, DEVICE)
-    settings = Settings(0.4, temperature, divergence, mix)
+    settings = Settings(0.4, temperature, divergence, teacher_share(divergence, mix, mix))
     got = fused(inputs_of(x), settings, Chunks(3, 6), "fp32")
     _, ce, kl, expected_gradients = oracle(x, 0.4, temperature, divergence, mix, normalizer=1.0)
 
@@ -83,7 +83,7 @@ def test_the_difference_form_equals_float64_also_with_odd_and_padded_vocabularie
     V: int, Vt: int, divergence: str, mix: float
 ) -> None:
     x = cast(problem(N=19, V=V, Vt=Vt, Hs=24, Ht=40), BF16, DEVICE)
-    settings = Settings(0.4, 2.0, divergence, mix)
+    settings = Settings(0.4, 2.0, divergence, teacher_share(divergence, mix, mix))
     got = fused(inputs_of(x), settings, Chunks(19, 19), "difference")
     _, ce, kl, expected_gradients = oracle(x, 0.4, 2.0, divergence, mix, normalizer=1.0)
 
@@ -121,7 +121,7 @@ def test_equal_models_have_no_divergence(precision: str, divergence: str, mix: f
     x = problem(N=8, V=70, Hs=24, Ht=24)
     x["teacher_hidden"], x["teacher_head"] = x["student_hidden"].clone(), x["student_head"].clone()
     inputs = inputs_of(cast(x, BF16, DEVICE))
-    got = fused(inputs, Settings(1.0, 2.0, divergence, mix), Chunks(8, 8), precision)
+    got = fused(inputs, Settings(1.0, 2.0, divergence, teacher_share(divergence, mix, mix)), Chunks(8, 8), precision)
     assert abs(got.kl_sum.item()) < 2e-6
     assert got.d_hidden.abs().max() < 1e-5
 
@@ -151,6 +151,13 @@ def test_cross_entropy_alone(dtype: torch.dtype) -> None:
         limit = (1e-5, 3e-6) if dtype == torch.float32 else (2e-3, 1e-2)
         assert_close(got, exact(inputs, settings), *limit)
         assert got.kl_sum.item() == 0
+
+
+def test_no_skew_is_the_plain_divergence() -> None:
+    inputs = inputs_of(cast(problem(N=6, V=70), torch.float32, DEVICE))
+    for skewed, plain in (("skew_kl", "forward_kl"), ("skew_reverse_kl", "reverse_kl")):
+        got = fused(inputs, Settings(0.4, 2.0, skewed, teacher_share(skewed, 0.0, 0.0)), Chunks(6, 6), "fp32")
+        assert_close(got, fused(inputs, Settings(0.4, 2.0, plain), Chunks(6, 6), "fp32"), 1e-7, 1e-7)
 
 
 def test_bf16_logits_are_overwritten_only_after_they_were_read() -> None:
@@ -195,7 +202,7 @@ def test_a_token_that_both_models_exclude_makes_no_nan() -> None:
     x["student_bias"][41:] = x["teacher_bias"][41:] = -torch.inf
     inputs = inputs_of(cast(x, torch.float32, DEVICE))
     for divergence, mix in DIVERGENCES:
-        settings = Settings(0.4, 2.0, divergence, mix)
+        settings = Settings(0.4, 2.0, divergence, teacher_share(divergence, mix, mix))
         got = fused(inputs, settings, Chunks(6, 6), "fp32")
         fewer = {name: t[:41] if t.shape[0] == 70 else t for name, t in x.items()}
         _, ce, kl, expected = oracle(fewer, 0.4, 2.0, divergence, mix, normalizer=1.0)

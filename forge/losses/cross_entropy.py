@@ -9,10 +9,12 @@ IGNORE = -100  # the label of a position that counts for nothing
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over counted positions of -log softmax(logits)[label], in nats.
 
-    logits: (..., V) in any float dtype, computed in float32. labels: (...) int64, IGNORE where nothing is counted.
-    Returns a float32 scalar, differentiable in logits; 0 where no position is counted.
+    logits: (..., V) in any float dtype, computed in float32; float64 stays. labels: (...) int64, IGNORE where nothing
+    is counted. Returns a float32 scalar (float64 for float64 logits), differentiable in logits; 0 where no position is
+    counted.
     """
-    flat = logits.float().flatten(0, -2)  # (N, V)
+    work = torch.promote_types(logits.dtype, torch.float32)
+    flat = logits.to(work).flatten(0, -2)  # (N, V)
     return torch.nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 

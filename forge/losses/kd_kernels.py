@@ -5,6 +5,9 @@
 import triton
 import triton.language as tl
 
+from forge.losses import kd_settings
+
+EQUAL = tl.constexpr(kd_settings.EQUAL)
 LOWEST = tl.constexpr(-1.0e30)  # where a running maximum starts: finite, so that -inf - LOWEST is no NaN
 
 
@@ -400,19 +403,27 @@ def pull_of(p, q, delta, mix, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == "reverse_kl":
         pull = tl.where(p > 0.0, p * delta, 0.0)
         value = pull - p + q
+    elif DIVERGENCE == "tvd":
+        value = 0.5 * tl.abs(p - q)
+        pull = p * tl.where(delta > EQUAL, 0.5, tl.where(delta < -EQUAL, -0.5, 0.0))
     else:
         # log(p / m) and log(q / m), m = mix q + (1 - mix) p, without a large exponential
         small = tl.exp(-tl.abs(delta))
         p_larger = delta > 0.0
         log_m = tl.log(tl.where(p_larger, mix * small + (1.0 - mix), mix + (1.0 - mix) * small))
-        q_over_m = tl.where(p_larger, -delta - log_m, -log_m)
-        value = tl.where(q > 0.0, q * q_over_m, 0.0)
-        if DIVERGENCE == "jsd":
+        if DIVERGENCE == "skew_reverse_kl":
             p_over_m = tl.where(p_larger, -log_m, delta - log_m)
-            pull = (1.0 - mix) * tl.where(p > 0.0, p * p_over_m, 0.0)
-            value = mix * value + pull
+            value = tl.where(p > 0.0, p * p_over_m, 0.0)
+            pull = value - (1.0 - mix) * p * tl.exp(p_over_m)
         else:
-            pull = -(1.0 - mix) * p * tl.exp(q_over_m)
+            q_over_m = tl.where(p_larger, -delta - log_m, -log_m)
+            value = tl.where(q > 0.0, q * q_over_m, 0.0)
+            if DIVERGENCE == "jsd":
+                p_over_m = tl.where(p_larger, -log_m, delta - log_m)
+                pull = (1.0 - mix) * tl.where(p > 0.0, p * p_over_m, 0.0)
+                value = mix * value + pull
+            else:
+                pull = -(1.0 - mix) * p * tl.exp(q_over_m)
     return value, pull
 
 

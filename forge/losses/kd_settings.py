@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 MISSING_MASS = ("tail", "renormalise", "zero")
 PRECISIONS = ("difference", "fp32", "bf16")
 TAIL_FLOOR = 1e-6  # a tail lighter than this is lost in the float32 rounding of 1 - sum(top k), so it counts as none
+# Probabilities that differ by less than this share count as equal where a loss takes the sign of their difference: two
+# float32 products of some thousand terms agree no better, and half of p would hang on the sign of that rounding.
+EQUAL = 1e-4
 DEFAULT_BUDGET = 3 * 2**30  # holds the fastest chunks of 8,192 rows at a vocabulary of 151,936
 
 
@@ -20,7 +23,7 @@ class Settings:
     alpha: float = 0.5
     temperature: float = 1.0
     divergence: str = "forward_kl"
-    mix: float = 0.0  # the teacher's share of the mixture: beta of jsd, lambda of skew_kl
+    mix: float = 0.0  # the teacher's share of the mixture, see teacher_share
     missing_mass: str = "tail"
     logit_scale: float = 1.0
     softcap: float = 0.0  # 0: none
@@ -84,6 +87,19 @@ class Chunks:
     wide: int
 
 
+def teacher_share(divergence: str, beta: float, skew: float) -> float:
+    """The teacher's share w of the mixture m = w q + (1 - w) p that the divergence is taken to; 0 where it has none.
+
+    beta of jsd, and in both skew divergences a share `skew` for the first distribution, whose log-ratio is averaged:
+    the teacher in skew_kl, the student in skew_reverse_kl.
+    """
+    if divergence == "jsd":
+        return float(beta)
+    if divergence == "skew_kl":
+        return float(skew)
+    return 1.0 - float(skew) if divergence == "skew_reverse_kl" else 0.0
+
+
 def check_settings(settings: Settings) -> None:
     """Raises ValueError, one sentence, for a number or a word that gives the formula no meaning."""
     if not 0.0 <= settings.alpha <= 1.0:
@@ -99,12 +115,22 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.divergence == "skew_kl" and not 0.0 <= settings.mix < 1.0:
         raise ValueError(f"skew of skew_kl must lie in [0, 1), and it is {settings.mix}.")
+    if settings.divergence == "skew_reverse_kl" and not 0.0 < settings.mix <= 1.0:
+        raise ValueError(f"skew of skew_reverse_kl must lie in [0, 1), and it is {1.0 - settings.mix:g}.")
     if settings.missing_mass not in MISSING_MASS:
         raise ValueError(f"missing_mass must be one of {', '.join(MISSING_MASS)}, and it is {settings.missing_mass!r}.")
     if settings.softcap < 0.0 or settings.teacher_softcap < 0.0:
         raise ValueError("A softcap must be positive, or None for none.")
     if not (math.isfinite(settings.logit_scale) and math.isfinite(settings.teacher_logit_scale)):
         raise ValueError("A logit scale must be a finite number.")
+
+
+def plain_rows(V: int, itemsize: int, memory_budget: int | None = None) -> int:
+    """How many positions plain torch takes at a time: some six (rows, V) tensors of it are alive at once.
+
+    itemsize: bytes of one of their elements. memory_budget: bytes for all six, None for 256 MiB.
+    """
+    return max(16, min(1024, (memory_budget or 2**28) // (6 * itemsize * max(V, 1))))
 
 
 def row_pitch(V: int) -> int:

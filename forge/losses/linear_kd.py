@@ -9,10 +9,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from forge.losses.kd_settings import PRECISIONS, Chunks, Inputs, Needs, Outputs, Settings, check_settings, plan_chunks
+from forge.losses.kd_settings import (
+    PRECISIONS,
+    Chunks,
+    Inputs,
+    Needs,
+    Outputs,
+    Settings,
+    check_settings,
+    plain_rows,
+    plan_chunks,
+    teacher_share,
+)
 from forge.losses.linear_kd_plain import plain_linear_kd, stored
 
 logger = logging.getLogger(__name__)
+SCALED_AT_ONCE = 2**22  # elements of a gradient that plain torch scales in one go, so that no wide copy of it is made
 
 
 @dataclasses.dataclass
@@ -66,8 +78,9 @@ def linear_kd(
         temperature, indices distinct within a row, -inf for an absent entry. missing_mass says what becomes of the
         probability that they lack: tail, renormalise or zero; see linear_kd_plain.sparse_rows.
     alpha: in [0, 1]. At 0 no teacher is needed, and one that is given is not touched; at 1 CE is still reported.
-    divergence: forward_kl, reverse_kl, jsd (with beta) or skew_kl (with skew); beta and skew are the teacher's share of
-        the mixture.
+    divergence: forward_kl, reverse_kl, jsd (with beta), skew_kl or skew_reverse_kl (with skew), or tvd. beta in (0, 1)
+        is the teacher's share of the mixture; skew in [0, 1) the share of the distribution whose log-ratio is averaged,
+        the teacher's in skew_kl and the student's in skew_reverse_kl.
     logit_scale, softcap: logits are softcap * tanh(logit_scale * (hidden @ head.T + bias) / softcap).
     normalizer: () on the device, usually the labels of the whole optimizer step over all ranks and micro-batches; None
         for those of this call, at least 1.
@@ -87,7 +100,7 @@ def linear_kd(
         alpha=float(alpha),
         temperature=float(temperature),
         divergence=divergence,
-        mix=float(beta) if divergence == "jsd" else float(skew) if divergence == "skew_kl" else 0.0,
+        mix=teacher_share(divergence, beta, skew),
         missing_mass=missing_mass,
         logit_scale=float(logit_scale),
         softcap=float(softcap or 0.0),
@@ -179,13 +192,7 @@ def check_teacher(
         raise ValueError("alpha > 0 needs one teacher: teacher_hidden and teacher_head, or log-probs and indices.")
     N = student_hidden.shape[0]
     if sparse:
-        if log_probs is None or indices is None or log_probs.dim() != 2 or log_probs.shape != indices.shape:
-            raise ValueError("teacher_log_probs and teacher_indices must both be given, with one shape (N, K).")
-        if log_probs.shape[0] != N or log_probs.shape[1] == 0 or indices.dtype != torch.int64:
-            raise ValueError(
-                f"teacher_log_probs {tuple(log_probs.shape)} and int64 teacher_indices need one row for each of the "
-                f"{N} rows of student_hidden, and at least one column."
-            )
+        check_sparse(log_probs, indices, N, "student_hidden")
         return
     if hidden is None or head is None or hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError("teacher_hidden and teacher_head must both be given, as (N, Ht) and (Vt, Ht).")
@@ -193,6 +200,16 @@ def check_teacher(
         raise ValueError(f"teacher_hidden has {hidden.shape[0]} rows, and student_hidden has {N}.")
     if bias is not None and tuple(bias.shape) != (head.shape[0],):
         raise ValueError(f"teacher_bias {tuple(bias.shape)} must have one element for each of {head.shape[0]} columns.")
+
+
+def check_sparse(log_probs: Tensor | None, indices: Tensor | None, N: int, beside: str) -> None:
+    if log_probs is None or indices is None or log_probs.dim() != 2 or log_probs.shape != indices.shape:
+        raise ValueError("teacher_log_probs and teacher_indices must both be given, with one shape (N, K).")
+    if log_probs.shape[0] != N or log_probs.shape[1] == 0 or indices.dtype != torch.int64:
+        raise ValueError(
+            f"teacher_log_probs {tuple(log_probs.shape)} and int64 teacher_indices need one row for each of the {N} "
+            f"rows of {beside}, and at least one column."
+        )
 
 
 def product_dtype(hidden: Tensor, head: Tensor, whose: str) -> torch.dtype:
@@ -292,9 +309,12 @@ def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Ten
 
         with torch.cuda.device(gradient.device):
             return scaled(gradient, factor, dtype)
-    # A 0-dim factor would be rounded to the gradient's dtype, one of shape (1,) is not.
     work = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.mul(gradient.to(work), factor.to(work)).to(dtype, copy=True)
+    out = torch.empty_like(gradient, dtype=dtype)
+    rows = max(1, SCALED_AT_ONCE * gradient.shape[0] // max(gradient.numel(), 1))
+    for part, scaled_part in zip(gradient.split(rows), out.split(rows), strict=True):
+        scaled_part.copy_(part.to(work) * factor.to(work))
+    return out
 
 
 @scaled_gradient.register_fake
@@ -344,9 +364,7 @@ def computed(
             say_once(f"linear_kd takes the plain path: {refusal}.", level)
         itemsize = torch.promote_types(inputs.dtype, torch.float32).itemsize
         if chunks is None:
-            # Some six (rows, V) tensors are alive at once; without a budget, 256 MiB of them.
-            budget = memory_budget or 2**28
-            chunks = Chunks(rows := max(16, min(1024, budget // (6 * itemsize * V))), rows)
+            chunks = Chunks(rows := plain_rows(V, itemsize, memory_budget), rows)
         return plain_linear_kd(inputs, settings, needs, chunks.rows)
 
     from forge.losses.linear_kd_triton import fused_linear_kd, refusal_of_difference

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from forge.losses.kd_settings import TAIL_FLOOR, Inputs, Needs, Outputs, Settings
+from forge.losses.kd_settings import EQUAL, TAIL_FLOOR, Inputs, Needs, Outputs, Settings
 
 
 def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int) -> Outputs:
@@ -90,15 +90,19 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """D(teacher || student) of each row at temperature T, without T^2, and its gradient in the student's logits.
 
-    student, teacher: (n, V) logits. Returns (n,) and (n, V). With p the student, q the teacher and m = w q + (1 - w) p:
+    student, teacher: (n, V) logits. Returns (n,) and (n, V). With p the student, q the teacher and m = w q + (1 - w) p,
+    w being settings.mix:
 
-        forward_kl  sum q log(q / p)                               gradient (p - q) / T
-        reverse_kl  sum p log(p / q)                                        p (g - sum p g) / T,  g = log(p / q)
-        jsd         w sum q log(q / m) + (1 - w) sum p log(p / m)           likewise, g = (1 - w) log(p / m)
-        skew_kl     sum q log(q / m)                                        likewise, g = -(1 - w) q / m
+        forward_kl       sum q log(q / p)                               gradient (p - q) / T
+        reverse_kl       sum p log(p / q)                                p (g - sum p g) / T,  g = log(p / q)
+        jsd              w sum q log(q / m) + (1 - w) sum p log(p / m)   likewise, g = (1 - w) log(p / m)
+        skew_kl          sum q log(q / m)                                likewise, g = -(1 - w) q / m
+        skew_reverse_kl  sum p log(p / m)                                likewise, g = log(p / m) - (1 - w) p / m
+        tvd              sum |p - q| / 2                                 likewise, g = sign(p - q) / 2, 0 at equality
 
-    jsd is the generalised Jensen-Shannon divergence of Agarwal et al. 2024 (GKD, arXiv 2306.13649), w = beta; skew_kl
-    is that of Ko et al. 2024 (DistiLLM, arXiv 2402.03898), w = lambda.
+    jsd is the generalised Jensen-Shannon divergence of Agarwal et al. 2024 (GKD, arXiv 2306.13649), w = beta; the two
+    skew divergences are those of Ko et al. 2024 (DistiLLM, arXiv 2402.03898), w = lambda in skew_kl and 1 - lambda in
+    skew_reverse_kl; tvd is the total variation distance, Wen et al. 2023 (arXiv 2307.15190).
     """
     T = settings.temperature
     log_p, log_q = (student / T).log_softmax(-1), (teacher / T).log_softmax(-1)
@@ -108,17 +112,36 @@ def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings) -> tup
     if settings.divergence == "reverse_kl":
         score = log_p - log_q
         value = weighted(p, score).sum(-1)
+    elif settings.divergence == "tvd":
+        score = 0.5 * sign_of_difference(p, q)
+        value = 0.5 * (p - q).abs().sum(-1)
     else:
         w = settings.mix
-        log_m = log_p if w == 0.0 else torch.logaddexp(log_q + math.log(w), log_p + math.log(1.0 - w))
-        value = weighted(q, log_q - log_m).sum(-1)
+        log_m = log_mixture(log_p, log_q, w)
         if settings.divergence == "jsd":
             score = (1.0 - w) * (log_p - log_m)
-            value = w * value + weighted(p, score).sum(-1)
-        else:
+            value = w * weighted(q, log_q - log_m).sum(-1) + weighted(p, score).sum(-1)
+        elif settings.divergence == "skew_kl":
             score = -(1.0 - w) * (log_q - log_m).exp()
+            value = weighted(q, log_q - log_m).sum(-1)
+        else:
+            score = (log_p - log_m) - (1.0 - w) * (log_p - log_m).exp()
+            value = weighted(p, log_p - log_m).sum(-1)
     pull = weighted(p, score)
     return value, (pull - p * pull.sum(-1, keepdim=True)) / T
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, w: float) -> Tensor:
+    """log(w q + (1 - w) p), also at the ends of w."""
+    if w in (0.0, 1.0):
+        return log_q if w else log_p
+    return torch.logaddexp(log_q + math.log(w), log_p + math.log(1.0 - w))
+
+
+def sign_of_difference(p: Tensor, q: Tensor) -> Tensor:
+    """sign(p - q) of probabilities; 0 where they differ by no more than the share kd_settings.EQUAL of the larger."""
+    difference = p - q
+    return torch.where(difference.abs() > EQUAL * torch.maximum(p, q), difference.sign(), 0.0)
 
 
 def sparse_rows(student: Tensor, log_q: Tensor, indices: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
