@@ -51,6 +51,7 @@ from forge.task.choice import load_task
 from forge.task.task import Task
 from forge.teacher.loading import label_columns, load_teacher, wants_teacher
 from forge.teacher.placement import place
+from forge.teacher.vocabulary import for_teacher, tell_of_columns
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.distillation import DistillationTrainer
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
@@ -109,6 +110,8 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         loaded_model = _with_origin(loaded_model, accelerator, "model")
         on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
         task = task.for_model(loaded_model)
+        if wants_teacher(config):
+            task = _for_teacher(config, task, accelerator, stop)
         taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task)))
         taught = _with_origin(taught, accelerator, "teacher") if taught is not None else None
         beginning = on_rank_0(
@@ -254,6 +257,10 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
     return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
 
 
+def _for_teacher(config: Config, task: Task, accelerator: Accelerator, stop: StopRequest) -> Task:
+    return rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
+
+
 def _load_teacher(config: Config, task: Task) -> LoadedModel | None:
     return load_teacher(config, task) if wants_teacher(config) else None
 
@@ -282,6 +289,7 @@ def _trainer(
     """taught: the teacher; None: there is none."""
     if taught is None:
         return FinetuningTrainer(config, accelerator, task, loaded, *others)
+    tell_of_columns(loaded.model, taught.model, task)
     columns = label_columns(loaded.label_ids, taught.label_ids)
     teacher = place(taught.model, config.teacher, accelerator, task, columns)
     return DistillationTrainer(config, accelerator, task, loaded, *others, teacher=teacher)

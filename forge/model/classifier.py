@@ -56,7 +56,7 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
     if config.new_head or names is None:
         _set_labels(checkpoint, labels)
     else:
-        align(labels, names)
+        align(labels, names, key)
         _set_labels(checkpoint, names)
 
     read = read_checkpoint(AutoModelForSequenceClassification, source, checkpoint, key, "weights for a classifier")
@@ -68,14 +68,15 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
         _renew(model, head)
         absent = sorted({*absent, *head})
     elif names is None and (read.mismatched or not any(name in absent for name in head)):
+        new_head = f", or start a new head with {key}.new_head: true" if key == "model" else ""
         raise UsageError(
             f"{key}.path: {source.name} has a classification head of {outputs} outputs without label names; give "
-            f"them in the order of its outputs with {key}.labels: [...], or start a new head with {key}.new_head: true"
+            f"them in the order of its outputs with {key}.labels: [...]{new_head}"
         )
     if absent:
         logger.info("%s: %s has no %s; they start new", key, source.name, ", ".join(absent))
     final_names = cast(dict[int, str], model.config.id2label)
-    return LoadedModel(model, source, absent, align(labels, [final_names[i] for i in sorted(final_names)]))
+    return LoadedModel(model, source, absent, align(labels, [final_names[i] for i in sorted(final_names)], key))
 
 
 def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from forge.config.explain import effective
 from forge.config.schema import Config
 from forge.model.origin import Origin
+from forge.task.identity import tokenizer_hash
 from forge.task.task import Task
 
 ContentKey = dict[str, Any]  # names as messages have them, values as JSON has them
@@ -23,6 +24,9 @@ def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
     return {
         "the teacher's weights": origin.weights_sha256 or f"{origin.base.location}@{origin.base.commit}",
         "teacher.dtype": dtype,
+        "the teacher's tokenizer": tokenizer_hash(task.teacher_tokenizer)
+        if task.teacher_tokenizer
+        else "the student's",
         "the rows, or their tokens": task.fingerprint,
         "task.dataset.max_rows": rows.get("max_rows"),
         **told,

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from forge.model.head import LinearHead
-from forge.task.batches import Batch, model_inputs
+from forge.task.batches import Batch, teacher_inputs
 
-# N is the number of the batch's label positions, in the order of batch["positions"]. One of three forms:
+# N is the number of the batch's label positions, in the order of batch["positions"]; where the two models read
+# different tokens (ULD), of its aligned places, in the order of batch["teacher_aligned"]. One of three forms:
 #   logits (N, Vt)                            where the student's loss has whole logits as well
 #   hidden (N, Ht), head (Vt, Ht)[, head_bias (Vt,)]     for a student whose loss is computed from hidden states
 #   top_log_probs (N, K), top_indices (N, K)  of a cache: log-probabilities at the temperature that was asked for
@@ -57,8 +58,8 @@ class ModelTeacher(Teacher):
     def outputs(self, batch: Batch, split: str | None, temperature: float) -> TeacherOutputs:
         """The same for every split and temperature."""
         options = {**self.forward_options, **({"output_hidden_states": True} if self.layers else {})}
-        inputs = as_dtype(model_inputs(batch), self.model.dtype)
-        positions = batch["positions"]
+        inputs = as_dtype(teacher_inputs(batch), self.model.dtype)
+        positions = batch.get("teacher_aligned", batch["positions"])
         if self.head is not None and not self.whole_logits:
             result = self.head.body(**inputs, **options)
             hidden = result.last_hidden_state.flatten(0, -2)[positions]  # (N, Ht)
