@@ -33,4 +33,6 @@ class DistillationTrainer(FinetuningTrainer):
         distillation = self.config.distillation
         if split is None:
             return self.teacher.outputs(batch, split, distillation.temperature) if distillation.alpha > 0 else None
+        if distillation.alpha > 0 and distillation.divergence == "uld":
+            return None  # over other tokens there is no agreement, and no KL
         return self.teacher.outputs(batch, split, 1.0)

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forge.losses.cross_entropy import IGNORE, cross_entropy_sum
-from forge.losses.linear_kd import Parts, linear_kd
+from forge.losses.linear_kd import Parts
 from forge.model.head import LinearHead
 from forge.task.batches import Batch, model_inputs
 from forge.teacher.teacher import TeacherOutputs
-from forge.trainer.objective import Objective, likeliest
+from forge.trainer.objective import Objective, likeliest, linear_ce
 
 ROWS_OF_LOGITS = 1024  # logits of so many positions exist at a time where only the likeliest token is sought
 
@@ -50,29 +50,41 @@ class Student(nn.Module):
         if self.head is None:
             logits = self.model(**inputs, **self.forward_options).logits
             if self.training:
-                return self._loss_of_logits(logits, labels, positions, teacher)
+                aligned = logits.flatten(0, -2)[batch["aligned"]] if self._is_universal(teacher) else None
+                return self._loss_of_logits(logits, labels, positions, teacher, aligned)
             return self._judged(logits.flatten(0, -2)[positions], labels, positions, teacher)
-        hidden = self.head.body(**inputs, **self.forward_options).last_hidden_state  # (B, T, D)
-        hidden = hidden.flatten(0, -2)[positions]  # only what carries a label goes through the head
+        states = self.head.body(**inputs, **self.forward_options).last_hidden_state.flatten(0, -2)  # (B * T, D)
+        hidden = states[positions]  # only what carries a label goes through the head
         if self.training:
-            return self._loss_of_hidden(self.head, hidden, labels.flatten()[positions], teacher)
+            aligned = states[batch["aligned"]] if self._is_universal(teacher) else None
+            return self._loss_of_hidden(self.head, hidden, labels.flatten()[positions], teacher, aligned)
         return self._judged(hidden, labels, positions, teacher)
 
     def _loss_of_logits(
-        self, logits: Tensor, labels: Tensor, positions: Tensor, teacher: TeacherOutputs | None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        teacher: TeacherOutputs | None,
+        aligned: Tensor | None,
     ) -> dict[str, Tensor]:
-        """logits: (..., V), labels: (...)."""
+        """logits: (..., V), labels: (...); aligned: (M, V)."""
         if teacher is None:
             return {"loss_sum": cross_entropy_sum(logits, labels)}
         at_labels = logits.flatten(0, -2)[positions], labels.flatten()[positions]
-        return _sums(*self._objective.from_logits(*at_labels, teacher))
+        return _sums(*self._objective.from_logits(*at_labels, teacher, aligned))
 
     def _loss_of_hidden(
-        self, head: LinearHead, hidden: Tensor, labels: Tensor, teacher: TeacherOutputs | None
+        self,
+        head: LinearHead,
+        hidden: Tensor,
+        labels: Tensor,
+        teacher: TeacherOutputs | None,
+        aligned: Tensor | None,
     ) -> dict[str, Tensor]:
-        """hidden: (N, D), labels: (N,)."""
+        """hidden: (N, D), labels: (N,); aligned: (M, D)."""
         if teacher is not None:
-            return _sums(*self._objective.from_hidden(head, hidden, labels, teacher))
+            return _sums(*self._objective.from_hidden(head, hidden, labels, teacher, aligned))
         return {"loss_sum": linear_ce(head, hidden, labels)}
 
     def _judged(
@@ -97,27 +109,14 @@ class Student(nn.Module):
         shaped = torch.zeros_like(labels).flatten().index_copy_(0, positions, predictions).view_as(labels)
         return {"ce_sum": ce_sum, "predictions": shaped, "confidences": confidences, **kl}
 
+    def _is_universal(self, teacher: TeacherOutputs | None) -> bool:
+        return teacher is not None and self._objective.is_universal
+
     @property
     def _objective(self) -> Objective:
         if self.objective is None:
             raise ValueError("A teacher's outputs were given to a student without an objective.")
         return self.objective
-
-
-def linear_ce(head: LinearHead, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy, summed over labels (N,), of hidden states (N, D) and their head; no logits of all of them."""
-    ce_sum, _ = linear_kd(
-        hidden,
-        head.linear.weight,
-        labels,
-        student_bias=head.linear.bias,
-        alpha=0.0,
-        logit_scale=head.scale,
-        softcap=head.softcap,
-        ignore_index=IGNORE,
-        normalizer=torch.ones((), device=hidden.device),
-    )
-    return ce_sum
 
 
 def _sums(loss_sum: Tensor, parts: Parts) -> dict[str, Tensor]:
