@@ -164,13 +164,13 @@ def test_batches_point_into_the_logits_of_both(load_lm: Callable[..., CausalLm])
     """What both have read of a reply, decoded by each tokenizer itself, is the same text before every aligned token."""
     rows = [conversation(i, turns=1 + i % 3) for i in range(7)]
     task = load_lm(rows, rows).for_teacher(sentencepiece([*WORDS, "say"]))
-    assert task.teacher_tokenizer is not None and not task.same_tokens
+    assert task.teacher_tokenizer is not None
+    assert not task.same_tokens
     chosen = [task.train[i] for i in (5, 0, 3)]
     batch = task.collate(chosen)
     width, wide = batch["input_ids"].shape[1], batch["teacher_input_ids"].shape[1]
-    assert width != wide and batch["teacher_attention_mask"].sum(1).tolist() == [
-        len(row["teacher_input_ids"]) for row in chosen
-    ]
+    assert width != wide
+    assert batch["teacher_attention_mask"].sum(1).tolist() == [len(row["teacher_input_ids"]) for row in chosen]
     compared = 0
     for mine, its in zip(batch["aligned"].tolist(), batch["teacher_aligned"].tolist(), strict=True):
         b = mine // width
@@ -196,8 +196,10 @@ def test_a_row_that_the_teacher_cuts_is_aligned_up_to_there(load_lm: Callable[..
     rows = [said("tree " * i + "cat") for i in (1, 6)]
     task = load_lm(rows, rows, "task.max_length=32").for_teacher(sentencepiece(["x"]))
     short, long = (task.train[i] for i in range(2))
-    assert len(short["teacher_input_ids"]) < 32 and len(long["teacher_input_ids"]) == 32
-    assert max(long["teacher_aligned"]) <= 30 and 0 < len(long["aligned"]) < long["labels"]
+    assert len(short["teacher_input_ids"]) < 32
+    assert len(long["teacher_input_ids"]) == 32
+    assert max(long["teacher_aligned"]) <= 30
+    assert 0 < len(long["aligned"]) < long["labels"]
     assert len(short["aligned"]) == short["labels"]
     assert task.facts()["alignment"]["teacher_rows_cut"] == 1
     assert long["input_ids"][long["aligned"][-1] + 1] != task.processing.eos_token_id

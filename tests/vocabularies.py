@@ -1,4 +1,4 @@
-"""What the tests of vocabularies share: tiny tokenizers that differ in known ways, language models on them, a trainer."""
+"""What the tests of vocabularies share: tokenizers that differ in known ways, language models on them, a trainer."""
 
 import json
 from collections.abc import Callable
