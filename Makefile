@@ -1,4 +1,4 @@
-# make demo   sets everything up and runs the main job on this machine's CPU
+# make demo   sets everything up, trains a teacher, distils it and compares, on this machine's CPU
 # make test   sets everything up and runs the tests
 # make faults hurts running trainings in every way known (up to half an hour on two cores) and prints who survived
 # make lint   style and types
@@ -12,8 +12,14 @@ FAULTS ?=
 .PHONY: demo test faults lint setup clean
 .DELETE_ON_ERROR:
 
+# A second time the teacher is there already, and its run says so.
+TEACHER := outputs/quickstart/sft/nli-teacher
 demo: $(INSTALLED)
-	$(VENV)/bin/python forge.py --config configs/quickstart/sft.yaml
+	@if [ -e $(TEACHER)/training_state.json ]; \
+	then set -x; $(VENV)/bin/python forge.py --resume $(TEACHER); \
+	else set -x; $(VENV)/bin/python forge.py --config configs/quickstart/sft.yaml --run_name nli-teacher --max_steps 180; \
+	fi
+	$(VENV)/bin/python forge.py --config configs/quickstart/kd.yaml
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest

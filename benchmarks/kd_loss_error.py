@@ -18,7 +18,14 @@ from torch import Tensor
 
 from forge.losses.linear_kd import linear_kd
 
-DIVERGENCES = (("forward_kl", {}), ("reverse_kl", {}), ("jsd", {"beta": 0.5}), ("skew_kl", {"skew": 0.1}))
+DIVERGENCES = (
+    ("forward_kl", {}),
+    ("reverse_kl", {}),
+    ("jsd", {"beta": 0.5}),
+    ("skew_kl", {"skew": 0.1}),
+    ("skew_reverse_kl", {"skew": 0.1}),
+    ("tvd", {}),
+)
 
 
 def main() -> None:

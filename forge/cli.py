@@ -1,4 +1,4 @@
-"""The `forge` command: train, resume, prove-resume, runs, config."""
+"""The `forge` command: train, resume, prove-resume, runs, compare, config."""
 
 import argparse
 import json
@@ -30,11 +30,14 @@ from forge.errors import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from forge.cluster.launch import SignalRelay
     from forge.run.directory import RunDirectory
     from forge.run.registry import IncompleteRun
 
 OUTCOMES = {EXIT_COMPLETE: "complete", EXIT_FAILED: "failed", EXIT_USAGE: "refused", EXIT_STOPPED: "stopped"}
+PLAIN_WIDTH = 160  # of tables, where there is no terminal
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,6 +112,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="one JSON list, for scripts")
     _add_output_root(command)
     command.set_defaults(run=_runs)
+
+    command = commands.add_parser(
+        "compare", help="one table of complete runs, with 95 %% intervals over their seeds; see docs/compare.md"
+    )
+    command.add_argument("which", metavar="RUN", nargs="+", help="a run's directory, or its name if there is one such")
+    command.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this one, such as accuracy or matched/accuracy; repeatable",
+    )
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="every number of every run, for scripts")
+    form.add_argument("--markdown", action="store_true", help="the table for a document")
+    _add_output_root(command)
+    command.set_defaults(run=_compare)
     return parser
 
 
@@ -361,6 +381,21 @@ def _runs(args: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from forge.report.comparison import as_json, compare_runs
+    from forge.report.table import comparison_markdown, print_comparison
+    from forge.run.directory import find_run
+
+    comparison = compare_runs([find_run(Path(args.output_root), run) for run in args.which], args.metric)
+    if args.json:
+        print(json.dumps(as_json(comparison), indent=2, allow_nan=False))
+    elif args.markdown:
+        print(comparison_markdown(comparison, PLAIN_WIDTH), end="")
+    else:
+        print_comparison(comparison, _console())
+    return EXIT_COMPLETE
+
+
 def _process(row: dict[str, Any]) -> str:
     """Is anybody at work on the run?"""
     if row["alive"] is None:
@@ -369,13 +404,18 @@ def _process(row: dict[str, Any]) -> str:
 
 
 def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*columns, box=None)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=False).print(table)
+    _console().print(table)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH, markup=False)
 
 
 if __name__ == "__main__":

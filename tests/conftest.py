@@ -181,15 +181,14 @@ def forge_on_two_ranks(
 
 @pytest.fixture
 def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., object]]:
-    """Builds a FinetuningTrainer in this process: build_trainer("training.seed=1", …)."""
+    """Builds the trainer of a config in this process: build_trainer("training.seed=1", …)."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    from forge.checkpoint.beginning import Beginning
     from forge.cluster.ranks import build_accelerator
     from forge.cluster.signals import StopRequest
     from forge.config.loader import load_config
-    from forge.pipeline import _load_model, _with_origin
+    from forge.pipeline import _load_model, _load_teacher, _trainer, _with_origin
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
@@ -219,15 +218,16 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         training = config.training
         accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
         task = load_task(config)
-        loaded = _with_origin(_load_model(config, task), Beginning(), accelerator)
+        loaded = _with_origin(_load_model(config, task), accelerator, "model")
         if mutate is not None:
             mutate(loaded.model)
         run = create_run_directory(tmp_path / "trainer_runs", Path("tiny"), None)
         task = task.for_model(loaded)
+        taught = _load_teacher(config, task)
         state = TrainingState(run_id=new_run_id())
         lock = RunLock(run)
         lock.take()
-        return FinetuningTrainer(config, accelerator, task, loaded, run, state, Recorder(), lock, StopRequest())
+        return _trainer(taught, config, accelerator, task, loaded, run, state, Recorder(), lock, StopRequest())
 
     yield build
     torch.use_deterministic_algorithms(False)

@@ -121,15 +121,37 @@ def test_every_key_is_judged_and_every_rule_is_about_a_key() -> None:
         *("training.epochs", "training.batch_size", "training.gradient_accumulation_steps", "training.warmup_steps"),
         *("task.type", "task.dataset.name", "task.dataset.config", "task.dataset.revision", "task.dataset.demo"),
         "task.dataset.shuffle_buffer",  # of a stream, and so without effect here
-        *("model.config", "output_root", "teacher.path", "distillation.alpha", "distillation.temperature"),
+        *("model.config", "output_root"),
         *(key for key in keys if key.startswith(("tracking.wandb.", "model.lora.", "model.new_tokenizer."))),
+        *(key for key in keys if key.startswith(("teacher.", "distillation."))),  # without effect here
     }
     new = keys - parts - tried - elsewhere - {"tracking.wandb", "model.lora", "model.new_tokenizer"}
+    new -= {"distillation.hidden", "distillation.relations"}
     # A new key changes the meaning until somebody has thought about it.
     harmless = {key for key in new if judged(key) is Kind.HARMLESS}
     assert harmless == {key for key in new if key.startswith(("checkpoint.", "export."))} | {
-        *("evaluation.samples", "model.base")
+        *("evaluation.samples", "evaluation.teacher", "evaluation.control", "model.base")
     }
+
+
+def test_every_key_of_the_teacher_changes_the_meaning_but_the_place_of_its_cache() -> None:
+    given = ("teacher.path=t", "distillation.alpha=0.5", "distillation.hidden.weight=1")
+    old, new = load(*given), load(*given)
+    old_tree, keys = recorded(old), set(all_keys("classification"))
+    kinds = {}
+    for key in sorted(key for key in keys if key.startswith(("teacher.", "distillation."))):
+        tree = json.loads(json.dumps(old_tree))
+        *parents, leaf = key.split(".")
+        node = tree
+        for name in parents:
+            node = node[name]
+        if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
+            continue
+        node[leaf] = "something else"
+        found = changes(tree, new.config, rows_per_step_old=1, rows_per_step_new=1)
+        kinds[key] = next(change.kind for change in found if change.key == key)
+    assert {"teacher.path", "teacher.dtype", "distillation.alpha", "distillation.hidden.kind"} <= set(kinds)
+    assert {key for key, kind in kinds.items() if kind is Kind.HARMLESS} <= {"teacher.cache"}
 
 
 def test_all_problems_are_told_at_once_and_an_allowed_key_allows_no_other() -> None:

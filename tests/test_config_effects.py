@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from forge.config.distilling import DistillationConfig, TeacherConfig
 from forge.config.effects import inert_keys, unsupported
 from forge.config.explain import effective
 from forge.config.loader import LoadedConfig, load_config
@@ -106,7 +107,7 @@ def test_a_value_that_the_last_author_set_again_is_his() -> None:
         ),
         (
             WHOLE.replace("path: data", "name: n").replace("path: m", "config: {model_type: bert}, tokenizer: t"),
-            {f"model.{key}" for key in ("path", "revision", "base", "adapter", "labels", "new_head")},
+            {f"model.{key}" for key in ("path", "revision", "base", "adapter", "keep_layers", "labels", "new_head")},
         ),
         (WHOLE.replace("path: data", "name: n").replace("path: m", "path: m, new_head: yes"), {"model.labels"}),
         (WHOLE.replace("path: data", "name: n") + "training: {max_steps: 1}\n", {"training.epochs"}),
@@ -134,20 +135,65 @@ def test_each_mode_has_its_keys_without_effect(text: str, expected: set[str]) ->
     config = load(text).config
     inert = inert_keys(config)
     best = {"checkpoint.keep_best", "checkpoint.best_metric"}  # nothing is evaluated beside the checkpoints
-    always = {"distillation.temperature", "teacher.path", "task.dataset.shuffle_buffer", "export.merge"}
+    always = {"evaluation.control", "task.dataset.shuffle_buffer", "export.merge"}
+    always |= {f"teacher.{name}" for name in TeacherConfig.model_fields}
+    always |= {f"distillation.{name}" for name in DistillationConfig.model_fields if name != "alpha"}
     assert set(inert) == always | (expected - WITH_EVALUATIONS if expected >= WITH_EVALUATIONS else expected | best)
     assert all(found(config, why.mode_key) != "absent" for why in inert.values())
     assert all(found(config, key) != "absent" for key in inert)
     assert not any(found(effective(config), key) != "absent" for key in inert)
 
 
-def test_with_a_teacher_its_keys_have_their_effect_but_this_version_has_none() -> None:
-    config = load(WHOLE).config
-    config = config.model_copy(update={"distillation": config.distillation.model_copy(update={"alpha": 0.5})})
-    assert not {"distillation.temperature", "teacher.path"} & set(inert_keys(config))
-    assert unsupported(config) == {
-        "distillation.alpha": "distillation.alpha is 0.5, and this version of forge trains with 0 only; set it to 0"
+def test_with_a_teacher_its_keys_have_their_effect() -> None:
+    config = load(WHOLE + "teacher: {path: t}\ndistillation: {alpha: 0.5}\n").config
+    inert = set(inert_keys(config))
+    assert {key for key in inert if key.startswith(("teacher.", "distillation."))} == {
+        *("distillation.beta", "distillation.skew", "distillation.missing_mass", "teacher.cache"),
     }
+    assert "evaluation.control" not in inert
+    assert unsupported(config) == {}
+
+
+@pytest.mark.parametrize(
+    ("divergence", "used"),
+    [("jsd", "beta"), ("skew_kl", "skew"), ("skew_reverse_kl", "skew"), ("tvd", None), ("reverse_kl", None)],
+)
+def test_each_divergence_has_its_own_parameter(divergence: str, used: str | None) -> None:
+    text = WHOLE + f"teacher: {{path: t}}\ndistillation: {{alpha: 0.5, divergence: {divergence}}}\n"
+    inert = set(inert_keys(load(text).config))
+    assert {"beta", "skew"} - {used} == {
+        key.split(".")[1] for key in inert & {"distillation.beta", "distillation.skew"}
+    }
+
+
+def test_without_alpha_a_teacher_is_there_for_evaluations_alone() -> None:
+    config = load(WHOLE + "teacher: {path: t}\nevaluation: {teacher: yes}\n").config
+    inert = set(inert_keys(config))
+    assert not {"teacher.path", "teacher.dtype", "teacher.placement"} & inert
+    assert {"distillation.temperature", "distillation.hidden", "evaluation.control"} <= inert
+    assert problems(WHOLE + "evaluation: {teacher: yes}\n") == [
+        "c.yaml:3: evaluation.teacher is true, and there is no teacher; set teacher.path"
+    ]
+
+
+LM = "task: {type: causal_lm, dataset: {path: data}}\nmodel: {path: m}\n"
+KD = "teacher: {path: t}\ndistillation: {alpha: 0.5}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "problem"),
+    [
+        (WHOLE, "distillation.divergence=uld", "distillation.divergence is uld, which aligns the tokens of causal LMs"),
+        (LM, "distillation.divergence=jsd", "distillation.divergence is jsd, and a cached top k gives forward_kl only"),
+        (LM, "distillation.relations.weight=1", "distillation.relations compares the rows of encoders, and task.type"),
+        (WHOLE, "distillation.relations.weight=1", "distillation.relations needs the teacher's attention, which no"),
+        (LM, "task.dataset.streaming=yes", "teacher.placement is cached, and the rows of a stream are not known"),
+    ],
+)
+def test_what_does_not_go_together_with_a_teacher_is_refused(text: str, setting: str, problem: str) -> None:
+    found = problems(text + KD + "training: {max_steps: 5}\n", setting, "teacher.placement=cached")
+    assert len(found) == 1
+    assert found[0].startswith(f"--set {setting}: {problem}") or f": {problem}" in found[0]
 
 
 STREAM = "task: {type: causal_lm, dataset: {path: data, streaming: yes}}\nmodel: {path: m}\ntraining: {max_steps: 5}\n"

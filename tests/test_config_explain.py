@@ -97,6 +97,7 @@ def test_a_difference_is_one_line_for_each_key() -> None:
         "model.tokenizer: null -> t",
         "model.base: null -> (no effect)",
         "model.adapter: null -> (no effect)",
+        "model.keep_layers: null -> (no effect)",
         "model.labels: null -> (no effect)",
         "model.new_head: false -> (no effect)",
         "training.epochs: 3.0 -> (no effect)",

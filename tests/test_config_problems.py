@@ -203,6 +203,11 @@ def test_what_is_missing_or_doubled_is_told_once(text: str, expected: str) -> No
         ("distillation.alpha=1.5", "distillation.alpha is 1.5; it must be at most 1"),
         ("distillation.alpha=-0.1", "distillation.alpha is -0.1; it must be at least 0"),
         ("distillation.temperature=0", "distillation.temperature is 0; it must be greater than 0"),
+        ("distillation.temperature=-2", "distillation.temperature is -2; it must be greater than 0"),
+        ("distillation.beta=1", "distillation.beta is 1; it must be less than 1"),
+        ("distillation.beta=0", "distillation.beta is 0; it must be greater than 0"),
+        ("distillation.skew=1", "distillation.skew is 1; it must be less than 1"),
+        ("distillation.skew=-0.5", "distillation.skew is -0.5; it must be at least 0"),
         ("training.epochs=0", "training.epochs is 0; it must be greater than 0"),
         ("training.max_steps=0", "training.max_steps is 0; it must be greater than 0, or null"),
         ("training.per_device_batch_size=0", "training.per_device_batch_size is 0; it must be greater than 0"),
@@ -262,7 +267,7 @@ def test_what_is_missing_or_doubled_is_told_once(text: str, expected: str) -> No
         ("seed=1", "seed is not a config key; did you mean training.seed?"),
         ("training.num_train_epochs=1", "training.num_train_epochs is not a config key; did you mean training.epochs?"),
         ("distillation.alpha=0.5",
-         "distillation.alpha is 0.5, and this version of forge trains with 0 only; set it to 0"),
+         "distillation.alpha is 0.5, and there is no teacher; set teacher.path, or alpha to 0"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_told_with_what_would_be_right(setting: str, expected: str) -> None:

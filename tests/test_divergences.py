@@ -180,7 +180,7 @@ def test_t_squared_keeps_the_gradient_as_t_grows(name: str, parameter: float, fa
 
 
 def test_total_variation_is_of_first_order_and_grows_with_t_under_t_squared() -> None:
-    """It is an absolute value and not a square near equality, so that T D would keep its size, and T^2 D doubles with T."""
+    """Near equality it is an absolute value and not a square: T D would keep its size, and T^2 D doubles with T."""
     student, teacher = logits(spread=1.0)
     sizes = [T * T * divergence_rows(student, teacher, settings("tvd", 0.0, T))[1].norm().item() for T in (500.0, 1e3)]
     assert sizes[1] / sizes[0] == pytest.approx(2.0, rel=0.05)

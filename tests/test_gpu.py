@@ -8,8 +8,15 @@ import pytest
 import torch
 from test_checkpoints import stop_at
 from test_trainer import trajectory
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from forge.config.distilling import DistillationConfig
 from forge.errors import Stopped
+from forge.losses.cross_entropy import IGNORE
+from forge.model.head import LinearHead, find_head
+from forge.teacher.teacher import ModelTeacher
+from forge.trainer.objective import Objective
+from forge.trainer.student import Student
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,3 +88,41 @@ def test_an_asynchronous_save_holds_what_the_synchronous_one_does(build_trainer:
     assert all(torch.equal(plain[name], other[name]) for name in plain)
     moments = [torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]["state"] for folder in saved]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_distilled_language_model_takes_the_same_steps_with_and_without_kernels(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss and each gradient of one batch, through linear_kd's kernels and through its plain path."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+    student, teacher = (
+        LlamaForCausalLM(LlamaConfig(**sizes, hidden_size=width, intermediate_size=2 * width)).cuda()
+        for width in (64, 128)
+    )
+    ids = torch.randint(0, 1000, (4, 33), device="cuda")
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = IGNORE
+    positions = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+    given = {"input_ids": ids, "labels": labels, "positions": positions}
+    heads = [find_head(model, {}) for model in (student, teacher)]
+    assert all(isinstance(head, LinearHead) for head in heads)
+    told = ModelTeacher(teacher, {}, head=heads[1]).outputs(given, None, 2.0)
+    objective = Objective(DistillationConfig(alpha=0.5, temperature=2.0))
+
+    def step() -> tuple[float, dict[str, torch.Tensor]]:
+        student.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            sums = Student(student, {}, heads[0], objective).train()(given, told)
+        sums["loss_sum"].backward()
+        return sums["loss_sum"].item(), {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    loss, gradients = step()
+    monkeypatch.setattr("forge.losses.linear_kd.refusal_of_kernels", lambda device, dtype: "a test forbids them")
+    plain_loss, plain_gradients = step()
+    tolerance = 1e-3 if precision == "no" else 2e-2
+    assert loss == pytest.approx(plain_loss, rel=tolerance)
+    for name, gradient in gradients.items():
+        error = (gradient - plain_gradients[name]).norm() / plain_gradients[name].norm()
+        assert error < 2 * tolerance, name

@@ -160,6 +160,18 @@ def test_no_skew_is_the_plain_divergence() -> None:
         assert_close(got, fused(inputs, Settings(0.4, 2.0, plain), Chunks(6, 6), "fp32"), 1e-7, 1e-7)
 
 
+@pytest.mark.parametrize(("step", "pulls"), [(3e-5, False), (3e-4, True)])
+def test_total_variation_takes_no_sign_from_rounding(step: float, pulls: bool) -> None:
+    """The models differ by step in one logit, less or more than kd_settings.EQUAL."""
+    x = problem(N=6, V=70, Hs=24, Ht=24)
+    x["teacher_hidden"], x["teacher_head"] = x["student_hidden"].clone(), x["student_head"].clone()
+    x["student_bias"], x["teacher_bias"] = torch.zeros(70).double(), torch.zeros(70).double()
+    x["student_bias"][3] = step
+    got = fused(inputs_of(cast(x, torch.float32, DEVICE)), Settings(1.0, 1.0, "tvd"), Chunks(6, 6), "fp32")
+    assert (got.d_bias[3].item() > 0) == pulls
+    assert pulls or got.d_hidden.abs().max() == 0
+
+
 def test_bf16_logits_are_overwritten_only_after_they_were_read() -> None:
     inputs = inputs_of(cast(problem(N=9, V=70), BF16, DEVICE))
     for missing in (Settings(0.4, 2.0), Settings(0.4, 2.0, "jsd", 0.3)):

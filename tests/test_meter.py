@@ -38,7 +38,7 @@ def test_a_report_covers_the_time_and_the_labels_since_the_last_one(clock: Simpl
     meter = StepMeter(TwoEqualRanks())  # type: ignore[arg-type]
     for ce_sum, labels, norm in ((3.0, 8, 1.5), (1.0, 4, 0.5)):  # labels of both ranks, losses of this one
         meter.add(
-            torch.tensor(ce_sum),
+            {"loss_sum": torch.tensor(ce_sum)},
             torch.tensor(labels),
             torch.tensor(norm),
             counts=counted(6, 50),
@@ -59,7 +59,7 @@ def test_a_report_covers_the_time_and_the_labels_since_the_last_one(clock: Simpl
         "tokens_per_second": 100.0,
         "peak_memory_mib": 700.0,
     }
-    meter.add(torch.tensor(1.0), torch.tensor(2), torch.tensor(0.25), counts=counted(1, 1, 3))
+    meter.add({"loss_sum": torch.tensor(1.0)}, torch.tensor(2), torch.tensor(0.25), counts=counted(1, 1, 3))
     clock.now += 0.5
     meter.settle()
     report = meter.metrics(rate=0.1)
@@ -72,7 +72,7 @@ def test_a_report_that_a_checkpoint_parts_is_the_whole_one(clock: SimpleNamespac
     def run(meter: StepMeter, steps: list[tuple[float, int, float, int]]) -> None:
         for ce_sum, labels, norm, tokens in steps:
             meter.add(
-                torch.tensor(ce_sum),
+                {"loss_sum": torch.tensor(ce_sum)},
                 torch.tensor(labels),
                 torch.tensor(norm),
                 counts=counted(labels, tokens),

@@ -65,8 +65,8 @@ def test_a_fused_head_gives_the_loss_gradients_and_predictions_of_whole_logits(n
     expected = plain(given)
     logits = plain.model(input_ids=given["input_ids"], use_cache=False).logits
     own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given["labels"].flatten(), reduction="sum")
-    assert expected["ce_sum"].item() == pytest.approx(own.item(), rel=1e-5)
-    expected["ce_sum"].backward()
+    assert expected["loss_sum"].item() == pytest.approx(own.item(), rel=1e-5)
+    expected["loss_sum"].backward()
 
     model = build(CONFIGS[name])
     head = find_head(model, {"use_cache": False})
@@ -75,10 +75,10 @@ def test_a_fused_head_gives_the_loss_gradients_and_predictions_of_whole_logits(n
     counted = (given["labels"].flatten() != IGNORE).nonzero().squeeze(1)
     given |= {"positions": counted} if positions else {}
     outputs = fused(given)
-    outputs["ce_sum"].backward()
+    outputs["loss_sum"].backward()
 
-    assert set(outputs) == {"ce_sum"}
-    assert outputs["ce_sum"].item() == pytest.approx(expected["ce_sum"].item(), rel=1e-6)
+    assert set(outputs) == {"loss_sum"}
+    assert outputs["loss_sum"].item() == pytest.approx(expected["loss_sum"].item(), rel=1e-6)
     for (key, one), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=2e-5, atol=1e-6, msg=key)
     plain.eval(), fused.eval()
@@ -115,8 +115,8 @@ def test_a_batch_without_labels_still_gives_every_weight_a_gradient() -> None:
     given["labels"] = torch.full_like(given["labels"], IGNORE)
     given["positions"] = torch.zeros(0, dtype=torch.int64)
     outputs = Student(model, {}, head)(given)
-    outputs["ce_sum"].backward()
-    assert outputs["ce_sum"].item() == 0
+    outputs["loss_sum"].backward()
+    assert outputs["loss_sum"].item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
@@ -126,7 +126,7 @@ def test_a_head_with_a_bias_counts_it() -> None:
     head = find_head(model, {})
     assert isinstance(head, LinearHead)
     plain, fused = Student(model)(batch()), Student(model, {}, head)(batch())
-    assert fused["ce_sum"].item() == pytest.approx(plain["ce_sum"].item(), rel=1e-6)
+    assert fused["loss_sum"].item() == pytest.approx(plain["loss_sum"].item(), rel=1e-6)
 
 
 def test_the_likeliest_token_does_not_depend_on_mixed_precision() -> None:

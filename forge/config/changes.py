@@ -71,6 +71,7 @@ RULES: dict[str, tuple[Kind, str]] = {
         Kind.MEANING,
         "what is trained lies on top of it; allow it if the same adapter only lies elsewhere",
     ),
+    "model.keep_layers": (Kind.MEANING, "the student would have other layers than the one that the checkpoint holds"),
     "model.base": (Kind.HARMLESS, "where the base lies; below an adapter its weights must have the same hash"),
     "teacher.path": (
         Kind.MEANING,

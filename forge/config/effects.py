@@ -38,7 +38,8 @@ def inert_keys(config: Config) -> dict[str, Inert]:
         add("training.num_workers", "a stream is read by the training process", "task.dataset.streaming")
     if config.model.config is not None:
         reason = "the model is built from model.config"
-        add("model.path model.revision model.base model.adapter model.labels model.new_head", reason, "model.config")
+        add("model.path model.revision model.base model.adapter model.keep_layers", reason, "model.config")
+        add("model.labels model.new_head", reason, "model.config")
     elif config.model.new_head:
         add("model.labels", "model.new_head is true", "model.new_head")
     if config.model.config is None and config.model.new_tokenizer is not None:
@@ -135,7 +136,7 @@ def _not_distilled(config: Config) -> dict[str, str]:
         problems["distillation.relations"] = (
             f"distillation.relations compares the rows of encoders, and task.type is {config.task.type}; take it out"
         )
-    if distillation.relations is not None and cached:
+    elif distillation.relations is not None and cached:
         problems["distillation.relations"] = (
             "distillation.relations needs the teacher's attention, which no cache holds; set teacher.placement: "
             "replicated"

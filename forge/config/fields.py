@@ -4,7 +4,7 @@ import math
 from contextlib import suppress
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -48,6 +48,15 @@ Positive = Annotated[int, Field(gt=0)]
 Text = Annotated[
     str, Field(min_length=1), BeforeValidator(lambda value: str(value) if isinstance(value, str) else value)
 ]
+
+
+def _ascending(numbers: list[int]) -> list[int]:
+    if numbers != sorted(set(numbers)):
+        raise ValueError(f"must be ascending, each number once, such as {sorted(set(numbers))}")
+    return numbers
+
+
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_ascending)]
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from forge.config.distilling import DistillationConfig, TeacherConfig
-from forge.config.fields import Bool, OpenMap, Positive, Section, Text
+from forge.config.fields import Bool, Layers, OpenMap, Positive, Section, Text
 
 
 class DatasetConfig(Section):
@@ -231,6 +231,8 @@ class ModelConfig(Section):
     """Train a low-rank adapter; null: all weights."""
     continue_adapter: Bool = False
     """Train the adapter that path names on, where it would be merged."""
+    keep_layers: Layers | None = None
+    """Makes a shallower student: only these layers of path, such as [0, 3], counted from 0; null: all of them."""
     load_in_4bit: Bool = False
     """QLoRA: keep the frozen weights in 4 bits (NF4); needs model.lora, a GPU and bitsandbytes."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
@@ -261,6 +263,10 @@ class ModelConfig(Section):
                              "the one of model.path")  # fmt: skip
         if self.continue_adapter and self.new_head:
             raise ValueError("has both model.continue_adapter and model.new_head: a new head needs a new adapter")
+        if self.keep_layers is not None and (adapted or self.load_in_4bit):
+            other = "model.lora" if self.lora else "model.continue_adapter" if adapted else "model.load_in_4bit"
+            raise ValueError(f"has both {other} and model.keep_layers, and an adapter needs a model that can be found "
+                             "again: train all weights first, then set model.path to that run")  # fmt: skip
         if self.load_in_4bit and not adapted:
             raise ValueError("has model.load_in_4bit, which keeps weights frozen: set model.lora beside it")
         return self

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from forge.model.layers import KeptLayers
 from forge.model.origin import short
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
@@ -37,6 +38,7 @@ def model_card(
     lines = "\n".join(f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, task["headline"]))
     numbers = f"| | before | after |\n|---|---|---|\n{lines}" if lines else "It was not evaluated."
     labels = f"- Labels: {', '.join(model['labels'])}\n" if model["labels"] else ""
+    begun = _layers(model) + _adapter(model)
     sampled = any(name.endswith("/samples_of") for name in {**before, **after})
     note = "\nEvaluated on a sample of the rows (evaluation.max_samples), not on all of them.\n" if sampled else ""
     rows_read = f"{data['rows']['train']:,}" if "train" in data["rows"] else "a stream of unknown length"
@@ -50,7 +52,7 @@ def model_card(
 
 {numbers}
 {note}
-{labels}{_adapter(model)}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
+{labels}{begun}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
 - Data fingerprint (SHA-256 of the rows): `{data["fingerprint"]}`
 - Run id: `{metadata["run_id"]}`; code: {code}
 - Versions: {", ".join(f"{name} {attempt['packages'][name]}" for name in PACKAGES)}
@@ -77,6 +79,14 @@ def compare(before: dict[str, Any], after: dict[str, Any], headline: Sequence[st
         return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
     return [(name, text(before.get(name)), text(after.get(name))) for name in names]
+
+
+def _layers(model: dict[str, Any]) -> str:
+    """A line on the layers that a student was begun with; empty where it has all of its source."""
+    if not model.get("kept_layers"):  # a run of an older forge tells nothing of them
+        return ""
+    kept = KeptLayers(model["kept_layers"], model["layers_of"])
+    return f"- Begun with {kept} of {model['source']}, renumbered from 0, and with its other weights\n"
 
 
 def _adapter(model: dict[str, Any]) -> str:

@@ -9,10 +9,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from forge.config.schema import ModelConfig
 from forge.errors import UsageError
 from forge.model.labels import align, named_labels
+from forge.model.layers import keep_layers
 from forge.model.load import (
     LoadedModel,
     build_model,
     check_embeddings,
+    kept_layers,
     read_checkpoint,
     refuse_missing,
     scratch_config,
@@ -49,6 +51,7 @@ def load_classifier(
 def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[str], key: str) -> LoadedModel:
     checkpoint = load_model_config(source, f"{key}.path")
     set_dropout(checkpoint, config.dropout)
+    kept = kept_layers(config, source, checkpoint, key)
     outputs = checkpoint.num_labels
     names = config.labels or named_labels(checkpoint.id2label or {})
     if config.labels is not None and len(config.labels) != outputs:
@@ -75,8 +78,10 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
         )
     if absent:
         logger.info("%s: %s has no %s; they start new", key, source.name, ", ".join(absent))
+    model = keep_layers(model, kept, source.name, key)
     final_names = cast(dict[int, str], model.config.id2label)
-    return LoadedModel(model, source, absent, align(labels, [final_names[i] for i in sorted(final_names)], key))
+    label_ids = align(labels, [final_names[i] for i in sorted(final_names)], key)
+    return LoadedModel(model, source, absent, label_ids, layers=kept)
 
 
 def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTr
 from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.model.adapter import is_adapted, is_untied, merge, put_on_trained
+from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, find_model, load_model_config, load_tokenizer, model_source, not_found
 
@@ -32,6 +33,7 @@ class LoadedModel:
     label_ids: list[int]  # of a classifier: for each label of the data the index of the model's output
     adapter: dict[str, Any] | None = None  # what is known of the one that is trained; None: all weights are
     origin: Origin | None = None  # the files that it came from, where rank 0 has read them
+    layers: KeptLayers | None = None  # those of the source that it is made of; None: all
 
     @property
     def below(self) -> Origin | None:
@@ -55,6 +57,8 @@ class LoadedModel:
             "location_sha256": self.origin.base.sha256 if self.origin else None,
             "adapters": [asdict(adapter) for adapter in self.origin.adapters] if self.origin else [],
             "base_sha256": self.base_sha256,
+            "kept_layers": self.layers.numbers if self.layers else None,
+            "layers_of": self.layers.of if self.layers else None,
             "architecture": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "untied": is_untied(self.model),
@@ -94,9 +98,16 @@ def load_whole(
     source = model_source(config, key)
     checkpoint = load_model_config(source, f"{key}.path")
     set_dropout(checkpoint, config.dropout)
+    kept = kept_layers(config, source, checkpoint, key)
     model, missing, _ = read_checkpoint(auto_model, source, checkpoint, key, what)
     refuse_missing(source, model, [name for name in missing if not may_lack or may_lack not in name], key)
-    return LoadedModel(model, source, missing, [])
+    model = keep_layers(model, kept, source.name, key)
+    return LoadedModel(model, source, missing, [], layers=kept)
+
+
+def kept_layers(config: ModelConfig, source: ModelSource, checkpoint: PreTrainedConfig, key: str) -> KeptLayers | None:
+    """What `keep_layers` asks for; None where nothing does. Raises UsageError where the model has no such layers."""
+    return None if config.keep_layers is None else check_layers(config.keep_layers, checkpoint, source.name, key)
 
 
 def load_own_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

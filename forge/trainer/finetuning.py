@@ -1,5 +1,4 @@
-"""The loop over Accelerate: steps, rate, reports, evaluations, checkpoints and stops; as it is, supervised
-fine-tuning."""
+"""The loop over Accelerate: steps, rate, reports, evaluations, checkpoints and stops; by itself it fine-tunes."""
 
 import logging
 import math

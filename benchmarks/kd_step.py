@@ -1,0 +1,93 @@
+"""What a step of distillation costs beside one of fine-tuning: the true command in each placement, in turns.
+
+    python benchmarks/kd_step.py [--task classification|causal_lm] [--rounds 3] [--steps 30] [--student-layers 2]
+
+For each of SFT, KD with a replicated, an offloaded and a cached teacher: the median of the seconds that a step took
+over all rounds, without the first five of each run, its ratio to SFT's, and the most memory that the run held (on the
+GPU; of the process where there is none). The student is part of the teacher's own layers (a smaller model from scratch
+for causal_lm), and both read the demo data.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = {"classification": "configs/quickstart/sft.yaml", "causal_lm": "configs/quickstart/causal_lm.yaml"}
+VARIANTS = {
+    "SFT": ("distillation.alpha=0",),
+    "KD, replicated": ("distillation.alpha=0.5", "teacher.placement=replicated"),
+    "KD, offload": ("distillation.alpha=0.5", "teacher.placement=offload"),
+    "KD, cached": ("distillation.alpha=0.5", "teacher.placement=cached"),
+}
+WARM_UP = 5  # steps of each run that do not count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=CONFIGS, default="classification")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--student-layers", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        run("teacher", args.task, root, 2)
+        teacher = root / Path(CONFIGS[args.task]).relative_to("configs").with_suffix("") / "teacher"
+        settings = student_settings(args.task, args.student_layers, teacher)
+        cached = [part for setting in (*settings, *VARIANTS["KD, cached"]) for part in ("--set", setting)]
+        forge("-m", "forge.cli", "cache-teacher", CONFIGS[args.task], "--output_root", str(root), *cached)
+        seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        memory: dict[str, float] = dict.fromkeys(VARIANTS, 0.0)
+        for round_number in range(args.rounds):
+            for i in range(len(VARIANTS)):  # another one begins in each round
+                variant = list(VARIANTS)[(i + round_number) % len(VARIANTS)]
+                run_name = f"{variant.replace(', ', '-')}-{round_number}"
+                folder = run(run_name, args.task, root, args.steps, *settings, *VARIANTS[variant])
+                lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                steps = [line for line in lines if "samples_per_second" in line][WARM_UP:]
+                rows = json.loads((folder / "run_metadata.json").read_text())["world"]["rows_per_step"]
+                seconds[variant] += [rows / line["samples_per_second"] for line in steps]
+                memory[variant] = max(memory[variant], *(line["peak_memory_mib"] for line in steps))
+    print(f"{args.task}, {args.rounds} rounds of {args.steps} steps, {len(seconds['SFT'])} steps counted of each")
+    print(f"{'':16} {'median s':>9} {'min s':>9} {'to SFT':>7} {'peak MiB':>9}")
+    base = statistics.median(seconds["SFT"])
+    for variant, found in seconds.items():
+        median = statistics.median(found)
+        print(f"{variant:16} {median:9.4f} {min(found):9.4f} {median / base:7.3f} {memory[variant]:9.0f}")
+
+
+def student_settings(task: str, layers: int, teacher: Path) -> list[str]:
+    """Of a smaller model than the teacher's."""
+    own = [f"teacher.path={teacher}"]
+    if task == "causal_lm":
+        return [*own, f"model.config.num_hidden_layers={layers}"]
+    kept = [round(i * 6 / layers) for i in range(layers)]
+    return [*own, f"model.path={teacher}", f"model.keep_layers=[{', '.join(map(str, kept))}]"]
+
+
+def run(name: str, task: str, root: Path, steps: int, *settings: str) -> Path:
+    """A run of so many steps without evaluations and checkpoints; gives its directory."""
+    quiet = ("evaluation.baseline=false", "evaluation.final=false", "checkpoint.every_steps=null")
+    sets = [part for s in (*quiet, "logging.every_steps=1", *settings) for part in ("--set", s)]
+    where = ("--output_root", str(root), "--run_name", name)
+    forge("forge.py", "--config", CONFIGS[task], *where, "--max_steps", str(steps), *sets)
+    return next(path.parent for path in root.rglob("metrics.jsonl") if path.parent.name == name)
+
+
+def forge(*arguments: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Reads the numbers of a run back from its files: evaluations by stage, time per step, and what they were made with."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from forge.config.explain import effective
+from forge.config.placing import config_name
+from forge.config.schema import Config
+from forge.errors import UsageError
+from forge.run.directory import RunDirectory
+from forge.run.files import read_json, read_json_lines
+from forge.run.state import TrainingState
+
+BESIDE_HEADLINE = ("agreement", "kl", "ece")  # what every evaluation has once there is a teacher; ece always
+LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer", "kl", "ece")
+NOT_FINITE = ("nan", "inf", "-inf")  # as metrics.jsonl writes them
+TINY = 1e-3  # of the larger number: a gap below it is one of rounding, or of a row or two
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What a comparison reads of one run."""
+
+    run: RunDirectory
+    state: TrainingState
+    metadata: dict[str, Any]
+    config: dict[str, Any]  # the effective one, by dotted key
+    evaluations: dict[str, dict[str, float]]  # by stage, the last one of each: baseline, final, teacher
+    seconds_per_step: float | None  # None where no report tells of it
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["training.seed"])
+
+    @property
+    def alpha(self) -> float:
+        return float(self.config.get("distillation.alpha", 0.0))
+
+    @property
+    def headline(self) -> list[str]:
+        return list(self.metadata["task"]["headline"])
+
+    @property
+    def config_name(self) -> Path:
+        return config_name(Path(self.metadata["config_file"]))
+
+
+def read_figures(run: RunDirectory) -> RunFigures:
+    """Raises UsageError, naming the file, where one is missing or broken."""
+    metadata, state = read_json(run.metadata_file), TrainingState.load(run.state_file)
+    rows = read_json_lines(run.metrics_file)
+    try:
+        sizes = state.step_sizes or [[0, metadata["world"]["rows_per_step"]]]
+        figures = RunFigures(
+            run, state, metadata, read_config(run), evaluations_of(rows), seconds_per_step(rows, sizes)
+        )
+        _ = figures.seed, figures.alpha, figures.headline, figures.config_name, metadata["data"]["fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{run.path} does not tell all that a comparison needs ({type(error).__name__}: {error}); is it a run of "
+            f"this forge?"
+        ) from None
+    return figures
+
+
+def read_config(run: RunDirectory) -> dict[str, Any]:
+    """The run's effective config by dotted key; what an older forge did not write has its default."""
+    try:
+        tree = yaml.safe_load(run.config_file.read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{run.config_file} cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{run.config_file} holds no config; is its folder a run directory?")
+    with suppress(ValidationError):  # keys of another forge: taken as they were recorded, and shown where they differ
+        tree = effective(Config.model_validate(tree))
+    return _flat(tree)
+
+
+def read_evaluations(run: RunDirectory) -> dict[str, dict[str, float]]:
+    """The numbers of the run's last evaluation of each stage, as {"final": {"matched/loss": 0.5, …}, …}."""
+    return evaluations_of(read_json_lines(run.metrics_file))
+
+
+def evaluations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The same of the rows of metrics.jsonl."""
+    return {row["stage"]: _numbers(row) for row in rows if "stage" in row}
+
+
+def seconds_per_step(rows: Sequence[Mapping[str, Any]], step_sizes: Sequence[Sequence[int]]) -> float | None:
+    """Seconds of training per optimizer step, the mean over the reports of metrics.jsonl weighted by their steps.
+
+    A report tells samples a second since the report before it. step_sizes: [first step, rows of each step from there
+    on], ascending.
+    """
+    seconds, steps, last = 0.0, 0, 0
+    for row in rows:
+        if "samples_per_second" not in row:
+            continue
+        speed = _number(row["samples_per_second"])
+        first, last = last, row["step"]
+        if speed is None or not 0 < speed < math.inf:
+            continue
+        ends = [*(start for start, _ in step_sizes[1:]), last]
+        taken = [
+            size * max(0, min(last, end) - max(first, start))
+            for (start, size), end in zip(step_sizes, ends, strict=True)
+        ]
+        seconds += sum(taken) / speed
+        steps += last - first
+    return seconds / steps if steps else None
+
+
+def splits_of(metrics: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.split("/")[0] for name in metrics))
+
+
+def shown_metrics(evaluations: Sequence[Mapping[str, float]], headline: Sequence[str]) -> list[str]:
+    """Split by split the headline metrics, and those beside it, that any of the evaluations has: `split/metric`."""
+    known = {name: None for evaluation in evaluations for name in evaluation}
+    wanted = dict.fromkeys((*headline, *BESIDE_HEADLINE))
+    return [name for split in splits_of(known) for metric in wanted if (name := f"{split}/{metric}") in known]
+
+
+def gap_closed(metric: str, before: float, after: float, teacher: float) -> float | None:
+    """(after - before) / (teacher - before): 0 at `before`, 1 at the teacher; for a loss as for an accuracy.
+
+    None where there is no gap to close: a tiny one, or a teacher that is worse.
+    """
+    gap = teacher - before
+    lower = metric.split("/")[-1] in LOWER_IS_BETTER
+    if not math.isfinite(gap) or not math.isfinite(after) or (gap > 0) is lower:
+        return None
+    return (after - before) / gap if abs(gap) > TINY * max(abs(teacher), abs(before)) else None
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: _number(value) for name, value in row.items() if "/" in name}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not (isinstance(value, int | float) or value in NOT_FINITE):
+        return None
+    return float(value) if isinstance(value, str) else value
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted key; a map without keys says nothing."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

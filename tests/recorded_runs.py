@@ -1,0 +1,101 @@
+"""Writes run directories as forge leaves them behind, with numbers of the test's own choice and nothing trained."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from forge.config.explain import to_yaml
+from forge.config.schema import Config
+from forge.run.directory import RunDirectory
+from forge.run.files import append_json_line, write_json
+from forge.run.state import Stage, TrainingState
+
+CONFIG: dict[str, Any] = {
+    "task": {"type": "classification", "dataset": {"demo": "nli"}, "max_length": 64},
+    "model": {"path": "student"},
+    "teacher": {"path": "teacher"},
+    "training": {"max_steps": 100, "batch_size": 32},
+}
+HEADLINE = ["loss", "accuracy", "macro_f1"]
+
+
+def write_run(
+    folder: Path,
+    final: dict[str, Any] | None = None,
+    *,
+    baseline: dict[str, Any] | None = None,
+    teacher: dict[str, Any] | None = None,
+    seed: int = 1,
+    settings: dict[str, Any] | None = None,
+    config_file: str = "/here/configs/quickstart/sft.yaml",
+    reports: list[dict[str, Any]] | None = None,
+    state: dict[str, Any] | None = None,
+    world: dict[str, Any] | None = None,
+    fingerprint: str = "963c2d6e6018",
+    headline: list[str] | None = None,
+) -> RunDirectory:
+    """A complete run; final, baseline and teacher are evaluations by `split/metric`. settings: dotted keys."""
+    folder.mkdir(parents=True)
+    run = RunDirectory(folder)
+    tree = copy.deepcopy(CONFIG)
+    for key, value in {"training.seed": seed, **(settings or {})}.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    run.config_file.write_text(f"# The merged config of {run.name}\n\n{to_yaml(Config.model_validate(tree))}")
+    write_json(
+        run.metadata_file,
+        {
+            "run_id": f"id-{folder.name}",
+            "name": folder.name,
+            "config_file": config_file,
+            "task": {"type": "classification", "headline": headline or HEADLINE},
+            "data": {"fingerprint": fingerprint},
+            "world": {"ranks": 1, "device": "cpu", "mixed_precision": "no", "rows_per_step": 32, **(world or {})},
+            "attempts": [{"attempt": 1, "git": {"commit": "3b44745"}}],
+        },
+    )
+    complete: dict[str, Any] = {"stage": Stage.COMPLETE, "pipeline_complete": True, "step": 100, "total_steps": 100}
+    TrainingState(f"id-{folder.name}", **(complete | {"step_sizes": [[0, 32]]} | (state or {}))).save(run.state_file)
+    evaluations = {"baseline": baseline, "teacher": teacher}
+    for stage, numbers in evaluations.items():
+        if numbers is not None:
+            append_json_line(run.metrics_file, {"step": 0, "stage": stage, **numbers})
+    for report in reports or []:
+        append_json_line(run.metrics_file, {"epoch": 0.1, "loss": 1.0, "learning_rate": 1e-4, **report})
+    if final is not None:
+        append_json_line(run.metrics_file, {"step": 100, "stage": "final", **final})
+    return run
+
+
+def of(split: str = "validation", samples: int = 1000, seconds: float = 0.5, **numbers: Any) -> dict[str, Any]:
+    """An evaluation: of(loss=0.5, accuracy=0.8)."""
+    counts = {"correct/neutral": 19, "samples": samples, "seconds": seconds}
+    return {f"{split}/{name}": value for name, value in (numbers | counts).items()}
+
+
+def shape(value: Any) -> Any:
+    """A file's keys and types, for the comparison of a written file with a real one."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    return type(value).__name__
+
+
+def differs_from(real: Any, written: Any, place: str = "") -> list[str]:
+    """Every key of the written file that a real one does not have, or has as another type."""
+    if not isinstance(written, dict) or not isinstance(real, dict):
+        return [] if shape(real) == shape(written) else [f"{place}: {shape(written)}, really {shape(real)}"]
+    return [
+        line
+        for key, item in written.items()
+        for line in (
+            differs_from(real[key], item, f"{place}.{key}") if key in real else [f"{place}.{key}: not in a real run"]
+        )
+    ]
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text())
