@@ -110,8 +110,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         loaded_model = _with_origin(loaded_model, accelerator, "model")
         on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
         task = task.for_model(loaded_model)
-        if wants_teacher(config):
-            task = _for_teacher(config, task, accelerator, stop)
+        task = _for_teacher(config, task, accelerator, stop)
         taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task)))
         taught = _with_origin(taught, accelerator, "teacher") if taught is not None else None
         beginning = on_rank_0(
@@ -258,6 +257,8 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
 
 
 def _for_teacher(config: Config, task: Task, accelerator: Accelerator, stop: StopRequest) -> Task:
+    if not wants_teacher(config):
+        return task
     return rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import trainer_of
 from conversations import WORDS, config_on, conversation
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from vocabularies import build_trainer, sentencepiece, write_llm
+from vocabularies import sentencepiece, write_llm
 
 from forge.errors import ConfigError, UsageError
 from forge.trainer import finetuning
@@ -30,7 +31,7 @@ def build(tmp_path: Path, chat_model: Path, teacher: Path) -> Callable[..., Any]
 
     def make(*settings: str, rows: list[dict[str, Any]] = ROWS) -> Any:
         config = config_on(tmp_path, chat_model, rows, rows[:3], *ULD, f"teacher.path={teacher}", *settings)
-        return build_trainer(config, tmp_path)
+        return trainer_of(config, tmp_path)
 
     return make
 

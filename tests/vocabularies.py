@@ -1,4 +1,4 @@
-"""What the tests of vocabularies share: tokenizers that differ in known ways, language models on them, a trainer."""
+"""What the tests of vocabularies share: tokenizers that differ in known ways, and language models on them."""
 
 import json
 from collections.abc import Callable
@@ -6,20 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from forge.cluster.ranks import build_accelerator
-from forge.cluster.signals import StopRequest
-from forge.config.schema import Config
-from forge.pipeline import _for_teacher, _load_model, _load_teacher, _trainer, _with_origin
-from forge.run.directory import create_run_directory
-from forge.run.lock import RunLock
-from forge.run.state import TrainingState, new_run_id
-from forge.task.choice import load_task
-from forge.teacher.loading import wants_teacher
-from forge.trainer.callbacks import Callback
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[Q]' + message['content'] }}"
@@ -83,32 +71,3 @@ def write_llm(
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-class Recorder(Callback):
-    """Keeps what training reports."""
-
-    def __init__(self) -> None:
-        self.reports: list[dict[str, Any]] = []
-
-    def reported(self, state: TrainingState, metrics: dict[str, Any]) -> None:
-        self.reports.append(metrics)
-
-
-def build_trainer(config: Config, folder: Path) -> Any:
-    """The trainer that the pipeline would build for this config, in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    training = config.training
-    accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
-    task = load_task(config)
-    loaded = _with_origin(_load_model(config, task), accelerator, "model")
-    task = task.for_model(loaded)
-    if wants_teacher(config):
-        task = _for_teacher(config, task, accelerator, StopRequest())
-    taught = _load_teacher(config, task)
-    run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
-    lock = RunLock(run)
-    lock.take()
-    state = TrainingState(run_id=new_run_id())
-    return _trainer(taught, config, accelerator, task, loaded, run, state, Recorder(), lock, StopRequest())

@@ -156,7 +156,7 @@ def _parts(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -
     one, other = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (student, teacher))
     names = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer", "post_processor": "post-processor"}
     same = {words: one[name] == other[name] for name, words in names.items()}
-    return {**same, "model": _beside_vocabulary(one["model"]) == _beside_vocabulary(other["model"])}
+    return {**same, "segmentation": _beside_vocabulary(one["model"]) == _beside_vocabulary(other["model"])}
 
 
 def _beside_vocabulary(model: Mapping[str, Any]) -> dict[str, Any]:
