@@ -76,7 +76,8 @@ def compare(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) 
     for more_of, fewer, whose in ((ours, theirs, "the student's"), (theirs, ours, "the teacher's")):
         if alone := sorted(more_of.keys() - fewer.keys()):
             shown = ", ".join(f"{i} is {more_of[i]!r}" for i in alone[:SHOWN_IDS])
-            parts.append(f"{whose} alone has {len(alone)} ids ({shown}{', …' if len(alone) > SHOWN_IDS else ''})")
+            more = ", …" if len(alone) > SHOWN_IDS else ""
+            parts.append(f"{whose} alone has {len(alone)} {'id' if len(alone) == 1 else 'ids'} ({shown}{more})")
     return f"{' and '.join(parts)}; the student's has {len(ours)} tokens and the teacher's {len(theirs)}"
 
 
