@@ -56,6 +56,7 @@ from forge.task.task import Task
 from forge.teacher.cached import TeacherCache, find_teacher_cache
 from forge.teacher.loading import evaluates_teacher, label_columns, load_teacher, wants_teacher
 from forge.teacher.placement import place
+from forge.teacher.vocabulary import for_teacher, tell_of_columns
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.distillation import DistillationTrainer
 from forge.trainer.features import check_features
@@ -123,6 +124,7 @@ def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequ
         on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
         headline = task.headline
         task = task.for_model(loaded_model)
+        task = _for_teacher(config, task, accelerator, stop)
         taught = _teacher(request.loaded, task, loaded_model, accelerator, stop)
         beginning = on_rank_0(accelerator, lambda: _check_teacher(beginning, taught, request))
         beginning = on_rank_0(
@@ -370,11 +372,18 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
     return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
 
 
+def _for_teacher(config: Config, task: Task, accelerator: Accelerator, stop: StopRequest) -> Task:
+    if not wants_teacher(config):
+        return task
+    return rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
+
+
 def _load_teacher(config: Config, task: Task, student: LoadedModel) -> LoadedModel | None:
     if not wants_teacher(config):
         return None
     taught = load_teacher(config, task)
     check_features(config.distillation, student.model, taught.model)
+    tell_of_columns(student.model, taught.model, task)
     return taught
 
 

@@ -56,6 +56,8 @@ class DistillationTrainer(FinetuningTrainer):
         distillation = self.config.distillation
         if split is None:
             return self.teacher.outputs(batch, split, distillation.temperature) if distillation.alpha > 0 else None
+        if distillation.alpha > 0 and distillation.divergence == "uld":
+            return None  # over other tokens there is no agreement, and no KL
         return self.teacher.outputs(batch, split, 1.0) if evaluates_teacher(self.config) else None
 
     def report_teacher(self, taught: LoadedModel | None, origin: Origin | None) -> None:
