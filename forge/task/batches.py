@@ -293,6 +293,11 @@ def teacher_inputs(batch: Batch) -> Batch:
     return own or model_inputs(batch)
 
 
+def as_teacher_reads(batch: Batch) -> Batch:
+    """The batch with the teacher's inputs in place of the model's."""
+    return {**{name: tensor for name, tensor in batch.items() if name in OF_THE_LOOP}, **teacher_inputs(batch)}
+
+
 class _Rows(torch.utils.data.Dataset[tuple[int, dict[str, Any]]]):
     """Rows with their ids."""
 
