@@ -86,7 +86,8 @@ def write_shard(
     folder: Path, shard: Shard, arrays: Arrays, sums: dict[str, float], digest: str, seconds: float
 ) -> Record:
     """The file, then its record: a shard without one was not finished."""
-    data = save(arrays, metadata={"key": digest, "split": shard.split, "first": str(shard.first)})
+    # One entry: safetensors writes several in an order that is drawn anew each time, and the bytes would differ.
+    data = save(arrays, metadata={"forge": json.dumps({"key": digest, "rows": [shard.first, shard.rows]})})
     write_atomically(folder / shard.file, data)
     record = Record(
         **asdict(shard),

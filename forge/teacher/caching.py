@@ -60,7 +60,7 @@ def cache_teacher(
     _check(config)
     training = config.training
     accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
-    on_rank_0(accelerator, lambda: check_writable(Path(config.teacher.cache or config.output_root)))
+    on_rank_0(accelerator, lambda: check_writable(Path(config.output_root)))
     task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
     student = on_every_rank(accelerator, lambda: stop.breaks(lambda: _student(config, task)))
     task = task if student is None else task.for_model(student)

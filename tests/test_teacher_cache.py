@@ -1,0 +1,754 @@
+"""A student learns the same from a teacher's files as from the teacher, and files that are not its own are refused."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import REPOSITORY, forge, forge_on_two_ranks
+from conversations import config_on, conversation
+from teachers import write_chat_teacher, write_classifier
+from test_ocr import TEXTS, config_of, with_model, write_images
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from forge.cluster.ranks import build_accelerator
+from forge.cluster.signals import StopRequest, stopped_early
+from forge.config.loader import load_config
+from forge.config.schema import Config
+from forge.errors import Stopped, TrainingError, UsageError
+from forge.losses.linear_kd import linear_kd
+from forge.run.files import read_json, read_json_lines
+from forge.task.batches import FILLER, Batch, for_the_loop
+from forge.task.choice import load_task
+from forge.task.classification import Classification
+from forge.task.task import Task
+from forge.teacher import cache as storage
+from forge.teacher.cache import Shard, only_writer, plan_shards
+from forge.teacher.cached import CachedTeacher, check_loss, find_teacher_cache, token_places
+from forge.teacher.caching import cache_teacher
+from forge.teacher.keeper import Keeper
+from forge.teacher.key import cache_key, changed, content_key
+from forge.teacher.top_k import at_temperature, top_k, truncation_kl
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Its outputs are contradiction, entailment, neutral; the data's labels entailment, neutral, contradiction."""
+    return write_classifier(tmp_path_factory.mktemp("teacher"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def chat_teacher(tmp_path_factory: pytest.TempPathFactory, chat_model: Path) -> Path:
+    return write_chat_teacher(tmp_path_factory.mktemp("chat_teacher"), chat_model)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    yield
+    reset()
+
+
+def reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def fill(config: Config) -> tuple[Path, dict[str, Any]]:
+    reset()
+    return cache_teacher(config, StopRequest())
+
+
+def opened(config: Config) -> tuple[Task, CachedTeacher, Any]:
+    """The task as its student has it, the teacher that a run reads, and what it knows of the cache."""
+    reset()
+    accelerator = build_accelerator("no", 0)
+    task = load_task(config)
+    student = task.load_model(config.model, config.training)
+    task = task.for_model(student)
+    found = find_teacher_cache(config, task, student, accelerator, "forge cache-teacher X.yaml")
+    placed = found.placed(accelerator, None)
+    assert isinstance(placed, CachedTeacher)
+    return task, placed, found
+
+
+def distilled(teacher: Path, *settings: str) -> list[str]:
+    return [f"teacher.path={teacher}", "distillation.alpha=0.6", *settings]
+
+
+def batch_of(task: Task, *ids: int, split: str | None = None) -> Batch:
+    rows = task.train if split is None else task.validation[split]
+    return for_the_loop(task.collate([rows[i] for i in ids]), list(ids))
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def trajectory(trainer: Any) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    before = trainer.evaluate("baseline")
+    trainer.train()
+    after = trainer.evaluate("final")
+    values = {f"{when}/{name}": value for when, found in (("b", before), ("f", after)) for name, value in found.items()}
+    return trainer.callbacks.reports, {name: value for name, value in values.items() if "seconds" not in name}
+
+
+def assert_same_steps(computed: Any, read: Any, rel: float) -> None:
+    for one, other in zip(computed[0], read[0], strict=True):
+        for name in ("loss", "ce", "divergence", "hidden", "grad_norm"):
+            if name in one:
+                assert other[name] == pytest.approx(one[name], rel=rel), name
+    assert set(computed[1]) == set(read[1])
+    for name, value in computed[1].items():
+        assert read[1][name] == pytest.approx(value, rel=rel, abs=1e-7), name
+
+
+# What a student learns
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_a_student_takes_the_same_steps_from_files_as_from_the_teacher(
+    build_trainer: Build, config_file: Path, teacher: Path, divergence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both validation splits too, and with no teacher in memory."""
+    settings = distilled(teacher, f"distillation.divergence={divergence}", "distillation.temperature=3")
+    computed = trajectory(build_trainer(*settings))
+    _, manifest = fill(load_config(config_file, settings).config)
+    assert {name: split["rows"] for name, split in manifest["splits"].items()} == {
+        "train": 48,
+        "validation.matched": 13,
+        "validation.other": 7,
+    }
+    assert manifest["labels"] == ["contradiction", "entailment", "neutral"]
+
+    load = Classification.load_model
+
+    def no_teacher(self: Classification, config: Any, training: Any, key: str = "model") -> Any:
+        assert key != "teacher", "the teacher is loaded"
+        return load(self, config, training, key)
+
+    monkeypatch.setattr(Classification, "load_model", no_teacher)
+    read = trajectory(build_trainer(*settings, "teacher.placement=cached"))
+    assert_same_steps(computed, read, rel=1e-6)
+    assert len(read[0]) == 6
+    assert "f/other/kl" in read[1]
+
+
+def test_one_cache_serves_students_with_labels_in_any_order(
+    build_trainer: Build, config_file: Path, teacher: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    fill(load_config(config_file, distilled(teacher)).config)
+    for i, names in enumerate([["neutral", "contradiction", "entailment"], ["contradiction", "entailment", "neutral"]]):
+        student = write_classifier(tmp_path / f"student{i}", tiny_model, seed=7, names=names)
+        settings = distilled(teacher, f"model.path={student}", "training.max_steps=2")
+        computed = trajectory(build_trainer(*settings))
+        assert_same_steps(computed, trajectory(build_trainer(*settings, "teacher.placement=cached")), rel=1e-6)
+
+
+def test_hidden_states_are_those_of_the_teacher_and_zero_at_padding(
+    build_trainer: Build, config_file: Path, teacher: Path
+) -> None:
+    settings = distilled(teacher, "distillation.hidden.layers={0: 0, 2: 1}", "training.max_steps=3")
+    config = load_config(config_file, settings).config
+    computed = trajectory(build_trainer(*settings))
+    folder, manifest = fill(config)
+    assert (manifest["layers"], manifest["hidden_widths"]) == ([0, 1], [32, 32, 32])
+    assert_same_steps(computed, trajectory(build_trainer(*settings, "teacher.placement=cached")), rel=2e-3)
+
+    task, reader, _ = opened(load_config(config_file, [*settings, "teacher.placement=cached"]).config)
+    reader.layers = (1,)
+    batch = batch_of(task, 5, 0, 17)
+    states = reader.outputs(batch, None, 1.0)["hidden_states.1"]
+    model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True).hidden_states[1]
+    mask = batch["attention_mask"].bool()
+    assert not mask.all()
+    assert states.dtype == torch.float16
+    torch.testing.assert_close(states[mask].float(), expected[mask], rtol=1e-3, atol=1e-3)
+    assert not states[~mask].any()
+    assert "hidden_states.1" not in reader.outputs(batch_of(task, 1, split="other"), "other", 1.0)
+    tokens = sum(task.train["length"])  # type: ignore[arg-type]
+    assert sum(shard["hidden_bytes"] for shard in manifest["shards"]) == tokens * 2 * 32 * 2
+
+    # A run that wants fewer of them, or none, is served by the same folder.
+    fewer = distilled(teacher, "distillation.hidden.layers={1: 1}", "teacher.placement=cached")
+    assert opened(load_config(config_file, fewer).config)[2].folder == folder
+    none = load_config(config_file, distilled(teacher, "teacher.placement=cached")).config
+    assert opened(none)[2].folder == folder
+
+
+def lm_config(folder: Path, model: Path, teacher: Path, *settings: str) -> Config:
+    rows = [conversation(i, turns=1 + i % 3) for i in range(14)]
+    return config_on(folder, model, rows, rows[:5], *distilled(teacher, *settings))
+
+
+def whole_logits(model: Any, task: Task, batch: Batch) -> Tensor:
+    """(N, V) of the model at the labels, in float64."""
+    inputs = {name: tensor for name, tensor in batch.items() if name in ("input_ids", "attention_mask", "position_ids")}
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch["positions"]].double()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_top_k_is_the_teachers_at_both_temperatures_and_keeps_its_mass(
+    tmp_path: Path, chat_model: Path, chat_teacher: Path, packing: bool
+) -> None:
+    settings = ("teacher.top_k=8", "distillation.temperature=2.5", f"task.packing={packing}")
+    config = lm_config(tmp_path, chat_model, chat_teacher, *settings)
+    _, manifest = fill(config)
+    task, reader, _ = opened(lm_config(tmp_path, chat_model, chat_teacher, *settings, "teacher.placement=cached"))
+    assert ("lengths" in task.train.column_names) == packing
+    model = AutoModelForCausalLM.from_pretrained(chat_teacher).eval()
+    for split, batch in ((None, batch_of(task, 2, 0, 1)), ("validation", batch_of(task, 4, 1, split="validation"))):
+        logits = whole_logits(model, task, batch)
+        for temperature in (1.0, 2.5):
+            expected, places = (logits / temperature).log_softmax(-1).topk(8)
+            found = reader.outputs(batch, split, temperature)
+            assert torch.equal(found["top_indices"], places)
+            assert found["top_indices"].dtype == torch.int64
+            torch.testing.assert_close(found["top_log_probs"].double(), expected, rtol=2e-3, atol=2e-3)
+            mass = found["top_log_probs"].double().exp().sum(-1)
+            torch.testing.assert_close(mass, expected.exp().sum(-1), rtol=1e-6, atol=1e-6)
+    assert manifest["dtypes"] == {"indices": "uint16", "log_probs": "float16", "tails": "float32"}
+    with pytest.raises(ValueError, match=r"holds the teacher at temperatures 1 and 2.5, and not at 2.0"):
+        reader.outputs(batch, "validation", 2.0)
+    with pytest.raises(ValueError, match=r"labels, and .* holds"):
+        reader.outputs({**batch, "ids": torch.tensor([0, 1])}, "validation", 1.0)
+
+
+def test_the_loss_of_a_read_top_k_is_that_of_the_exact_one(
+    tmp_path: Path, chat_model: Path, chat_teacher: Path
+) -> None:
+    settings = ("teacher.top_k=6", "distillation.temperature=2", "teacher.placement=cached")
+    fill(lm_config(tmp_path, chat_model, chat_teacher, "teacher.top_k=6"))
+    task, reader, _ = opened(lm_config(tmp_path, chat_model, chat_teacher, *settings))
+    batch = batch_of(task, 3, 8, 1)
+    student = AutoModelForCausalLM.from_pretrained(chat_model)
+    told = AutoModelForCausalLM.from_pretrained(chat_teacher).eval()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    hidden = student.model(**inputs).last_hidden_state.flatten(0, 1)[batch["positions"]].detach()
+    labels = batch["labels"].flatten()[batch["positions"]]
+    exact = (whole_logits(told, task, batch) / 2).log_softmax(-1).topk(6)
+    found = reader.outputs(batch, None, 2.0)
+
+    def loss(log_probs: Tensor, indices: Tensor) -> Tensor:
+        teacher_outputs = {"teacher_log_probs": log_probs, "teacher_indices": indices}
+        return linear_kd(hidden, student.lm_head.weight, labels, **teacher_outputs, temperature=2.0)[0].detach()
+
+    by_hand = loss(exact.values.float(), exact.indices)
+    torch.testing.assert_close(loss(found["top_log_probs"], found["top_indices"]), by_hand, rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_a_student_of_a_whole_top_k_learns_as_from_the_teacher(
+    tmp_path: Path, chat_model: Path, chat_teacher: Path
+) -> None:
+    config = lm_config(tmp_path, chat_model, chat_teacher, "teacher.top_k=100000")
+    _, manifest = fill(config)
+    assert manifest["top_k"] == manifest["columns"] == len(load_task(config).processing)
+    assert manifest["truncation"]["tail_mass"] == 0
+    assert manifest["truncation"]["truncation_kl"] == pytest.approx(0, abs=1e-6)
+    metrics = []
+    for placement in ("replicated", "cached"):
+        settings = [f"--set={item}" for item in distilled(chat_teacher, "teacher.top_k=100000")]
+        run = ["--config", tmp_path / "c.yaml", "--run_name", placement, "--set", f"teacher.placement={placement}"]
+        done = forge(*run, *settings)
+        assert done.returncode == 0, done.stderr
+        (file,) = (tmp_path / "outputs").glob(f"*/{placement}/metrics.jsonl")
+        metrics.append(read_json_lines(file))
+    for computed, read in zip(*metrics, strict=True):
+        for name in ("loss", "divergence", "ce", "validation/loss", "validation/kl"):
+            assert (name in read) == (name in computed)
+            if name in computed and computed.get("stage") != "teacher":
+                assert read[name] == pytest.approx(computed[name], rel=2e-3, abs=2e-5), name
+    told = read_json(file.parent / "run_metadata.json")["teacher"]
+    assert (
+        told["weights_sha256"]
+        == read_json(file.parents[1] / "replicated" / "run_metadata.json")["teacher"]["weights_sha256"]
+    )
+    assert told["cache"]["digest"] == manifest["digest"]
+    assert (told["source"], told["architecture"]) == (str(chat_teacher), "LlamaForCausalLM")
+
+
+def test_a_small_head_of_an_ocr_model_is_kept_whole(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_images(tmp_path / "lines" / split, TEXTS[:5])
+    ocr, model = with_model(tmp_path / "lines")
+    ocr.save_processing(tmp_path / "teacher")
+    model.save_pretrained(tmp_path / "teacher")
+    values = config_of(tmp_path / "lines").model_dump()
+    values |= {"teacher": {"path": str(tmp_path / "teacher")}, "output_root": str(tmp_path / "outputs")}
+    values |= {"distillation": {"alpha": 0.5, "divergence": "reverse_kl"}, "training": {"num_workers": 0}}
+    _, manifest = fill(Config.model_validate(values))
+    assert manifest["kept"] == "whole logits"
+    task, reader, _ = opened(Config.model_validate({**values, "teacher": {**values["teacher"], "placement": "cached"}}))
+    batch = batch_of(task, 3, 1)
+    with torch.no_grad():
+        logits = model(**{name: batch[name] for name in ("pixel_values", "decoder_input_ids")}).logits
+    expected = logits.flatten(0, 1)[batch["positions"]]
+    torch.testing.assert_close(reader.outputs(batch, None, 7.0)["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+# The formulas
+
+
+def test_what_is_reported_is_what_a_hand_computes(tmp_path: Path, chat_model: Path, chat_teacher: Path) -> None:
+    settings = ("teacher.top_k=4", "distillation.temperature=1.7")
+    folder, manifest = fill(lm_config(tmp_path, chat_model, chat_teacher, *settings))
+    task = load_task(lm_config(tmp_path, chat_model, chat_teacher))
+    batch = batch_of(task, *range(5), split="validation")
+    logits = whole_logits(AutoModelForCausalLM.from_pretrained(chat_teacher).eval(), task, batch)
+    q = (logits / 1.7).softmax(-1)
+    kept = q.topk(4)
+    tail = 1 - kept.values.sum(-1, keepdim=True)
+    spread = (tail / (q.shape[1] - 4)).expand_as(q).scatter(1, kept.indices, kept.values)
+    kl = (q * (q / spread).log()).sum(-1).mean().item()
+
+    assert manifest["truncation"]["labels"] == len(batch["positions"])
+    assert manifest["truncation"]["truncation_kl"] == pytest.approx(kl, rel=1e-3)
+    assert kl > 0.1
+    assert manifest["truncation"]["tail_mass"] == pytest.approx(tail.mean().item(), rel=1e-5)
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    labels = sum(len(batch_of(task, i, split=split)["positions"]) for split, n in ((None, 14), ("validation", 5))
+                 for i in range(n))  # fmt: skip
+    assert (manifest["bytes"], manifest["labels_in_all"]) == (sum(sizes), labels)
+    assert manifest["bytes_per_label"] == sum(sizes) / labels
+    assert manifest["share_of_whole_logits"] == pytest.approx(sum(sizes) / labels / 4 / q.shape[1])
+    arrays = 4 * (2 + 2) + 2 * 4  # k float16 and k uint16, two float32
+    assert arrays * labels < manifest["bytes"] < arrays * labels + 19 * 8 + 2 * 8 + 1200  # offsets, headers
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
+def test_rounding_moves_no_mass(temperature: float) -> None:
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 6
+    logits[0, 5] = -torch.inf  # a token that cannot come
+    for k in (1, 16, 300):
+        kept = top_k(logits, k, temperature)
+        read = at_temperature(kept.log_probs, kept.tails[:, 1], temperature)
+        exact = (logits.double() / temperature).log_softmax(-1)
+        q = exact.gather(1, kept.indices)
+        np.testing.assert_allclose(read.double().exp().sum(1), q.exp().sum(1), rtol=0, atol=1e-6)
+        lost = truncation_kl(logits, kept, temperature)
+        tail = kept.tails[:, 1:].double()
+        torch.testing.assert_close(tail.squeeze(1), 1 - q.exp().sum(1), rtol=1e-4, atol=1e-7)
+        even = (tail / max(1, 300 - k)).log().expand_as(exact).scatter(1, kept.indices, q)
+        by_hand = torch.where(exact.exp() > 0, exact.exp() * (exact - even), 0.0).sum(1)
+        torch.testing.assert_close(lost.double(), by_hand, rtol=0.05, atol=2e-3)
+        assert torch.isfinite(lost).all()
+
+
+def test_tokens_lie_where_the_mask_has_them() -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]])  # padded at the right, and at the left
+    assert token_places({"attention_mask": mask}, [2, 3, 1], 4, mask.device).tolist() == [0, 1, 5, 6, 7, 11]
+    assert token_places({}, [2, 0, 3], 4, mask.device).tolist() == [0, 1, 8, 9, 10]
+
+
+def test_shards_have_so_many_rows_and_bytes_and_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "SHARD_ROWS", 4)
+    monkeypatch.setattr(storage, "SHARD_BYTES", 10)
+    assert plan_shards("train", np.array([1, 1, 1, 1, 1, 9, 2, 30, 1])) == [
+        Shard("train", 0, 0, 4),
+        Shard("train", 1, 4, 2),
+        Shard("train", 2, 6, 1),
+        Shard("train", 3, 7, 1),
+        Shard("train", 4, 8, 1),
+    ]
+
+
+# The files
+
+
+def test_mapped_files_read_as_memory_does_and_fillers_as_nothing(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SHARD_ROWS", 10)
+    settings = distilled(teacher, "distillation.hidden.layers={1: 2}")
+    fill(load_config(config_file, settings).config)
+    cached = load_config(config_file, [*settings, "teacher.placement=cached"]).config
+    outputs = []
+    for limit in (storage.IN_MEMORY_BYTES, 0):
+        monkeypatch.setattr(storage, "IN_MEMORY_BYTES", limit)
+        task, reader, _ = opened(cached)
+        reader.layers = (2,)
+        outputs.append(reader.outputs(batch_of(task, 47, 9, 10, 31, 0), None, 1.0))
+    for name in ("logits", "hidden_states.2"):
+        assert torch.equal(outputs[0][name], outputs[1][name])
+    row = torch.stack([reader.outputs(batch_of(task, i), None, 1.0)["logits"][0] for i in (47, 9, 10, 31, 0)])
+    assert torch.equal(row, outputs[0]["logits"])
+    filler = for_the_loop(task.collate([task.train[0]]), [FILLER])
+    empty = reader.outputs(filler, None, 1.0)
+    assert empty["logits"].shape == (0, 3)
+    assert not empty["hidden_states.2"].any()
+
+
+class Death(BaseException):
+    """A process that is killed; what it has not renamed is as good as not written."""
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 6, 11, 12])
+def test_a_job_that_dies_at_any_write_goes_on_to_the_same_bytes(
+    config_file: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Writes: the key, then each of 6 shards with its record, then the manifest."""
+    monkeypatch.setattr(storage, "SHARD_ROWS", 13)
+    unbroken, _ = fill(load_config(config_file, distilled(teacher, f"output_root={tmp_path / 'unbroken'}")).config)
+    expected = shard_bytes(unbroken)
+    assert len(expected) == 6
+
+    settings = distilled(teacher, f"output_root={tmp_path / 'broken'}")
+    replaced, replace = [], os.replace
+
+    def dies(source: Path, target: Path) -> None:
+        if len(replaced) == at:
+            raise Death
+        replaced.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        with pytest.raises(Death):
+            fill(load_config(config_file, settings).config)
+    with pytest.raises(UsageError, match="no cache for this config" if at == 0 else "is not complete; go on with"):
+        opened(load_config(config_file, [*settings, "teacher.placement=cached"]).config)
+
+    computed: list[Shard] = []
+    compute = Keeper.compute
+    monkeypatch.setattr(Keeper, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
+    folder, _ = fill(load_config(config_file, settings).config)
+    assert shard_bytes(folder) == expected
+    assert len(computed) == 6 - max(0, at - 1) // 2  # a shard without its record is computed again
+    opened(load_config(config_file, [*settings, "teacher.placement=cached"]).config)
+
+
+def test_a_stop_keeps_the_finished_shards_and_says_how_to_go_on(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SHARD_ROWS", 13)
+    stop, compute = StopRequest(), Keeper.compute
+
+    def signalled(self: Keeper, shard: Shard) -> Any:
+        if (shard.split, shard.number) == ("train", 2):
+            stop.reason = "SIGTERM"
+            raise stopped_early("SIGTERM")
+        return compute(self, shard)
+
+    monkeypatch.setattr(Keeper, "compute", signalled)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM; 2 of 6 shards are in .*, and the same command goes on"):
+        cache_teacher(load_config(config_file, distilled(teacher)).config, stop)
+
+
+SMALL_SHARDS = "import sys; from forge.teacher import cache; cache.SHARD_ROWS = 3; from forge.cli import main; "
+SLOWLY = (
+    "import time; from forge.teacher.keeper import Keeper; compute = Keeper.compute; "
+    "Keeper.compute = lambda self, shard: (time.sleep(0.05), compute(self, shard))[1]; "
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_or_preempted_command_goes_on_where_it_was(
+    config_file: Path, teacher: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"--set={item}" for item in distilled(teacher, "evaluation.teacher=false")]
+    code = f"{SLOWLY}{SMALL_SHARDS}sys.exit(main(['cache-teacher', *sys.argv[1:]]))"
+    command = [sys.executable, "-c", code, str(config_file), *settings]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    root = tmp_path / "outputs" / ".teacher_caches"
+    deadline = time.monotonic() + 120
+    while len(list(root.glob("*/*.safetensors.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 75, said
+        assert re.search(r"stopped by SIGTERM; \d+ of 24 shards are in .* and the same command goes on", said)
+    (folder,) = root.iterdir()
+    assert not (folder / "manifest.json").exists()
+    finished = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.safetensors.json")}
+
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(finished)} of 24 shards are there already" in done.stderr
+    assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
+    assert not list(folder.glob(".*.tmp"))
+    monkeypatch.setattr(storage, "SHARD_ROWS", 3)
+    other = [f"output_root={tmp_path / 'unbroken'}", "evaluation.teacher=false"]
+    unbroken, _ = fill(load_config(config_file, distilled(teacher, *other)).config)
+    assert shard_bytes(folder) == shard_bytes(unbroken)
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_fill_the_cache_that_one_does(config_file: Path, teacher: Path, tmp_path: Path) -> None:
+    alone, manifest = fill(load_config(config_file, distilled(teacher)).config)
+    settings = [f"--set={item}" for item in distilled(teacher)]
+    arguments = ("forge.cli", "cache-teacher", config_file, "--output_root", tmp_path / "two", *settings)
+    done = forge_on_two_ranks(*arguments, script="-m")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "two" / ".teacher_caches").iterdir()
+    assert folder.name == alone.name
+    together = read_json(folder / "manifest.json")
+    for name in ("splits", "key", "columns", "labels"):
+        assert together[name] == manifest[name]
+    for file in shard_bytes(alone):
+        ours, theirs = (storage.safe_open(place / file, "np") for place in (alone, folder))
+        for name in sorted(ours.keys()):
+            np.testing.assert_allclose(ours.get_tensor(name), theirs.get_tensor(name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 7])
+def test_a_full_disk_is_one_sentence_and_the_next_job_goes_on(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """As the key, a shard, its record or the manifest is written."""
+    replaced, replace = [], os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if len(replaced) == writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replaced.append(target)
+        replace(source, target)
+
+    config = load_config(config_file, distilled(teacher)).config
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(TrainingError, match=r"could not be written \(No space left on device\); free some space"):
+            fill(config)
+    folder, _ = fill(config)
+    assert not list(folder.glob(".*.tmp"))
+
+
+# What is refused
+
+
+def test_a_missing_cache_is_refused_with_the_command_and_with_what_the_nearest_lacks(
+    config_file: Path, teacher: Path
+) -> None:
+    cached = distilled(teacher, "teacher.placement=cached")
+    with pytest.raises(UsageError) as refused:
+        opened(load_config(config_file, cached).config)
+    for part in ("there is no cache for this config", "`forge cache-teacher X.yaml`", "placement: replicated"):
+        assert part in str(refused.value)
+    fill(load_config(config_file, [*cached, "task.max_length=16"]).config)
+    fill(load_config(config_file, [*cached, "task.max_length=12", "task.dataset.max_rows=9"]).config)
+    with pytest.raises(UsageError) as refused:
+        opened(load_config(config_file, cached).config)
+    assert re.search(r"the nearest one, .*, differs in .*task\.max_length \(16 -> 32\)\)", str(refused.value))
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("task.max_length=16", r"task\.max_length \(32 -> 16\)"),
+        ("task.dataset.max_rows=20", r"task\.dataset\.max_rows \(null -> 20\)"),
+        ("teacher.dtype=bfloat16", r"teacher\.dtype \(float32 -> bfloat16\)"),
+        ("distillation.hidden.layers={1: 1}", r"distillation\.hidden\.layers \(the teacher's\) \(\[\] -> \[1\]\)"),
+        ("teacher.path={other}", r"the teacher's weights \([0-9a-f]{12}… -> [0-9a-f]{12}…\)"),
+        ("task.columns.text=hypothesis", r"the rows, or their tokens \([0-9a-f]{12}… -> [0-9a-f]{12}…\)"),
+    ],
+)
+def test_another_cache_is_refused_by_what_has_changed(
+    config_file: Path, teacher: Path, tiny_model: Path, tmp_path: Path, setting: str, part: str
+) -> None:
+    named = f"teacher.cache={tmp_path / 'kept'}"
+    fill(load_config(config_file, distilled(teacher, named)).config)
+    other = write_classifier(tmp_path / "other", tiny_model, seed=9)
+    pair = ["task.columns.text_pair=null"] if "columns" in setting else []
+    changed = [named, *pair, "teacher.placement=cached", setting.replace("{other}", str(other))]
+    changed = [*distilled(teacher)[1:], f"teacher.path={teacher}", *changed]
+    with pytest.raises(UsageError, match=part) as refused:
+        opened(load_config(config_file, changed).config)
+    assert f"teacher.cache: {tmp_path / 'kept'} holds outputs of {teacher}" in str(refused.value)
+    if "hidden" not in setting:
+        assert len(re.findall("->", str(refused.value))) <= 4  # and of little else
+    with pytest.raises(UsageError, match=part):  # nor does a job write into it
+        fill(load_config(config_file, changed).config)
+
+
+def test_of_a_top_k_the_key_has_k_and_temperature(tmp_path: Path, chat_model: Path, chat_teacher: Path) -> None:
+    named = f"teacher.cache={tmp_path / 'kept'}"
+    fill(lm_config(tmp_path, chat_model, chat_teacher, named, "teacher.top_k=4"))
+    other = ("teacher.top_k=5", "distillation.temperature=3", "teacher.placement=cached")
+    with pytest.raises(UsageError, match=r"teacher\.top_k \(4 -> 5\), distillation\.temperature \(2\.0 -> 3\.0\)"):
+        opened(lm_config(tmp_path, chat_model, chat_teacher, named, *other))
+
+
+def test_the_key_tells_tokenizer_template_and_padding_from_rows(
+    tmp_path: Path, chat_model: Path, load_lm: Callable[..., Any]
+) -> None:
+    rows = [conversation(i) for i in range(6)]
+    task = load_lm(rows, rows[:2])
+    config = config_on(tmp_path, chat_model, rows, rows[:2], "teacher.path=t", "distillation.alpha=0.5")
+    origin = read_origin()
+    before = content_key(config, task, origin, "float32")
+    assert content_key(config, load_lm(rows, rows[:2]), origin, "float32") == before
+
+    task.processing.padding_side = "left" if task.processing.padding_side == "right" else "right"
+    (part,) = changed(before, content_key(config, task, origin, "float32"))
+    assert part.startswith("the tokenizer (")
+    template = tmp_path / "other.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    other = load_lm(rows, rows[:2], f"task.chat_template={template}")
+    names = [part.split(" (")[0] for part in changed(before, content_key(config, other, origin, "float32"))]
+    assert "the chat template" in names
+    other = load_lm([*rows[:5], conversation(9)], rows[:2])
+    (part,) = changed(before, content_key(config, other, origin, "float32"))
+    assert part.startswith("the rows, or their tokens (")
+
+
+def test_the_key_sees_other_tokens_of_the_same_rows(config_file: Path) -> None:
+    config = load_config(config_file, ["teacher.path=t", "distillation.alpha=0.5"]).config
+    task = load_task(config)
+    assert isinstance(task, Classification)
+    before = cache_key(config, task, read_origin(), "float32", ())
+    columns = task.train.to_dict()
+    columns["token_type_ids"][3][0] ^= 1
+    other = type(task.train).from_dict(columns)
+    object.__setattr__(task, "train", other)
+    (part,) = changed(before, cache_key(config, task, read_origin(), "float32", ()))
+    assert part.startswith("the rows, or their tokens (")
+
+
+def read_origin() -> Any:
+    from forge.model.origin import Origin, Weights
+
+    return Origin(Weights("t", "/t", sha256="0" * 64))
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_shard_is_named_and_written_anew(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(storage, "SHARD_ROWS", 20)
+    settings = distilled(teacher)
+    folder, _ = fill(load_config(config_file, settings).config)
+    file = folder / "train-00001.safetensors"
+    whole = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(whole[:-1])
+    elif damage == "changed":
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        file.unlink()
+    cached = load_config(config_file, [*settings, "teacher.placement=cached"]).config
+    with pytest.raises(UsageError, match=rf"{file} .*`forge cache-teacher X.yaml` writes it anew"):
+        opened(cached)
+    computed: list[Shard] = []
+    compute = Keeper.compute
+    monkeypatch.setattr(Keeper, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
+    fill(load_config(config_file, settings).config)
+    assert computed == [Shard("train", 1, 20, 20)]
+    assert file.read_bytes() == whole
+    opened(cached)
+
+
+def test_a_complete_cache_is_left_as_it_is_and_no_teacher_loaded(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(config_file, distilled(teacher)).config
+    folder, manifest = fill(config)
+    monkeypatch.setattr("forge.teacher.caching.load_teacher", None)
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert fill(config) == (folder, manifest)
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_folders_that_are_something_else_are_left_alone(config_file: Path, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    settings = distilled(teacher, f"teacher.cache={tmp_path / 'mine'}")
+    with pytest.raises(UsageError, match=r"mine is no teacher cache, and not empty; name another folder"):
+        fill(load_config(config_file, settings).config)
+    with pytest.raises(UsageError, match=r"mine, which holds no outputs of a teacher \(no key.json\)"):
+        opened(load_config(config_file, [*settings, "teacher.placement=cached"]).config)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_two_jobs_do_not_fill_one_folder(config_file: Path, teacher: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    code = "import sys, time; from pathlib import Path; from forge.teacher.cache import only_writer\n"
+    code += "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code, str(kept)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="kept is being filled by another process; wait for it"):
+            fill(load_config(config_file, distilled(teacher, f"teacher.cache={kept}")).config)
+        other.kill()
+    fill(load_config(config_file, distilled(teacher, f"teacher.cache={kept}")).config)
+    with only_writer(kept):
+        pass
+
+
+def test_other_labels_speak_of_the_teachers(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, manifest = fill(load_config(config_file, distilled(teacher)).config)
+    manifest["labels"] = ["yes", "no", "maybe"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=r"the teacher's \(yes, no, maybe\) do not .* teacher's with teacher.labels$"):
+        opened(load_config(config_file, distilled(teacher, "teacher.placement=cached")).config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (["distillation.alpha=0.5"], "teacher.path is not set"),
+        (["teacher.path=x", "task.dataset.streaming=true"], "rows of a stream are not known before"),
+    ],
+)
+def test_configs_that_cannot_be_cached_are_refused(
+    tmp_path: Path, chat_model: Path, settings: list[str], part: str
+) -> None:
+    rows = [conversation(0)]
+    config = config_on(tmp_path, chat_model, rows, rows)
+    values = config.model_dump()
+    for setting in settings:
+        (*path, last), value = setting.split("=")[0].split("."), setting.split("=")[1]
+        node = values
+        for name in path:
+            node = node[name]
+        node[last] = value
+    with pytest.raises(UsageError, match=part):
+        fill(Config.model_validate(values))
+
+
+def test_a_layer_that_the_teacher_lacks_is_refused(config_file: Path, teacher: Path) -> None:
+    with pytest.raises(UsageError, match="the teacher has no 3"):
+        fill(load_config(config_file, distilled(teacher, "distillation.hidden.layers={1: 3}")).config)
+
+
+def test_a_top_k_gives_forward_kl_only(config_file: Path) -> None:
+    config = load_config(
+        config_file, ["teacher.path=t", "distillation.alpha=0.5", "distillation.divergence=jsd"]
+    ).config
+    check_loss(config, top_k=False)
+    with pytest.raises(UsageError, match=r"divergence is jsd, and of so many tokens a cache holds the top k"):
+        check_loss(config, top_k=True)
+
+
+def test_numbers_that_are_not_finite_end_the_job(config_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path / "broken", tiny_model)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.nn.init.constant_(model.classifier.bias, torch.nan)
+    model.save_pretrained(folder)
+    with pytest.raises(TrainingError, match=r"the teacher's logits of the rows .* are not finite; set teacher.dtype"):
+        fill(load_config(config_file, distilled(folder)).config)
