@@ -56,8 +56,10 @@ from forge.task.task import Task
 from forge.teacher.cached import TeacherCache, find_teacher_cache
 from forge.teacher.loading import evaluates_teacher, label_columns, load_teacher, wants_teacher
 from forge.teacher.placement import place
+from forge.teacher.vocabulary import for_teacher, tell_of_columns
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.distillation import DistillationTrainer
+from forge.trainer.features import check_features
 from forge.trainer.final import export
 from forge.trainer.finetuning import FinetuningTrainer, world_facts
 from forge.trainer.optimizer import step_shape
@@ -122,6 +124,7 @@ def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequ
         on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
         headline = task.headline
         task = task.for_model(loaded_model)
+        task = _for_teacher(config, task, accelerator, stop)
         taught = _teacher(request.loaded, task, loaded_model, accelerator, stop)
         beginning = on_rank_0(accelerator, lambda: _check_teacher(beginning, taught, request))
         beginning = on_rank_0(
@@ -212,8 +215,8 @@ def _report_teacher(
         return
     known = on_rank_0(trainer.accelerator, lambda: bool(_recorded_evaluation(trainer.run, "teacher")))
     if not known or beginning.other_teacher:
-        model = taught if isinstance(taught, LoadedModel) else None
-        trainer.report_teacher(model, taught.origin if taught is not None else None)
+        loaded = taught if isinstance(taught, LoadedModel) else None
+        trainer.report_teacher(loaded, taught.origin if taught is not None else None)
 
 
 def _train_control(
@@ -227,7 +230,7 @@ def _train_control(
 ) -> None:
     """Trains the run's twin without the teacher, or goes on with it. Raises Stopped, for the run itself."""
     config = request.loaded.config
-    twin = control_config(config, state.total_steps, evaluates_teacher=evaluates_teacher(config))
+    twin = control_config(config, state.total_steps)
     known = on_rank_0(accelerator, lambda: _existing_control(request, run, state.total_steps, facts))
     control = control_of(run)
     if known is not None and known.complete:
@@ -262,7 +265,7 @@ def _existing_control(
 ) -> Control | None:
     """run: the one that is controlled. Raises UsageError where another thing has the control's name."""
     config = request.loaded.config
-    wanted = control_config(config, steps or 1, evaluates_teacher=evaluates_teacher(config))
+    wanted = control_config(config, steps or 1)
     return check_control(control_of(run), wanted, steps=steps, facts=facts, allowed=request.allowed_changes)
 
 
@@ -369,8 +372,19 @@ def _load_model(config: Config, task: Task) -> LoadedModel:
     return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
 
 
-def _load_teacher(config: Config, task: Task) -> LoadedModel | None:
-    return load_teacher(config, task) if wants_teacher(config) else None
+def _for_teacher(config: Config, task: Task, accelerator: Accelerator, stop: StopRequest) -> Task:
+    if not wants_teacher(config):
+        return task
+    return rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
+
+
+def _load_teacher(config: Config, task: Task, student: LoadedModel) -> LoadedModel | None:
+    if not wants_teacher(config):
+        return None
+    taught = load_teacher(config, task)
+    check_features(config.distillation, student.model, taught.model)
+    tell_of_columns(student.model, taught.model, task)
+    return taught
 
 
 def _teacher(
@@ -381,7 +395,7 @@ def _teacher(
     if wants_teacher(config) and config.teacher.placement == "cached":
         command = f"forge cache-teacher {shlex.quote(str(loaded.file))}"
         return find_teacher_cache(config, task, student, accelerator, command)
-    taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task)))
+    taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task, student)))
     return _with_origin(taught, accelerator, "teacher") if taught is not None else None
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,22 +180,19 @@ def forge_on_two_ranks(
     )
 
 
-@pytest.fixture
-def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., object]]:
-    """Builds the config's trainer in this process, with its teacher: build_trainer("training.seed=1", …)."""
-    import torch
+def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | None = None) -> Any:
+    """The trainer of a config in this process, with its run in the folder; mutate: what becomes of the student."""
     from accelerate.state import AcceleratorState, GradientState
 
     from forge.cluster.ranks import build_accelerator
     from forge.cluster.signals import StopRequest
-    from forge.config.loader import load_config
-    from forge.pipeline import _load_model, _teacher, _trainer, _with_origin
+    from forge.config.loader import LoadedConfig
+    from forge.pipeline import _for_teacher, _load_model, _teacher, _trainer, _with_origin
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
     from forge.task.choice import load_task
     from forge.trainer.callbacks import Callback
-    from forge.trainer.finetuning import FinetuningTrainer
 
     class Recorder(Callback):
         def __init__(self) -> None:
@@ -211,24 +209,34 @@ def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., o
         def saved(self, state: TrainingState, facts: dict[str, object]) -> None:
             self.saves.append((state.step, facts))
 
-    def build(*settings: str, mutate: Callable[[object], None] | None = None) -> FinetuningTrainer:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        whole = load_config(config_file, settings)
-        config = whole.config
-        training = config.training
-        accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
-        task = load_task(config)
-        loaded = _with_origin(_load_model(config, task), accelerator, "model")
-        if mutate is not None:
-            mutate(loaded.model)
-        run = create_run_directory(tmp_path / "trainer_runs", Path("tiny"), None)
-        task = task.for_model(loaded)
-        taught = _teacher(whole, task, loaded, accelerator, StopRequest())
-        state = TrainingState(run_id=new_run_id())
-        lock = RunLock(run)
-        lock.take()
-        return _trainer(taught, config, accelerator, task, loaded, run, state, Recorder(), lock, StopRequest())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    training = config.training
+    accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
+    task = load_task(config)
+    loaded = _with_origin(_load_model(config, task), accelerator, "model")
+    if mutate is not None:
+        mutate(loaded.model)
+    run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
+    stop = StopRequest()
+    task = _for_teacher(config, task.for_model(loaded), accelerator, stop)
+    taught = _teacher(LoadedConfig(config, Path("c.yaml"), {}, []), task, loaded, accelerator, stop)
+    state = TrainingState(run_id=new_run_id())
+    lock = RunLock(run)
+    lock.take()
+    return _trainer(taught, config, accelerator, task, loaded, run, state, Recorder(), lock, stop)
+
+
+@pytest.fixture
+def build_trainer(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., object]]:
+    """Builds the config's trainer in this process, with its teacher: build_trainer("training.seed=1", …)."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    from forge.config.loader import load_config
+
+    def build(*settings: str, mutate: Callable[[object], None] | None = None) -> object:
+        return trainer_of(load_config(config_file, settings).config, tmp_path, mutate)
 
     yield build
     torch.use_deterministic_algorithms(False)

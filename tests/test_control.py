@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, forge, forge_on_two_ranks
 from recorded_runs import write_run
 
-from forge.config.explain import difference
+from forge.config.explain import difference, effective
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import UsageError
@@ -322,7 +322,7 @@ def wanted(tmp_path: Path) -> Config:
     )
     config = load_config(run.config_file).config
     assert wants_control(config)
-    return control_config(config, 100, evaluates_teacher=True)
+    return control_config(config, 100)
 
 
 def a_control(tmp_path: Path, settings: dict[str, Any] | None = None, **state: Any) -> RunDirectory:
@@ -334,11 +334,17 @@ def test_the_controls_config_differs_in_the_teachers_part_alone(tmp_path: Path) 
     settings = {"distillation.alpha": 0.9, "evaluation.control": "sft", "export.push_to_hub": "me/student"}
     run = write_run(tmp_path / "kd", settings=settings | {"training.max_steps": None, "training.epochs": 2.0})
     config = load_config(run.config_file).config
-    twin = control_config(config, 70, evaluates_teacher=True)
+    twin = control_config(config, 70)
     changed = {line.split(":")[0] for line in difference(config, twin)}
     assert changed >= {"distillation.alpha", "evaluation.teacher", "training.max_steps", "export.push_to_hub"}
     assert {key.split(".")[0] for key in changed} == {"distillation", "evaluation", "training", "export", "output_root"}
     assert not wants_control(twin)
+    assert effective(twin)["distillation"] == {"alpha": 0.0}
+    for without in ({"divergence": "uld"}, {}):
+        evaluation = config.evaluation.model_copy(update={} if without else {"teacher": False})
+        section = config.distillation.model_copy(update=without)
+        unlike = config.model_copy(update={"distillation": section, "evaluation": evaluation})
+        assert control_config(unlike, 70).evaluation.teacher is False
     assert (twin.training.max_steps, twin.export.push_to_hub, twin.evaluation.teacher) == (70, None, True)
 
 

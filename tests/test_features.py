@@ -40,7 +40,7 @@ from transformers import (
 
 from forge.checkpoint.comparison import compare_runs
 from forge.config.distilling import DistillationConfig
-from forge.errors import UsageError
+from forge.errors import ConfigError, UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.attention import attention_modules, listening, width_of
 from forge.run.files import read_json, read_json_lines
@@ -543,6 +543,29 @@ def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Pa
         UsageError, match=r"checkpoint-3 has no projections.safetensors, and distillation.hidden trains"
     ):
         build().restore(folder)
+
+
+BAD_INPUT = {
+    "layers={3: 1}": "draws layer 3 to 1, and the student has no 3: the student has 2 layers and the teacher 3",
+    "layers={1: 4}": "draws layer 1 to 4, and the teacher has no 4: the student has 2 layers and the teacher 3",
+    "layers={-1: 1}": "layers.-1.[key] is -1; it must be at least 0",
+    "layers={}": "distillation.hidden.layers has no entries; it needs at least 1",
+}
+
+
+@pytest.mark.parametrize("setting", BAD_INPUT)
+def test_layers_that_there_are_not_are_refused(setting: str, build_trainer: Build, teacher_folder: Path) -> None:
+    with pytest.raises((UsageError, ConfigError)) as refused:
+        build_trainer(f"teacher.path={teacher_folder}", "distillation.alpha=0.5", f"distillation.hidden.{setting}")
+    assert BAD_INPUT[setting] in str(refused.value)
+
+
+def test_bad_relations_exit_2_and_create_nothing(config_file: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    command = job(config_file, teacher_folder)
+    done = forge(*command, "--set", "distillation.relations.heads=5")
+    assert done.returncode == 2
+    assert "distillation.relations.heads is 5, which does not divide 32, the width of the student's" in done.stderr
+    assert not list((tmp_path / "outputs").glob("*/*"))
 
 
 def job(config_file: Path, teacher_folder: Path) -> list[Any]:

@@ -302,3 +302,32 @@ def read_to_end(master: int) -> bytes:
         shown += piece
     os.close(master)
     return shown
+
+
+ANOTHER = """
+run_log.open(path)
+logger.info("ours, before")
+with run_log.of_another():
+    logger.info("theirs, kept")
+    run_log.open(path.with_name("theirs.log"))
+    print("theirs, printed")
+    os.system("echo theirs, of a child")
+    logger.info("theirs, logged")
+with run_log.of_another():
+    logger.info("ours, since no file was opened")
+print("ours, printed")
+logger.info("ours, after")
+"""
+
+
+@pytest.mark.parametrize("end", ["run_log.close()", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_another_runs_lines_go_to_its_own_file(tmp_path: Path, end: str) -> None:
+    done = run(tmp_path, ANOTHER + end)
+    ours, theirs = (tmp_path / "output.log").read_text(), (tmp_path / "theirs.log").read_text()
+    for words in ("before", "since no file was opened", "printed", "after"):
+        assert ours.count(f"ours, {words}") == 1, words
+    assert "theirs" not in ours
+    for words in ("kept", "printed", "of a child", "logged"):
+        assert theirs.count(f"theirs, {words}") == 1, words
+        assert (done.stdout + done.stderr).count(f"theirs, {words}") == 1, words
+    assert "ours" not in theirs

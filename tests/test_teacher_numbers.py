@@ -3,6 +3,10 @@
 import json
 import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import pair_rows
+from conftest import REPOSITORY, forge, pair_rows
 from conversations import config_on, conversation
 from test_ocr import TINY, write_images
 from transformers import (
@@ -26,7 +30,8 @@ from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.origin import Origin, Weights
+from forge.model.origin import Origin, Weights, hash_of_files
+from forge.run.files import read_json, read_json_lines
 from forge.task.choice import load_task
 from forge.teacher.key import digest
 from forge.teacher.loading import label_columns, load_teacher
@@ -287,3 +292,61 @@ def test_a_resume_with_another_teacher_is_refused() -> None:
     other = check_teacher(begun, "b" * 64, ["teacher.path"])
     assert other.other_teacher
     assert other.changes == [f"changed: the weights of the teacher: {'a' * 12} -> {'b' * 12}"]
+
+
+# Stops the process at its third step.
+STOP = """
+import os, signal, sys
+sys.path.insert(0, {repository!r})
+from forge.trainer.finetuning import FinetuningTrainer
+
+train_step = FinetuningTrainer.train_step
+
+def stepping(self, *args):
+    if self.state.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    train_step(self, *args)
+
+FinetuningTrainer.train_step = stepping
+from forge.train import main
+sys.exit(main())
+"""
+
+
+def test_a_run_goes_on_with_its_own_teacher_or_with_one_that_is_allowed(
+    classifier: Path, config_file: Path, tmp_path: Path
+) -> None:
+    entry, run = tmp_path / "entry.py", tmp_path / "outputs" / "tiny" / "kd"
+    entry.write_text(STOP.format(repository=str(REPOSITORY)))
+    settings = ["--set", f"teacher.path={classifier}", "--set", "distillation.alpha=0.5"]
+    stopped = subprocess.run(
+        [sys.executable, str(entry), "--config", str(config_file), "--run_name", "kd", *settings],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert stopped.returncode == 75, stopped.stderr
+    then = read_json(run / "run_metadata.json")["teacher"]["weights_sha256"]
+    other = tmp_path / "other"
+    shutil.copytree(classifier, other)
+    model = BertForSequenceClassification.from_pretrained(other)
+    torch.nn.init.normal_(model.classifier.weight, std=2.0)
+    model.save_pretrained(other)
+    shutil.copytree(other, classifier, dirs_exist_ok=True)  # the same place, other weights
+
+    refused = forge("--resume", run, OMP_NUM_THREADS="1")
+    assert refused.returncode == 2
+    now = hash_of_files([other / "model.safetensors"])
+    assert f"the weights of the teacher are {now[:12]}, and the run was begun with {then[:12]}; bring" in refused.stderr
+    before = [row for row in read_json_lines(run / "metrics.jsonl") if row.get("stage") == "teacher"]
+
+    allowed = ("--set", f"teacher.path={other}", "--allow-change", "teacher.path")
+    done = forge("--resume", run, *allowed, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert f"changed: the weights of the teacher: {then[:12]} -> {now[:12]}" in done.stderr
+    (after,) = [row for row in read_json_lines(run / "metrics.jsonl") if row.get("stage") == "teacher"]
+    assert after["matched/loss"] != before[0]["matched/loss"]  # it is the new teacher's
+    assert "teacher" in done.stdout.splitlines()[2]

@@ -114,6 +114,14 @@ def _not_distilled(config: Config) -> dict[str, str]:
             f"distillation.divergence is uld, which aligns the tokens of causal LMs, and task.type is "
             f"{config.task.type}; take forward_kl"
         )
+    if distillation.divergence == "uld" and isinstance(config.task, CausalLmTask):
+        aligned = (
+            "distillation.divergence is uld, which aligns the rows of student and teacher one by one before training"
+        )
+        if config.task.packing:
+            problems["task.packing"] = f"{aligned}; set task.packing: false"
+        if config.task.dataset.streaming:
+            problems["task.dataset.streaming"] = f"{aligned}; set task.dataset.streaming: false"
     if cached and is_lm and distillation.divergence != "forward_kl":
         problems["distillation.divergence"] = (
             f"distillation.divergence is {distillation.divergence}, and a cached top k gives forward_kl only; set "

@@ -71,9 +71,10 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
         _renew(model, head)
         absent = sorted({*absent, *head})
     elif names is None and (read.mismatched or not any(name in absent for name in head)):
+        new_head = f", or start a new head with {key}.new_head: true" if key == "model" else ""
         raise UsageError(
             f"{key}.path: {source.name} has a classification head of {outputs} outputs without label names; give "
-            f"them in the order of its outputs with {key}.labels: [...], or start a new head with {key}.new_head: true"
+            f"them in the order of its outputs with {key}.labels: [...]{new_head}"
         )
     if absent:
         logger.info("%s: %s has no %s; they start new", key, source.name, ", ".join(absent))

@@ -16,17 +16,20 @@ def named_labels(id2label: Mapping[Any, str]) -> list[str] | None:
 def align(data_labels: Sequence[str], model_labels: Sequence[str], key: str = "model") -> list[int]:
     """For each label of the data the index of the model's output of that name, whatever their case.
 
-    key: the section of the config that names the model. Raises UsageError where the two sets of names differ: nobody
-    knows then which output is which label.
+    key: the config's section of the model. Raises UsageError where the two sets of names differ: nobody knows then
+    which output is which label.
     """
     positions = {_plain(name): i for i, name in enumerate(model_labels)}
     wanted = [_plain(name) for name in data_labels]
     if sorted(positions) != sorted(wanted) or len(positions) != len(model_labels):
-        new_head = ", or start a new head with model.new_head: true" if key == "model" else ""
+        way_out = (
+            f"the model's with {key}.labels, or start a new head with {key}.new_head: true"
+            if key == "model"
+            else f"or the {key}'s with {key}.labels; a {key} that has more or fewer labels is of no use"
+        )
         raise UsageError(
             f"the data's labels ({', '.join(data_labels)}) and the {key}'s ({', '.join(model_labels)}) do not have the "
-            f"same names; rename the data's with task.labels, {'' if new_head else 'or '}the {key}'s with {key}.labels"
-            f"{new_head}"
+            f"same names; rename the data's with task.labels, {way_out}"
         )
     return [positions[name] for name in wanted]
 

@@ -115,11 +115,11 @@ def load_own_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return load_tokenizer(*processing_source(config))
 
 
-def processing_source(config: ModelConfig) -> tuple[ModelSource, str]:
-    """Where the model's tokenizer or processor comes from, and the key that says so."""
+def processing_source(config: ModelConfig, key: str = "model") -> tuple[ModelSource, str]:
+    """Where the tokenizer or processor of the section `key` comes from, and the key that says so."""
     if config.tokenizer:
-        return find_model(config.tokenizer, "model.tokenizer"), "model.tokenizer"
-    return model_source(config, "model"), "model.path"
+        return find_model(config.tokenizer, f"{key}.tokenizer"), f"{key}.tokenizer"
+    return model_source(config, key), f"{key}.path"
 
 
 def read_checkpoint(auto_model: Any, source: ModelSource, config: PreTrainedConfig, key: str, what: str) -> ReadWeights:

@@ -45,12 +45,13 @@ def control_of(run: RunDirectory) -> RunDirectory:
     return RunDirectory(run.path.with_name(f"{run.name}{SUFFIX}"))
 
 
-def control_config(config: Config, steps: int, *, evaluates_teacher: bool) -> Config:
+def control_config(config: Config, steps: int) -> Config:
     """The config of the control: nothing differs but the teacher's part in the loss. Its weights go to no hub, where
     they would take the place of the run's own."""
+    compared = config.evaluation.teacher is not False and config.distillation.divergence != "uld"  # else of no use
     updates: dict[str, dict[str, object]] = {
-        "distillation": {"alpha": 0.0},
-        "evaluation": {"control": None, "teacher": evaluates_teacher},
+        "distillation": {"alpha": 0.0},  # the other keys stay, without effect: a cache of outputs is found by some
+        "evaluation": {"control": None, "teacher": compared},
         "training": {"max_steps": steps},
         "export": {"push_to_hub": None},
     }

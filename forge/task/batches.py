@@ -18,7 +18,10 @@ from forge.losses.cross_entropy import IGNORE
 Batch = dict[str, torch.Tensor]
 
 FILLER = -1  # a row that only keeps a rank busy, alone in its batch: it carries no label and counts for nothing
-OF_THE_LOOP = ("labels", "positions", "tokens", "ids", "truncated")  # what a batch has beside the model's inputs
+# What a batch has beside the model's inputs. aligned and teacher_aligned, (M,) int64 each, are places in the flattened
+# (B, T) of the student's and of the teacher's logits that predict the same continuation.
+OF_THE_LOOP = ("labels", "positions", "tokens", "ids", "truncated", "aligned", "teacher_aligned")
+OF_THE_TEACHER = "teacher_"  # before the names of the inputs of a teacher that reads tokens of its own
 # Rows of similar length are sought among so many steps' rows. On MNLI-like rows in steps of 32 the padding falls from
 # 136 % to 8 %; with 8 steps it is 26 %, and with 64 it is 4 % at the price of steps that are more of one kind.
 STEPS_PER_GROUP = 32
@@ -266,13 +269,33 @@ def for_the_loop(batch: Batch, ids: list[int]) -> Batch:
     if ids == [FILLER]:
         empty = {"labels": torch.full_like(batch["labels"], IGNORE), "tokens": torch.zeros_like(batch["tokens"])}
         batch = {**batch, **empty}
+        batch |= {name: batch[name][:0] for name in ("aligned", "teacher_aligned") if name in batch}
     positions = (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)
     return {**batch, "ids": torch.tensor(ids), "positions": positions}
 
 
 def model_inputs(batch: Batch) -> Batch:
     """What of a batch the model reads."""
-    return {name: tensor for name, tensor in batch.items() if name not in OF_THE_LOOP}
+    return {
+        name: tensor
+        for name, tensor in batch.items()
+        if name not in OF_THE_LOOP and not name.startswith(OF_THE_TEACHER)
+    }
+
+
+def teacher_inputs(batch: Batch) -> Batch:
+    """What of a batch its teacher reads: its own tokens where the batch has them, else what the model reads."""
+    own = {
+        name.removeprefix(OF_THE_TEACHER): tensor
+        for name, tensor in batch.items()
+        if name.startswith(OF_THE_TEACHER) and name not in OF_THE_LOOP
+    }
+    return own or model_inputs(batch)
+
+
+def as_teacher_reads(batch: Batch) -> Batch:
+    """The batch with the teacher's inputs in place of the model's."""
+    return {**{name: tensor for name, tensor in batch.items() if name in OF_THE_LOOP}, **teacher_inputs(batch)}
 
 
 class _Rows(torch.utils.data.Dataset[tuple[int, dict[str, Any]]]):

@@ -2,13 +2,13 @@
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from forge.model.load import (
     load_whole,
     scratch_config,
 )
+from forge.task.alignment import align_split
 from forge.task.batches import Batch, evaluated_rows
 from forge.task.bpe import train_bpe
 from forge.task.chat import load_text
@@ -65,6 +66,10 @@ class CausalLm(Task):
     description: str
     rows: dict[str, int]  # by split, before packing; of a stream unknown
     cuts: dict[str, Cut]  # by split
+    texts: dict[str, Dataset]  # by split, as they were read; a stream is not among them
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    teacher_facts: dict[str, Any] = field(default_factory=dict)  # of the alignment with the teacher's own tokens
+    same_tokens: bool = True
 
     name: ClassVar[str] = "causal_lm"
     title: ClassVar[str] = "A causal language model"
@@ -78,7 +83,7 @@ class CausalLm(Task):
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A causal LM with an embedding for every token, which stops where the rows do; one that mixes packed rows is
         refused."""
-        tokenizer = self.processing
+        tokenizer = self.tokenizer_of(key)
         scratch = None
         if config.config is not None:
             ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -96,11 +101,53 @@ class CausalLm(Task):
     def without_samples(self) -> "CausalLm":
         return replace(self, evaluation=self.evaluation.model_copy(update={"samples": 0}))
 
+    def for_teacher(self, tokenizer: PreTrainedTokenizerBase) -> "CausalLm":
+        """With the training rows also as the teacher's own template and tokens, and the places where both have read the
+        same text. Raises UsageError where the teacher's tokenizer cannot write them, and where nothing is aligned."""
+        longest = self.config.max_length
+        if longest > tokenizer.model_max_length:
+            limit = tokenizer.model_max_length
+            raise UsageError(f"task.max_length is {longest}, and the teacher's tokenizer takes at most {limit}")
+        if self.encoder.form.name == "messages" and not tokenizer.chat_template:
+            raise UsageError(
+                "the teacher's tokenizer has no chat template, and the data are messages; name the tokenizer of an "
+                "instruct model with teacher.tokenizer"
+            )
+        config = self.config.model_copy(update={"chat_template": None})  # which is the student's
+        encoder = build_encoder(config, tokenizer, self.encoder.form)
+        found = align_split(self.encoder, encoder, self.texts["train"], f"{self.description}, train")
+        found = found.select(self.train["row"])
+        labels, aligned = sum(self.train["labels"]), sum(map(len, found["aligned"]))
+        cut = sum(tokens > 0 for tokens in found["teacher_cut"])
+        if not aligned:
+            raise UsageError(
+                "no label has a place in the teacher's rows where both have read the same text: the two chat templates "
+                "write the replies otherwise, or task.max_length cuts them off; look at both, or use another teacher"
+            )
+        logger.info(
+            "train: the teacher reads its own tokens; %d of %d labels (%.1f %%) are aligned with one of its own; %d of "
+            "its rows are cut to task.max_length %d",
+            *(aligned, labels, 100 * aligned / labels, cut, longest),
+        )
+        return replace(
+            self,
+            train=concatenate_datasets([self.train, found.remove_columns("teacher_cut")], axis=1),
+            teacher_tokenizer=tokenizer,
+            teacher_facts={"labels": labels, "aligned": aligned, "teacher_rows_cut": cut},
+            same_tokens=False,
+        )
+
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """input_ids, labels (B, T) int64, labels[:, t] the token t + 1 where it is learned; attention_mask (B, T), or
-        position_ids for packed rows; tokens () int64."""
+        position_ids for packed rows; tokens () int64.
+
+        Beside a teacher with tokens of its own also teacher_input_ids and teacher_attention_mask (B, Tt), and aligned
+        and teacher_aligned (M,) int64: places in the flattened (B, T) and (B, Tt)."""
         pad = int(self.processing.pad_token_id)
-        return collate_packed(rows, pad) if "lengths" in rows[0] else _padded(rows, pad)
+        batch = collate_packed(rows, pad) if "lengths" in rows[0] else _padded(rows, pad)
+        if self.teacher_tokenizer is not None and "aligned" in rows[0]:
+            batch |= _of_the_teacher(rows, batch["input_ids"].shape[1], int(self.teacher_tokenizer.pad_token_id))
+        return batch
 
     def metrics(self, split: str, model: PreTrainedModel) -> "CausalLmMetrics":
         """An empty count, and the rows that the model is to write itself."""
@@ -120,6 +167,7 @@ class CausalLm(Task):
             "format": self.encoder.form.name,
             "chat_template": self.encoder.template.text if self.encoder.template else None,
             "cut": {split: asdict(cut) for split, cut in self.cuts.items()},
+            **({"alignment": self.teacher_facts} if self.teacher_facts else {}),
         }
 
 
@@ -163,6 +211,25 @@ def _padded(rows: list[dict[str, Any]], pad: int) -> Batch:
         labels[b, : row["length"]] = torch.tensor(shifted_labels(row["input_ids"], row["learned"]))
         mask[b, : row["length"]] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": mask.sum()}
+
+
+def _of_the_teacher(rows: list[dict[str, Any]], width: int, pad: int) -> Batch:
+    """width: of the student's rows in this batch."""
+    shape = (len(rows), max(len(row["teacher_input_ids"]) for row in rows))
+    ids, mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)
+    ours: list[int] = []
+    theirs: list[int] = []
+    for b, row in enumerate(rows):
+        length = len(row["teacher_input_ids"])
+        ids[b, :length] = torch.tensor(row["teacher_input_ids"])
+        mask[b, :length] = 1
+        ours += [b * width + place for place in row["aligned"]]
+        theirs += [b * shape[1] + place for place in row["teacher_aligned"]]
+    places = {
+        "aligned": torch.tensor(ours, dtype=torch.int64),
+        "teacher_aligned": torch.tensor(theirs, dtype=torch.int64),
+    }
+    return {"teacher_input_ids": ids, "teacher_attention_mask": mask, **places}
 
 
 def generate_replies(model: PreTrainedModel, task: CausalLm, rows: list[dict[str, Any]]) -> list[Sample]:
@@ -262,6 +329,7 @@ def load_causal_lm(whole: Config) -> CausalLm:
         description=where,
         rows=counts,
         cuts=cuts,
+        texts=splits,
     )
 
 

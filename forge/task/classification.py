@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import tokenizers
 import torch
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,7 +23,7 @@ from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.classifier import load_classifier
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer
-from forge.task.batches import Batch
+from forge.task.batches import OF_THE_TEACHER, Batch
 from forge.task.identity import source_hash, tokenizer_hash
 from forge.task.rows import describe, fingerprint, load_rows
 from forge.task.task import Metrics, Task
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Tokenized rows with the columns input_ids, label (an index into labels), length."""
+    """Tokenized rows with the columns input_ids, label (an index into labels), length; and teacher_input_ids of a
+    teacher that reads its own tokens."""
 
     processing: PreTrainedTokenizerBase
     labels: list[str]  # in the order of the data
@@ -43,7 +44,11 @@ class Classification(Task):
     fingerprint: str  # of texts, labels and tokenizer
     truncated: dict[str, int]  # rows cut to max_length, by split
     description: str
+    texts: dict[str, Dataset]  # by split, train among them: the columns text, text_pair and label
     label_ids: list[int] = field(default_factory=list)  # the model's output for each of labels
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    teacher_truncated: dict[str, int] = field(default_factory=dict)  # of its own tokens, by split
+    same_tokens: bool = True
 
     name: ClassVar[str] = "classification"
     title: ClassVar[str] = "A sequence classifier"
@@ -54,7 +59,7 @@ class Classification(Task):
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A classifier whose outputs are named like the labels of the data."""
-        loaded = load_classifier(config, self.labels, self.processing, key)
+        loaded = load_classifier(config, self.labels, self.tokenizer_of(key), key)
         check_fits(loaded.model, self.max_length, training)
         return loaded
 
@@ -62,18 +67,62 @@ class Classification(Task):
         """Labels in the order of the model's outputs."""
         return replace(self, label_ids=loaded.label_ids)
 
+    def for_teacher(self, tokenizer: PreTrainedTokenizerBase) -> "Classification":
+        """With the rows also as the teacher's tokenizer cuts and names them; unchanged where that makes the same inputs
+        of every row."""
+        _check_limit(self.max_length, tokenizer, "the teacher's tokenizer")
+        backend = tokenizer_hash(tokenizer)
+        read = {split: _tokenize(rows, tokenizer, backend, self.max_length) for split, rows in self.texts.items()}
+        splits = {"train": self.train, **self.validation}
+        inputs = _inputs(read["train"])
+        same_tokens = all(_equal(splits[split], rows, ["input_ids"]) for split, rows in read.items())
+        same_inputs = same_tokens and inputs == _inputs(self.train)
+        if same_inputs and all(_equal(splits[split], rows, inputs) for split, rows in read.items()):
+            return self
+        truncated = {split: sum(rows["truncated"]) for split, rows in read.items()}
+        for split, rows in read.items():
+            lengths = rows["length"]
+            logger.info(
+                "%s: the teacher reads %s, %.1f tokens a row, %d cut to %d tokens",
+                split,
+                f"the same tokens with inputs of its own ({', '.join(inputs)})" if same_tokens else "its own tokens",
+                sum(lengths) / len(lengths),
+                truncated[split],
+                self.max_length,
+            )
+            named = rows.select_columns(inputs).rename_columns({name: f"{OF_THE_TEACHER}{name}" for name in inputs})
+            splits[split] = concatenate_datasets([splits[split], named], axis=1)
+        return replace(
+            self,
+            train=splits.pop("train"),
+            validation=splits,
+            teacher_tokenizer=tokenizer,
+            teacher_truncated=truncated,
+            same_tokens=same_tokens,
+        )
+
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Pads rows to the longest: input_ids, attention_mask (B, T), …, labels (B,) int64 in the model's order."""
         names = [name for name in rows[0] if name in self.processing.model_input_names]
         batch = DataCollatorWithPadding(self.processing)([{name: row[name] for name in names} for row in rows])
         labels = torch.tensor([self.label_ids[row["label"]] for row in rows])
-        return {**batch, "labels": labels, "tokens": batch["attention_mask"].sum()}
+        return {**batch, **self._for_its_teacher(rows), "labels": labels, "tokens": batch["attention_mask"].sum()}
+
+    def _for_its_teacher(self, rows: list[dict[str, Any]]) -> Batch:
+        """teacher_input_ids, teacher_attention_mask (B, Tt), …; nothing for a teacher that reads the model's."""
+        if self.teacher_tokenizer is None:
+            return {}
+        names = [name for name in rows[0] if name.startswith(OF_THE_TEACHER)]
+        own = [{name.removeprefix(OF_THE_TEACHER): row[name] for name in names} for row in rows]
+        padded = DataCollatorWithPadding(self.teacher_tokenizer)(own)
+        return {f"{OF_THE_TEACHER}{name}": tensor for name, tensor in padded.items()}
 
     def facts(self) -> dict[str, Any]:
         """What run_metadata.json tells of the data."""
         return {
             **super().facts(),
             "truncated": self.truncated,
+            **({"teacher_truncated": self.teacher_truncated} if self.teacher_tokenizer is not None else {}),
             "labels": self.labels,
         }
 
@@ -134,15 +183,12 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
         _check_columns(config, split, rows)
     labels = _label_names(config, train)
     splits = {split: _index_labels(config, split, rows, labels) for split, rows in splits.items()}
-    limit = tokenizer.model_max_length
-    if config.max_length > limit:
-        raise UsageError(f"task.max_length is {config.max_length}, and the tokenizer's model takes at most {limit}")
-
+    _check_limit(config.max_length, tokenizer, "the tokenizer's model")
     backend = tokenizer_hash(tokenizer)
     tokenized: dict[str, Dataset] = {}
     truncated: dict[str, int] = {}
     for split, rows in splits.items():
-        tokenized[split] = _tokenize(config, rows, tokenizer, backend)
+        tokenized[split] = _tokenize(rows, tokenizer, backend, config.max_length)
         truncated[split] = sum(tokenized[split]["truncated"])
         lengths = tokenized[split]["length"]
         counts = Counter(tokenized[split]["label"])
@@ -164,6 +210,7 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
         fingerprint=hashlib.sha256(f"{fingerprint(splits)} {backend}".encode()).hexdigest(),
         truncated=truncated,
         description=describe(config.dataset),
+        texts=splits,
         label_ids=list(range(len(labels))),
     )
 
@@ -249,15 +296,21 @@ def _index_labels(config: ClassificationTask, split: str, rows: Dataset, labels:
     return (kept.rename_columns(texts) if texts else kept).add_column("label", indices)
 
 
-def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str) -> Dataset:
-    pair = config.columns.text_pair is not None
+def _check_limit(max_length: int, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    if max_length > tokenizer.model_max_length:
+        raise UsageError(f"task.max_length is {max_length}, and {whose} takes at most {tokenizer.model_max_length}")
+
+
+def _tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str, max_length: int) -> Dataset:
+    """rows: with the columns text, label and maybe text_pair."""
+    pair = "text_pair" in rows.column_names
 
     def encode(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = tokenizer(
             columns["text"],
             columns["text_pair"] if pair else None,
             truncation="longest_first",
-            max_length=config.max_length,
+            max_length=max_length,
         )
         names = [name for name in encoded if name != "attention_mask"]  # all ones until rows are padded
         return {
@@ -269,7 +322,7 @@ def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTo
 
     # BERT and DistilBERT share the backend and differ in the inputs they name.
     how = f"{backend} {tokenizer.model_input_names} {tokenizer.truncation_side} {tokenizers.__version__}"
-    key = f"{rows._fingerprint} {how} {config.max_length} {pair} {source_hash(__file__)}"
+    key = f"{rows._fingerprint} {how} {max_length} {pair} {source_hash(__file__)}"
     return rows.map(
         encode,
         batched=True,
@@ -278,3 +331,12 @@ def _tokenize(config: ClassificationTask, rows: Dataset, tokenizer: PreTrainedTo
         new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
         desc="tokenizing",
     )
+
+
+def _inputs(tokenized: Dataset) -> list[str]:
+    """The columns that a model reads."""
+    return sorted({*tokenized.column_names} - {"length", "truncated", "label"})
+
+
+def _equal(one: Dataset, other: Dataset, columns: list[str]) -> bool:
+    return all(one.data.column(name).equals(other.data.column(name)) for name in columns)

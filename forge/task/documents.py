@@ -53,6 +53,18 @@ class RowForm:
 
 
 @dataclass(frozen=True)
+class Spelled:
+    """A row as text and as tokens, before it is cut."""
+
+    text: str
+    spans: list[chat.Span]  # of the text, that are learned
+    ids: list[int]
+    offsets: list[chat.Span]  # of the text, that each token stands for; (0, 0) where it stands for none of it
+    learned: list[bool]
+    special: str  # a special token that stands in the row's own text, else ""
+
+
+@dataclass(frozen=True)
 class Encoder:
     """How a row becomes tokens."""
 
@@ -64,6 +76,18 @@ class Encoder:
 
     def encode(self, columns: dict[str, list[Any]], numbers: Sequence[int], where: str) -> dict[str, list[Any]]:
         """The columns of FEATURES for some rows. Raises UsageError that names `where` and the bad row's number."""
+        encoded: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        for row in self.spell(columns, numbers, where):
+            encoded["input_ids"].append(row.ids[: self.config.max_length])
+            encoded["learned"].append(row.learned[: self.config.max_length])
+            encoded["length"].append(len(encoded["input_ids"][-1]))
+            encoded["labels"].append(sum(encoded["learned"][-1][1:]))
+            encoded["tokens_cut"].append(max(0, len(row.ids) - self.config.max_length))
+            encoded["special"].append(row.special)
+        return {**encoded, "row": list(numbers)}
+
+    def spell(self, columns: dict[str, list[Any]], numbers: Sequence[int], where: str) -> list[Spelled]:
+        """The rows whole. Raises UsageError that names `where` and the bad row's number."""
         written, special = [], []
         for number, *values in zip(numbers, *(columns[name] for name in self.form.columns), strict=True):
             try:
@@ -73,21 +97,18 @@ class Encoder:
                 raise UsageError(f"{where}: row {number} {problem}") from problem
             texts = texts_of(cleaned)
             special.append(next((token for token in self.specials if any(token in text for text in texts)), ""))
-        encoded: dict[str, list[Any]] = {name: [] for name in FEATURES}
         plain = self.form.name != "messages"  # a template writes its own first and last token
         batch = self.tokenizer(
             [row.text for row in written], add_special_tokens=plain, return_offsets_mapping=True, verbose=False
         )
-        for row, ids, offsets in zip(written, batch["input_ids"], batch["offset_mapping"], strict=True):
+        spelled = []
+        for row, ids, offsets, token in zip(written, batch["input_ids"], batch["offset_mapping"], special, strict=True):
             learned = [any(start < to and first < end for first, to in row.spans) for start, end in offsets]
             if plain and self.config.append_eos and row.spans:
                 ids, learned = _ended(ids, learned, self.tokenizer.eos_token_id)
-            encoded["input_ids"].append(ids[: self.config.max_length])
-            encoded["learned"].append(learned[: self.config.max_length])
-            encoded["length"].append(len(encoded["input_ids"][-1]))
-            encoded["labels"].append(sum(encoded["learned"][-1][1:]))
-            encoded["tokens_cut"].append(max(0, len(ids) - self.config.max_length))
-        return {**encoded, "row": list(numbers), "special": special}
+            offsets = [*offsets, *[(0, 0)] * (len(ids) - len(offsets))]
+            spelled.append(Spelled(row.text, row.spans, ids, offsets, learned, token))
+        return spelled
 
     @property
     def key(self) -> str:

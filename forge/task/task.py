@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from forge.config.schema import ModelConfig, TrainingConfig
+from forge.errors import UsageError
 from forge.model.load import LoadedModel
 from forge.task.batches import Batch
 
@@ -59,6 +60,8 @@ class Task(ABC):
     processing: PreTrainedTokenizerBase | ProcessorMixin
     fingerprint: str  # of what the model learns from
     description: str  # the data set in a few words
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None  # of a teacher that is given inputs of its own
+    same_tokens: bool = True  # teacher and student read the same tokens in the same places
 
     @abstractmethod
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
@@ -71,6 +74,22 @@ class Task(ABC):
     def without_samples(self) -> "Task":
         """The task with metrics that show no rows."""
         return self
+
+    def for_teacher(self, tokenizer: PreTrainedTokenizerBase) -> "Task":
+        """The task with the rows also as tokens of the teacher's own tokenizer: batches have its inputs under names
+        that begin with teacher_. Raises UsageError where that cannot be."""
+        raise UsageError(f"a task of type {self.name} has one tokenizer for student and teacher")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer in processing."""
+        tokenizer: PreTrainedTokenizerBase = getattr(self.processing, "tokenizer", self.processing)  # type: ignore[arg-type]
+        return tokenizer
+
+    def tokenizer_of(self, key: str) -> PreTrainedTokenizerBase:
+        """Whose tokens the model of the section `key` reads."""
+        own = self.teacher_tokenizer if key == "teacher" else None
+        return self.tokenizer if own is None else own
 
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> Batch:

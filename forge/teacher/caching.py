@@ -35,6 +35,7 @@ from forge.teacher.key import ContentKey, changed, digest, keeps_whole_logits, t
 from forge.teacher.loading import load_teacher
 from forge.teacher.placement import place
 from forge.teacher.teacher import ModelTeacher
+from forge.teacher.vocabulary import for_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def cache_teacher(
     task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
     student = on_every_rank(accelerator, lambda: stop.breaks(lambda: _student(config, task)))
     task = task if student is None else task.for_model(student)
+    task = rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
     check_loss(config, top_k=not keeps_whole_logits(task))
     source, origin, layers, key = wanted_key(config, task, student, accelerator)
     del student

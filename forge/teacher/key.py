@@ -33,11 +33,12 @@ def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
     of_task = effective(config)["task"]
     rows = of_task.pop("dataset")
     told = {f"task.{name}": value for name, value in of_task.items()}
-    tokenizer = _tokenizer(task)
+    tokenizer, own = _tokenizer(task), task.teacher_tokenizer
     parts: ContentKey = {
         "the teacher's weights": origin.weights_sha256 or f"{origin.base.location}@{origin.base.commit}",
         "teacher.dtype": dtype,
         "the tokenizer": _hash(f"{tokenizer_hash(tokenizer)} {tokenizer.padding_side}"),
+        "the teacher's tokenizer": tokenizer_hash(own) if own is not None else "the student's",
         "the rows, or their tokens": _hash(f"{task.fingerprint} {_tokens(task)}"),
         "task.dataset.max_rows": rows.get("max_rows"),
     }

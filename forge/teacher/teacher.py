@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from forge.errors import UsageError
 from forge.model.attention import attention_modules, listening, width_of
 from forge.model.head import LinearHead
-from forge.task.batches import Batch, model_inputs
+from forge.task.batches import Batch, teacher_inputs
 
-# N is the number of the batch's label positions, in the order of batch["positions"]. One of three forms:
+# N is the number of the batch's label positions, in the order of batch["positions"]; where the two models read
+# different tokens (ULD), of its aligned places, in the order of batch["teacher_aligned"]. One of three forms:
 #   logits (N, Vt)                            where the student's loss has whole logits as well
 #   hidden (N, Ht), head (Vt, Ht)[, head_bias (Vt,)]     for a student whose loss is computed from hidden states
 #   top_log_probs (N, K), top_indices (N, K)  of a cache: log-probabilities at the temperature that was asked for
@@ -82,7 +83,7 @@ class ModelTeacher(Teacher):
 
     @torch.no_grad()
     def hidden_widths(self, batch: Batch) -> tuple[int, ...]:
-        return hidden_widths(self.model, as_dtype(model_inputs(batch), self.model.dtype), self.forward_options)
+        return hidden_widths(self.model, as_dtype(teacher_inputs(batch), self.model.dtype), self.forward_options)
 
     def want_relations(self, layer: int | None, kinds: Sequence[str]) -> dict[str, int]:
         found = attention_modules(self.model, layer, "teacher")
@@ -91,8 +92,8 @@ class ModelTeacher(Teacher):
 
     def _at_labels(self, batch: Batch, options: dict[str, Any]) -> tuple[TeacherOutputs, Any]:
         """The outputs at the label positions, and the model's own output with what else the options ask for."""
-        inputs = as_dtype(model_inputs(batch), self.model.dtype)
-        positions = batch["positions"]
+        inputs = as_dtype(teacher_inputs(batch), self.model.dtype)
+        positions = batch.get("teacher_aligned", batch["positions"])
         if self.head is not None and not self.whole_logits:
             result = self.head.body(**inputs, **options)
             hidden = result.last_hidden_state.flatten(0, -2)[positions]  # (N, Ht)

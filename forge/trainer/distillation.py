@@ -1,5 +1,7 @@
 """Adds a teacher to the loop: nothing of it changes but what the student is given beside a batch."""
 
+import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,12 +12,16 @@ from forge.errors import Stopped
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
 from forge.task.batches import Batch, for_the_loop
+from forge.teacher.loading import evaluates_teacher
 from forge.teacher.teacher import ModelTeacher, Teacher, TeacherOutputs
+from forge.trainer.callbacks import Metrics
 from forge.trainer.features import build_features
 from forge.trainer.finetuning import FinetuningTrainer
 from forge.trainer.objective import Objective
 from forge.trainer.student import Student
 from forge.trainer.teacher_numbers import evaluate_teacher, teacher_numbers
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(FinetuningTrainer):
@@ -50,7 +56,9 @@ class DistillationTrainer(FinetuningTrainer):
         distillation = self.config.distillation
         if split is None:
             return self.teacher.outputs(batch, split, distillation.temperature) if distillation.alpha > 0 else None
-        return self.teacher.outputs(batch, split, 1.0)
+        if distillation.alpha > 0 and distillation.divergence == "uld":
+            return None  # over other tokens there is no agreement, and no KL
+        return self.teacher.outputs(batch, split, 1.0) if evaluates_teacher(self.config) else None
 
     def report_teacher(self, taught: LoadedModel | None, origin: Origin | None) -> None:
         """The teacher's own numbers, as the evaluation `teacher`: computed, or those of an earlier run of the same one.
@@ -58,12 +66,16 @@ class DistillationTrainer(FinetuningTrainer):
 
         taught: the model that the teacher computes with; None: it is not in memory. origin: of the teacher.
         """
-        teacher, computing = self.teacher, None
-        if taught is not None and isinstance(teacher, ModelTeacher):
-            given = (self.config, self.task, taught, teacher, self.accelerator)
-            computing = partial(evaluate_teacher, *given, self._break_off_if_stopped)
+        distillation = self.config.distillation
+        if distillation.alpha > 0 and distillation.divergence == "uld":
+            logger.info("the teacher reads other tokens than these: its own numbers are not evaluated")
+            return
+        compute: Callable[[], Metrics] | None = None
+        if taught is not None and isinstance(self.teacher, ModelTeacher):
+            given = (self.config, self.task, taught, self.teacher, self.accelerator)
+            compute = partial(evaluate_teacher, *given, self._break_off_if_stopped)
         try:
-            metrics = teacher_numbers(self.config, self.task, origin, self.accelerator, computing, str(self.run.path))
+            metrics = teacher_numbers(self.config, self.task, origin, self.accelerator, compute, str(self.run.path))
         except Stopped:
             self._save_and_stop()
         if metrics is not None:

@@ -85,6 +85,25 @@ class Features(nn.Module):
         return torch.stack(losses).mean()
 
 
+def check_features(config: DistillationConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """What build_features refuses, as far as the models tell it without a forward: before a run is made of it."""
+    if config.alpha == 0:
+        return
+    if config.hidden is not None:
+        own, theirs = (_layers_by_config(model) for model in (student, teacher))
+        if own is not None and theirs is not None:
+            layer_map(config.hidden.layers, own, theirs)
+    if config.relations is not None:
+        widths: dict[str, dict[str, int]] = {}
+        for whose, model, layer in (
+            ("student", student, config.relations.student_layer),
+            ("teacher", teacher, config.relations.teacher_layer),
+        ):
+            found = attention_modules(model, layer, whose)
+            widths[whose] = {str(kind): width_of(model, found[kind]) for kind in config.relations.of}
+        _check_heads(config.relations.heads, widths)
+
+
 def build_features(
     config: DistillationConfig,
     seed: int,
@@ -147,6 +166,10 @@ def _widths(model: PreTrainedModel, batch: Batch, forward_options: dict[str, Any
             return hidden_widths(model, model_inputs(batch), forward_options)
     finally:
         model.train(training)
+
+
+def _layers_by_config(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
 
 
 def _check_heads(heads: int, widths: dict[str, dict[str, int]]) -> None:

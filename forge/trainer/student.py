@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forge.losses.cross_entropy import IGNORE, cross_entropy_sum
-from forge.losses.linear_kd import Parts, linear_kd
+from forge.losses.linear_kd import Parts
 from forge.model.head import LinearHead
 from forge.task.batches import Batch, model_inputs
 from forge.teacher.teacher import TeacherOutputs
 from forge.trainer.features import Features
-from forge.trainer.objective import Objective, likeliest
+from forge.trainer.objective import Objective, likeliest, linear_ce
 
 ROWS_OF_LOGITS = 1024  # logits of so many positions exist at a time where only the likeliest token is sought
 
@@ -60,45 +60,34 @@ class Student(nn.Module):
         if self.features is not None and self.training and teacher is not None:
             with self.features.listening(self.model) as heard:
                 result = self._run({**inputs, **self.features.options})
-            losses = self._loss(result, labels, positions, teacher)
+            losses = self._loss(result, batch, positions, teacher)
             added, parts = self.features(result, heard, batch, teacher)
             return {**losses, "loss_sum": losses["loss_sum"] + added, **parts}
         result = self._run(inputs)
         if self.training:
-            return self._loss(result, labels, positions, teacher)
-        if self.head is None:
-            return self._judged(result.logits.flatten(0, -2)[positions], labels, positions, teacher)
-        return self._judged(result.last_hidden_state.flatten(0, -2)[positions], labels, positions, teacher)
+            return self._loss(result, batch, positions, teacher)
+        values = result.logits if self.head is None else result.last_hidden_state
+        return self._judged(values.flatten(0, -2)[positions], labels, positions, teacher)
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         """The model's output; where the student has a head, that of the model below it."""
         run = self.model if self.head is None else self.head.body
         return run(**inputs, **self.forward_options)
 
-    def _loss(
-        self, result: Any, labels: Tensor, positions: Tensor, teacher: TeacherOutputs | None
-    ) -> dict[str, Tensor]:
-        if self.head is None:
-            return self._loss_of_logits(result.logits, labels, positions, teacher)
-        hidden = result.last_hidden_state.flatten(0, -2)[positions]  # only what carries a label goes through the head
-        return self._loss_of_hidden(self.head, hidden, labels.flatten()[positions], teacher)
-
-    def _loss_of_logits(
-        self, logits: Tensor, labels: Tensor, positions: Tensor, teacher: TeacherOutputs | None
-    ) -> dict[str, Tensor]:
-        """logits: (..., V), labels: (...)."""
+    def _loss(self, result: Any, batch: Batch, positions: Tensor, teacher: TeacherOutputs | None) -> dict[str, Tensor]:
+        """result: of _run. Where the two models read other tokens, they are compared at batch["aligned"]."""
+        labels = batch["labels"]
+        if self.head is None and teacher is None:
+            return {"loss_sum": cross_entropy_sum(result.logits, labels)}
+        values = (result.logits if self.head is None else result.last_hidden_state).flatten(0, -2)
+        at_labels = values[positions], labels.flatten()[positions]  # only what carries a label goes through the head
         if teacher is None:
-            return {"loss_sum": cross_entropy_sum(logits, labels)}
-        at_labels = logits.flatten(0, -2)[positions], labels.flatten()[positions]
-        return _sums(*self._objective.from_logits(*at_labels, teacher))
-
-    def _loss_of_hidden(
-        self, head: LinearHead, hidden: Tensor, labels: Tensor, teacher: TeacherOutputs | None
-    ) -> dict[str, Tensor]:
-        """hidden: (N, D), labels: (N,)."""
-        if teacher is not None:
-            return _sums(*self._objective.from_hidden(head, hidden, labels, teacher))
-        return {"loss_sum": linear_ce(head, hidden, labels)}
+            assert self.head is not None
+            return {"loss_sum": linear_ce(self.head, *at_labels)}
+        aligned = values[batch["aligned"]] if self._objective.is_universal else None
+        if self.head is None:
+            return _sums(*self._objective.from_logits(*at_labels, teacher, aligned))
+        return _sums(*self._objective.from_hidden(self.head, *at_labels, teacher, aligned))
 
     def _judged(
         self, values: Tensor, labels: Tensor, positions: Tensor, teacher: TeacherOutputs | None
@@ -122,27 +111,14 @@ class Student(nn.Module):
         shaped = torch.zeros_like(labels).flatten().index_copy_(0, positions, predictions).view_as(labels)
         return {"ce_sum": ce_sum, "predictions": shaped, "confidences": confidences, **kl}
 
+    def _is_universal(self, teacher: TeacherOutputs | None) -> bool:
+        return teacher is not None and self._objective.is_universal
+
     @property
     def _objective(self) -> Objective:
         if self.objective is None:
             raise ValueError("A teacher's outputs were given to a student without an objective.")
         return self.objective
-
-
-def linear_ce(head: LinearHead, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy, summed over labels (N,), of hidden states (N, D) and their head; no logits of all of them."""
-    ce_sum, _ = linear_kd(
-        hidden,
-        head.linear.weight,
-        labels,
-        student_bias=head.linear.bias,
-        alpha=0.0,
-        logit_scale=head.scale,
-        softcap=head.softcap,
-        ignore_index=IGNORE,
-        normalizer=torch.ones((), device=hidden.device),
-    )
-    return ce_sum
 
 
 def _sums(loss_sum: Tensor, parts: Parts) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
-from forge.task.batches import Batch
+from forge.task.batches import Batch, as_teacher_reads
 from forge.task.task import Task
 from forge.teacher.loading import evaluates_teacher
 from forge.teacher.numbers import numbers_key, store_numbers, stored_numbers
@@ -139,7 +139,7 @@ class _Taught(Student):
     def forward(self, batch: Batch, teacher: TeacherOutputs | None = None) -> dict[str, Tensor]:
         # Offloaded, the head has its weight in its own forward only, and the loss wants it outside.
         with nullcontext() if self.head is None else align_module_device(self.head.linear):
-            return super().forward(batch, teacher)
+            return super().forward(as_teacher_reads(batch), teacher)
 
 
 def _in_dtype(task: Task, dtype: torch.dtype) -> Task:
