@@ -570,7 +570,7 @@ def test_bad_relations_exit_2_and_create_nothing(config_file: Path, teacher_fold
 
 def job(config_file: Path, teacher_folder: Path) -> list[Any]:
     settings = [f"teacher.path={teacher_folder}", "distillation.alpha=0.5", "distillation.hidden.layers={1: 2, 2: 3}"]
-    settings += ["distillation.relations.heads=4", "training.batch_size=20", "training.per_device_batch_size=4"]
+    settings += ["distillation.relations.heads=4", "training.batch_size=10", "training.per_device_batch_size=4"]
     return ["--config", config_file, *(part for setting in settings for part in ("--set", setting))]
 
 
@@ -578,7 +578,7 @@ def test_a_killed_job_ends_as_the_unbroken_one_and_exports_no_projections(
     config_file: Path, teacher_folder: Path, tmp_path: Path
 ) -> None:
     """Through the true command: the map of layers comes back from the recorded config as it was."""
-    command = [*job(config_file, teacher_folder), "--max_steps", 40]
+    command = [*job(config_file, teacher_folder), "--max_steps", 8, "--set", "checkpoint.every_steps=2"]
     whole = forge(*command, "--run_name", "whole")
     assert whole.returncode == 0, whole.stderr
     runs = tmp_path / "outputs" / "tiny"
@@ -598,7 +598,7 @@ def test_a_killed_job_ends_as_the_unbroken_one_and_exports_no_projections(
     assert comparison.difference is None
     assert {path.name for path in (runs / "whole" / "final").glob("*.safetensors")} == {"model.safetensors"}
 
-    file = runs / "killed" / "checkpoint-40" / "projections.safetensors"
+    file = runs / "killed" / "checkpoint-8" / "projections.safetensors"
     tensors = load_file(file)
     assert set(tensors) == {"1_to_2.weight", "2_to_3.weight"}
     tensors["2_to_3.weight"][3, 1] += 1
@@ -607,7 +607,7 @@ def test_a_killed_job_ends_as_the_unbroken_one_and_exports_no_projections(
     assert difference is not None
     assert (difference.part, difference.where) == (
         "model",
-        "checkpoint-40/projections.safetensors: 2_to_3.weight[3, 1]",
+        "checkpoint-8/projections.safetensors: 2_to_3.weight[3, 1]",
     )
 
 
