@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from vocabularies import LLAMA_TEMPLATE, sentencepiece
 
-from forge.task.alignment import Reply, align_replies, align_rows, replies, token_bytes
+from forge.task.alignment import Reply, _by_bytes, _by_offsets, align_replies, align_rows, replies, token_bytes
 from forge.task.causal_lm import CausalLm
 from forge.task.documents import build_encoder, choose_form
 
@@ -116,6 +116,8 @@ def test_a_tokenizer_that_changes_the_text_is_followed_by_its_characters(aligned
     assert [its for _, its in pairs] == ["red", "fish", "red", "<end>"]
     # the second gap has two spaces: the student cuts between them, where the teacher's token before has ended
     assert [mine for mine, _ in pairs][1:] == ["Ġ", "Ġ", "<|im_end|>"]
+    # an unknown word is text, and not the end of a reply
+    assert [its for _, its in aligned(said("Red 日"), bpe, words)] == ["red", "<unk>", "<end>"]
 
 
 def reply(text: str, *lengths: int, ends: int = 1) -> Reply:
@@ -149,6 +151,22 @@ def test_places_that_nobody_knows_and_rows_with_other_replies_are_left_out() -> 
     unknown = Reply(b"ab", [10, 11, 12], [(0, 0), None, (2, 0)])
     assert align_replies(unknown, reply("ab", 0, 1)) == [(10, 10), (12, 12)]
     assert align_rows([reply("a", 0)], [reply("a", 0), reply("b", 0)]) == []
+
+
+def test_a_token_that_begins_before_the_reply_has_no_place_unless_it_is_white_space() -> None:
+    assert _by_bytes(b"cat", [b"c", b"at"]) == [0, 1, 3]
+    assert _by_bytes(b"cat", [b" c", b"at"]) == [0, 1, 3]
+    assert _by_bytes(b"cat", [b":c", b"at"]) == [None, 1, 3]
+    assert _by_bytes(b"cat", [b"c", b"at\n"]) == [0, 1, 4]  # the last one may end behind
+    assert _by_bytes(b"cat", [b"c", b"ot"]) is None
+    assert _by_bytes(b"", []) == [0]
+
+
+def test_a_character_that_tokens_share_is_read_when_all_of_them_are() -> None:
+    assert _by_offsets("a日x", (1, 3), [(1, 2), (1, 2), (2, 3)]) == [0, None, 3, 4]
+    assert _by_offsets("a b c", (2, 5), [(2, 3), (4, 5)]) == [0, 1, 3]
+    assert _by_offsets("a b ", (2, 4), [(1, 3)]) == [0, 2]  # white space that no token stands for
+    assert _by_offsets(":ab", (1, 3), [(0, 2), (2, 3)]) == [None, 1, 2]
 
 
 def test_tokens_stand_for_their_bytes(bpe: Any) -> None:
@@ -213,3 +231,24 @@ def test_rows_that_were_left_out_take_nobody_elses_alignment(load_lm: Callable[.
     for row, word in zip(task.train, ("one 3", "bird 8"), strict=True):
         assert word in task.teacher_tokenizer.decode(row["teacher_input_ids"])
         assert len(row["aligned"]) >= 4
+
+
+def test_places_lie_within_both_rows(load_lm: Callable[..., CausalLm]) -> None:
+    """Of a text the first token is learned, and nothing predicts it; here the student's rows are cut."""
+    rows = [{"text": "red cat tree " * i} for i in (1, 10)]
+    task = load_lm(rows, rows, "task.max_length=32").for_teacher(sentencepiece(["red", "cat", "tree"]))
+    for row in task.train:
+        assert min(row["aligned"]) >= 0
+        assert min(row["teacher_aligned"]) >= 0
+        assert max(row["aligned"]) <= row["length"] - 2
+        assert len(row["teacher_input_ids"]) < 32
+    assert task.train["length"][:][1] == 32
+
+
+def test_the_teachers_rows_are_in_its_own_template(load_lm: Callable[..., CausalLm], tmp_path: Path) -> None:
+    ours = tmp_path / "ours.jinja"
+    ours.write_text(LLAMA_TEMPLATE.replace("[Q]", "<us>"))
+    rows = [conversation(3)]
+    task = load_lm(rows, rows, f"task.chat_template={ours}").for_teacher(sentencepiece(WORDS))
+    assert "<us>say one 3" in task.processing.decode(task.train[0]["input_ids"])
+    assert "[Q]say one 3[A] one 3" in task.teacher_tokenizer.decode(task.train[0]["teacher_input_ids"])

@@ -115,6 +115,14 @@ def test_its_gradient_reaches_the_student_and_draws_it_to_the_teacher(build: Cal
     assert all(not p.requires_grad and p.grad is None for p in trainer.teacher.model.parameters())
 
 
+def test_a_teacher_may_have_fewer_tokens_than_the_student(build: Callable[..., Any], tmp_path: Path) -> None:
+    few = write_llm(tmp_path / "few", sentencepiece(["x"]))
+    trainer = build("training.batch_size=16", f"teacher.path={few}")
+    assert trainer.teacher.model.config.vocab_size < trainer.model.config.vocab_size
+    _, _, divergence = by_hand(trainer, list(trainer.task.train), few, 0.3, 1.5)
+    assert one_step(trainer)["divergence"] == pytest.approx(divergence, rel=1e-5)
+
+
 def test_an_evaluation_has_neither_agreement_nor_kl(build: Callable[..., Any]) -> None:
     metrics = build("training.batch_size=4").evaluate("baseline")
     assert metrics["validation/loss"] > 0

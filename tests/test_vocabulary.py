@@ -116,11 +116,19 @@ def test_another_tokenizer_is_refused_with_what_differs_and_what_to_do(distil: B
         distil(teacher, "model.config={model_type: llama, hidden_size: 8}", "model.new_tokenizer={kind: bpe}")
 
 
-def test_only_the_comparison_in_evaluations_is_refused_too(distil: Build, tmp_path: Path) -> None:
+def test_only_the_comparison_in_evaluations_is_refused_too(distil: Build, chat_model: Path, tmp_path: Path) -> None:
     """At alpha 0 uld has no effect, and agreement is of equal tokens."""
     teacher = write_llm(tmp_path / "teacher", sentencepiece(["red"]))
     with pytest.raises(UsageError, match="the teacher's tokenizer is not the student's"):
         distil(teacher, "distillation.alpha=0", "evaluation.teacher=true")
+    rows = [conversation(i) for i in range(8)]
+    settings = (*DISTIL, f"teacher.path={teacher}", "distillation.divergence=uld")
+    config = config_on(tmp_path, chat_model, rows, rows[:2], *settings)
+    task = load_task(config)
+    assert for_teacher(config, task).teacher_tokenizer is not None
+    control = config.model_copy(update={"distillation": config.distillation.model_copy(update={"alpha": 0.0})})
+    with pytest.raises(UsageError, match="the teacher's tokenizer is not the student's"):
+        for_teacher(control, task)
 
 
 def test_a_teacher_without_a_tokenizer_is_asked_for_one(distil: Build, chat_model: Path, tmp_path: Path) -> None:
@@ -177,9 +185,8 @@ def test_heads_of_other_widths_are_told_of_in_one_line(
         ]
 
 
-def word_pieces(words: list[str], *, types: bool) -> PreTrainedTokenizerFast:
+def word_pieces(words: list[str], letters: str = "abcdefghijklmnopqrstuvwxyz") -> PreTrainedTokenizerFast:
     """Cuts each word that is no token into letters; numbers its special tokens otherwise than the tiny model's."""
-    letters = list("abcdefghijklmnopqrstuvwxyz")
     tokens = ["<u>", *letters, *(f"##{letter}" for letter in letters), *words, "<c>", "<s>", "<p>"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<u>"))
@@ -191,14 +198,12 @@ def word_pieces(words: list[str], *, types: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         **{"tokenizer_object": tokenizer, "unk_token": "<u>", "cls_token": "<c>", "sep_token": "<s>"},
         **{"pad_token": "<p>", "model_max_length": 64},
-        model_input_names=["input_ids", *(["token_type_ids"] if types else []), "attention_mask"],
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 
-@pytest.fixture
-def stranger(tmp_path: Path) -> Path:
+def write_stranger(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A BERT that teaches, with a tokenizer of its own and its labels in another order."""
-    tokenizer = word_pieces(WORDS[::-2], types=True)
     torch.manual_seed(7)
     config = BertConfig(
         **{"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -207,9 +212,14 @@ def stranger(tmp_path: Path) -> Path:
         id2label={0: "contradiction", 1: "entailment", 2: "neutral"},
         label2id={"contradiction": 0, "entailment": 1, "neutral": 2},
     )
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "stranger")
-    tokenizer.save_pretrained(tmp_path / "stranger")
-    return tmp_path / "stranger"
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    return write_stranger(tmp_path / "stranger", word_pieces(WORDS[::-2]))
 
 
 def taught_by_hand(folder: Path, texts: list[dict[str, Any]], max_length: int) -> torch.Tensor:
@@ -252,6 +262,17 @@ def test_a_classifiers_teacher_reads_its_own_tokens_of_the_same_rows(
     outputs = trainer.teacher.outputs(batch, "other", 1.0)
     by_hand = taught_by_hand(stranger, [task.texts["other"][i] for i in (6, 0, 3)], 24)
     torch.testing.assert_close(outputs["logits"], by_hand)
+
+
+def test_a_classifiers_teacher_may_have_fewer_tokens_than_the_student(build_trainer: Build, tmp_path: Path) -> None:
+    few = write_stranger(tmp_path / "few", word_pieces(["the", "dog", "no"], letters=""))
+    trainer = build_trainer(f"teacher.path={few}", "distillation.alpha=0.5")
+    assert trainer.teacher.model.config.vocab_size < trainer.model.config.vocab_size
+    batch = trainer.task.collate([trainer.task.train[i] for i in (0, 2)]) | {"positions": torch.arange(2)}
+    padding = batch["teacher_input_ids"][batch["teacher_attention_mask"] == 0]
+    assert set(padding.tolist()) == {AutoTokenizer.from_pretrained(few).pad_token_id}
+    by_hand = taught_by_hand(few, [trainer.task.texts["train"][i] for i in (0, 2)], 32)
+    torch.testing.assert_close(trainer.teacher.outputs(batch, None, 1.0)["logits"], by_hand)
 
 
 def test_a_run_with_such_a_teacher_has_the_rows_of_any_other_and_a_content_key_of_its_own(
