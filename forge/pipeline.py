@@ -11,10 +11,9 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from forge.checkpoint.beginning import Beginning, begin_again, check_base, check_teacher, with_rows
-from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0, rank_0_first
+from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.explain import effective
 from forge.config.loader import LoadedConfig
@@ -23,10 +22,8 @@ from forge.config.schema import Config
 from forge.errors import AlreadyComplete, LostRank, Stopped, Superseded
 from forge.model.card import compare, model_card
 from forge.model.export import push_to_hub
-from forge.model.lineage import lineage
 from forge.model.load import LoadedModel
-from forge.model.lora import with_lora
-from forge.model.source import origin_of, with_run_paths
+from forge.model.source import with_run_paths
 from forge.report.evidence import Evidence, evidence, evidence_markdown
 from forge.run.control import (
     Control,
@@ -51,18 +48,13 @@ from forge.run.log import RunLog
 from forge.run.opening import Attempt, open_run
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
-from forge.task.choice import load_task
-from forge.task.task import Task
-from forge.teacher.cached import TeacherCache, find_teacher_cache
-from forge.teacher.loading import evaluates_teacher, label_columns, load_teacher, wants_teacher
-from forge.teacher.placement import place
-from forge.teacher.vocabulary import for_teacher, tell_of_columns
+from forge.teacher.loading import evaluates_teacher
 from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
 from forge.trainer.distillation import DistillationTrainer
-from forge.trainer.features import check_features
 from forge.trainer.final import export
-from forge.trainer.finetuning import FinetuningTrainer, world_facts
+from forge.trainer.finetuning import FinetuningTrainer
 from forge.trainer.optimizer import step_shape
+from forge.trainer.parts import Parts, build_trainer, load_parts
 from forge.trainer.peak import PeakMetrics
 from forge.trainer.samples import SamplesFolder
 from forge.trainer.tracking import WandbTracker
@@ -118,30 +110,14 @@ def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequ
         beginning = on_rank_0(accelerator, lambda: _begin(request, lock, accelerator))
 
         # What bad input can break comes first: until the next call of on_rank_0 nothing of a new run is created.
-        task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
-        loaded_model = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_model(config, task)))
-        loaded_model = _with_origin(loaded_model, accelerator, "model")
-        on_rank_0(accelerator, lambda: _check_base(beginning, loaded_model))
-        headline = task.headline
-        task = task.for_model(loaded_model)
-        task = _for_teacher(config, task, accelerator, stop)
-        taught = _teacher(request.loaded, task, loaded_model, accelerator, stop)
-        beginning = on_rank_0(accelerator, lambda: _check_teacher(beginning, taught, request))
-        beginning = on_rank_0(
-            accelerator, lambda: with_rows(beginning, task.fingerprint, task.description, request.allowed_changes)
-        )
+        parts = load_parts(request.loaded, accelerator, stop)
+        beginning = on_rank_0(accelerator, lambda: _check_parts(beginning, parts, request.allowed_changes))
         if vote.now():
             raise stopped_early(vote.reason())
 
-        facts = {
-            "task": task.about(),
-            "data": task.facts(),
-            "model": loaded_model.facts(),
-            "teacher": taught.facts() if taught is not None else None,
-            "lineage": [*lineage(loaded_model.origin), *(lineage(taught.origin, "teacher") if taught else [])],
-            "world": world_facts(accelerator, config.training),
-            **({"control_of": _named(request.control_of)} if request.control_of is not None else {}),
-        }
+        facts, headline = parts.facts(config, accelerator), parts.task.headline
+        if request.control_of is not None:
+            facts["control_of"] = _named(request.control_of)
         run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts, lock))
         if lock is None:
             lock = RunLock(run)
@@ -155,19 +131,19 @@ def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequ
         with _recorded(run, state, accelerator, lock):
             own = _callbacks(config, run, state, log, headline) if accelerator.is_main_process else []
             callbacks = Callbacks(own)
-            trainer = _trainer(taught, config, accelerator, task, loaded_model, run, state, callbacks, lock, stop)
+            trainer = build_trainer(parts, config, accelerator, run, state, callbacks, lock, stop)
             try:
                 if wants_control(config):
                     steps = trainer.total_steps
                     on_rank_0(accelerator, lambda: _existing_control(request, run, steps, facts))
-                _run_stages(trainer, beginning, taught)
+                _run_stages(trainer, beginning, parts)
             finally:
                 trainer.close()
                 callbacks.finished(state)
             if wants_control(config):
                 accelerator.free_memory()
                 # Two models of this run would lie beside those of the control.
-                del trainer, callbacks, own, taught, loaded_model, task
+                del trainer, callbacks, own, parts
                 _train_control(request, run, state, facts, accelerator, log, stop)
             return on_rank_0(accelerator, lambda: _complete(run, state, config, headline, lock))
     finally:
@@ -175,18 +151,17 @@ def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequ
             lock.release()
 
 
-def _run_stages(trainer: FinetuningTrainer, beginning: Beginning, taught: LoadedModel | TeacherCache | None) -> None:
-    """taught: the teacher, where there is one."""
+def _run_stages(trainer: FinetuningTrainer, beginning: Beginning, parts: Parts) -> None:
     config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
     on_every_rank(accelerator, lambda: trainer.restore(beginning.checkpoint))
     if beginning.checkpoint is not None:
         logger.info("goes on from %s", beginning.checkpoint.name)
         on_rank_0(accelerator, lambda: trainer.checkpoints.prune(state))
     if state.reached(Stage.TRAINING):  # else within the first stage
-        _report_teacher(trainer, beginning, taught)
+        _report_teacher(trainer, beginning, parts)
 
     def baseline() -> None:
-        _report_teacher(trainer, beginning, taught)
+        _report_teacher(trainer, beginning, parts)
         if config.evaluation.baseline:
             trainer.evaluate("baseline")
 
@@ -207,14 +182,13 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning, taught: Loaded
         _enter(Stage.CONTROL, trainer)
 
 
-def _report_teacher(
-    trainer: FinetuningTrainer, beginning: Beginning, taught: LoadedModel | TeacherCache | None
-) -> None:
+def _report_teacher(trainer: FinetuningTrainer, beginning: Beginning, parts: Parts) -> None:
     """The teacher's own numbers, unless the run has them."""
     if not isinstance(trainer, DistillationTrainer) or not evaluates_teacher(trainer.config):
         return
     known = on_rank_0(trainer.accelerator, lambda: bool(_recorded_evaluation(trainer.run, "teacher")))
     if not known or beginning.other_teacher:
+        taught = parts.teacher
         loaded = taught if isinstance(taught, LoadedModel) else None
         trainer.report_teacher(loaded, taught.origin if taught is not None else None)
 
@@ -332,6 +306,14 @@ def _begin(request: Request, lock: RunLock | None, accelerator: Accelerator) -> 
     )
 
 
+def _check_parts(beginning: Beginning, parts: Parts, allowed_changes: list[str]) -> Beginning:
+    """The beginning with the weights and rows there are now. Raises UsageError where they are not the run's."""
+    if parts.student.origin is not None:
+        check_base(beginning, parts.student.base_sha256, parts.student.origin.weights_sha256)
+    beginning = check_teacher(beginning, parts.teacher_sha256, allowed_changes)
+    return with_rows(beginning, parts.task.fingerprint, parts.task.description, allowed_changes)
+
+
 def _open(
     request: Request, beginning: Beginning, facts: dict[str, Any], lock: RunLock | None
 ) -> tuple[RunDirectory, TrainingState]:
@@ -365,75 +347,6 @@ def _accelerator(config: Config) -> Accelerator:
 def _hide_progress_bars() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _load_model(config: Config, task: Task) -> LoadedModel:
-    set_seed(config.training.seed)  # new weights depend on the seed alone, not on what was drawn before
-    return with_lora(task.load_model(config.model, config.training), config.model, config.training.seed)
-
-
-def _for_teacher(config: Config, task: Task, accelerator: Accelerator, stop: StopRequest) -> Task:
-    if not wants_teacher(config):
-        return task
-    return rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
-
-
-def _load_teacher(config: Config, task: Task, student: LoadedModel) -> LoadedModel | None:
-    if not wants_teacher(config):
-        return None
-    taught = load_teacher(config, task)
-    check_features(config.distillation, student.model, taught.model)
-    tell_of_columns(student.model, taught.model, task)
-    return taught
-
-
-def _teacher(
-    loaded: LoadedConfig, task: Task, student: LoadedModel, accelerator: Accelerator, stop: StopRequest
-) -> LoadedModel | TeacherCache | None:
-    """The teacher in memory, or the files with its outputs; None where the config wants none."""
-    config = loaded.config
-    if wants_teacher(config) and config.teacher.placement == "cached":
-        command = f"forge cache-teacher {shlex.quote(str(loaded.file))}"
-        return find_teacher_cache(config, task, student, accelerator, command)
-    taught = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task, student)))
-    return _with_origin(taught, accelerator, "teacher") if taught is not None else None
-
-
-def _with_origin(loaded: LoadedModel, accelerator: Accelerator, key: str) -> LoadedModel:
-    """Rank 0 hashes the files that the model came from. Raises UsageError where an adapter was made for others."""
-    source = loaded.source
-    if source is None:
-        return loaded
-    return replace(loaded, origin=on_rank_0(accelerator, lambda: origin_of(source, key)))
-
-
-def _check_base(beginning: Beginning, loaded: LoadedModel) -> None:
-    if loaded.origin is not None:
-        check_base(beginning, loaded.base_sha256, loaded.origin.weights_sha256)
-
-
-def _check_teacher(beginning: Beginning, taught: LoadedModel | TeacherCache | None, request: Request) -> Beginning:
-    now = taught.origin.weights_sha256 if taught is not None and taught.origin is not None else None
-    return check_teacher(beginning, now, request.allowed_changes)
-
-
-def _trainer(
-    taught: LoadedModel | TeacherCache | None,
-    config: Config,
-    accelerator: Accelerator,
-    task: Task,
-    loaded: LoadedModel,
-    *others: Any,
-) -> FinetuningTrainer:
-    """taught: the teacher; None: there is none."""
-    if taught is None:
-        return FinetuningTrainer(config, accelerator, task, loaded, *others)
-    columns = label_columns(loaded.label_ids, taught.label_ids)
-    if isinstance(taught, TeacherCache):
-        teacher = taught.placed(accelerator, columns)
-    else:
-        teacher = place(taught.model, config.teacher, accelerator, task, columns)
-    return DistillationTrainer(config, accelerator, task, loaded, *others, teacher=teacher)
 
 
 def _callbacks(

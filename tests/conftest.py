@@ -187,12 +187,11 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
     from forge.cluster.ranks import build_accelerator
     from forge.cluster.signals import StopRequest
     from forge.config.loader import LoadedConfig
-    from forge.pipeline import _for_teacher, _load_model, _teacher, _trainer, _with_origin
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
-    from forge.task.choice import load_task
     from forge.trainer.callbacks import Callback
+    from forge.trainer.parts import build_trainer, load_parts
 
     class Recorder(Callback):
         def __init__(self) -> None:
@@ -213,18 +212,15 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
     GradientState._reset_state()
     training = config.training
     accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
-    task = load_task(config)
-    loaded = _with_origin(_load_model(config, task), accelerator, "model")
-    if mutate is not None:
-        mutate(loaded.model)
-    run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
     stop = StopRequest()
-    task = _for_teacher(config, task.for_model(loaded), accelerator, stop)
-    taught = _teacher(LoadedConfig(config, Path("c.yaml"), {}, []), task, loaded, accelerator, stop)
+    parts = load_parts(LoadedConfig(config, Path("c.yaml"), {}, []), accelerator, stop)
+    if mutate is not None:
+        mutate(parts.student.model)
+    run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
     state = TrainingState(run_id=new_run_id())
     lock = RunLock(run)
     lock.take()
-    return _trainer(taught, config, accelerator, task, loaded, run, state, Recorder(), lock, stop)
+    return build_trainer(parts, config, accelerator, run, state, Recorder(), lock, stop)
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ LONG = ("--max_steps", 200_000, "--set", "checkpoint.every_steps=100000", "--run
 IN_PREPARATION = """
 import sys, time
 sys.path.insert(0, {repository!r})
-import forge.pipeline
+import forge.trainer.parts
 
 def prepare(config):
     print("in preparation", file=sys.stderr, flush=True)
     while True:
         time.sleep(0.01)
 
-forge.pipeline.load_task = prepare
+forge.trainer.parts.load_task = prepare
 """
 IN_EVALUATION = """
 import sys, time
