@@ -85,3 +85,8 @@ class DistillationConfig(Section):
     """Add a loss between hidden states."""
     relations: RelationsConfig | None = None
     """Add a loss between self-attention relations; for encoders."""
+
+    @property
+    def aligns_tokens(self) -> bool:
+        """Is the teacher one that reads other tokens than the student (ULD)?"""
+        return self.alpha > 0 and self.divergence == "uld"
