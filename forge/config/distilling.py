@@ -6,6 +6,8 @@ from pydantic import Field
 
 from forge.config.fields import Positive, Section, Text
 
+WHOLE_LOGITS_COLUMNS = 1024  # a cache keeps heads up to this whole: 4 KB a label, where 64 of a top k take 264 bytes
+
 Layer = Annotated[int, Field(ge=0)]
 
 
