@@ -576,7 +576,7 @@ def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Pa
     trainer = build()
     trainer.train()
     folder = trainer.run.path / "checkpoint-3"
-    with pytest.raises(UsageError, match=r"and none are trained now: the optimizer's state has their moments .*; set teac"):
+    with pytest.raises(UsageError, match=r"and none are trained now: the optimizer's state has .*; set teacher"):
         build("distillation.hidden=null").restore(folder)
     fewer = build("distillation.hidden.layers={1: 2}")
     with pytest.raises(UsageError, match="does not fit the projections that are trained now"):

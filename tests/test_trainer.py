@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import pair_rows
 
-from forge.errors import TrainingError
+from forge.errors import TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
 
 Build = Callable[..., Any]
+SHOWN = ("loss", "accuracy", "macro_f1", "ece")
 
 
 def trajectory(trainer: Any) -> tuple[list[float], list[float]]:

@@ -93,9 +93,7 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, wanted: bool = True) -> t
     return -log_p.gather(1, labels).squeeze(1), gradient
 
 
-def divergence_rows(
-    student: Tensor, teacher: Tensor, settings: Settings, wanted: bool = True
-) -> tuple[Tensor, Tensor]:
+def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings, wanted: bool = True) -> tuple[Tensor, Tensor]:
     """D(teacher || student) of each row at temperature T, without T^2, and its gradient in the student's logits.
 
     student, teacher: (n, V) logits. Returns (n,) and (n, V), or (0,) where no gradient is wanted. With p the student, q
