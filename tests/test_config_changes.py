@@ -154,6 +154,22 @@ def test_every_key_of_the_teacher_changes_the_meaning_but_the_place_of_its_cache
     assert {key for key, kind in kinds.items() if kind is Kind.HARMLESS} <= {"teacher.cache"}
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [
+        ("replicated", "offload", Kind.HARMLESS),
+        ("offload", "replicated", Kind.HARMLESS),
+        ("replicated", "cached", Kind.MEANING),
+        ("cached", "offload", Kind.MEANING),
+    ],
+)
+def test_a_teacher_may_move_to_the_host_and_back_but_not_into_a_cache(old: str, new: str, kind: Kind) -> None:
+    given = ("teacher.path=t", "distillation.alpha=0.5")
+    before, after = (load(*given, f"teacher.placement={placement}") for placement in (old, new))
+    (change,) = (change for change in judge(before, after) if change.key == "teacher.placement")
+    assert change.kind is kind
+
+
 def test_all_problems_are_told_at_once_and_an_allowed_key_allows_no_other() -> None:
     several = found("training.seed=1", "training.learning_rate=1", "logging.every_steps=1", "task.max_length=9")
     assert [problem.split(":")[0] for problem in problems(several, "training.seed")] == [

@@ -154,6 +154,17 @@ def test_with_a_teacher_its_keys_have_their_effect() -> None:
     assert unsupported(config) == {}
 
 
+@pytest.mark.parametrize(("labels", "without_effect"), [(3, True), (1024, True), (1025, False), (None, False)])
+def test_of_few_labels_a_cache_keeps_whole_logits(labels: int | None, without_effect: bool) -> None:
+    config = load(WHOLE + "teacher: {path: t, placement: cached}\ndistillation: {alpha: 0.5}\n").config
+    names = None if labels is None else [str(i) for i in range(labels)]
+    config = config.model_copy(update={"task": config.task.model_copy(update={"labels": names})})
+    for key in ("teacher.top_k", "distillation.missing_mass"):
+        assert (key in inert_keys(config)) == without_effect
+    lm = load(LM + "teacher: {path: t, placement: cached}\ndistillation: {alpha: 0.5}\n").config
+    assert not {"teacher.top_k", "distillation.missing_mass"} & set(inert_keys(lm))
+
+
 @pytest.mark.parametrize(
     ("divergence", "used"),
     [("jsd", "beta"), ("skew_kl", "skew"), ("skew_reverse_kl", "skew"), ("tvd", None), ("reverse_kl", None)],

@@ -241,3 +241,14 @@ def test_a_model_that_was_never_trained_for_the_task_is_no_teacher(
     assert run.returncode == 2
     assert "it was not trained for this task, and could only teach noise" in run.stdout + run.stderr
     assert not list((tmp_path / "outputs").rglob("training_state.json"))
+
+
+def test_the_columns_of_other_labels_are_known_to_the_device_and_of_the_same_none(
+    build_trainer: Build, teacher: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A list would be brought to the device with each batch, and waited for."""
+    columns = build_trainer(*distilled(teacher)).teacher.columns
+    assert isinstance(columns, Tensor)
+    assert columns.tolist() == [1, 2, 0]
+    same = write_classifier(tmp_path / "same", tiny_model, names=["entailment", "neutral", "contradiction"])
+    assert build_trainer(*distilled(same)).teacher.columns is None

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,6 +256,48 @@ def test_labels_of_positions_weigh_their_hidden_states_alike() -> None:
     assert losses["hidden_sum"].item() == pytest.approx(total, rel=1e-5)
     with pytest.raises(UsageError, match=r"compares encoders, .* the student, a LlamaForCausalLM, reads from left to"):
         attention_modules(own, None, "student")
+
+
+@pytest.mark.parametrize("of_rows", [True, False])
+def test_what_is_masked_out_may_be_nan_and_reaches_no_projection(of_rows: bool) -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    labels = torch.tensor([1, 0]) if of_rows else torch.where(mask.bool(), 3, IGNORE)
+    batch = for_the_loop({"labels": labels, "attention_mask": mask, "tokens": mask.sum()}, [0, 1])
+    states, target = torch.randn(2, 4, 6), torch.randn(2, 4, 8)
+    config = DistillationConfig(alpha=0.5, hidden={"layers": {1: 1}})
+
+    def gradients(fill: float) -> tuple[float, Tensor, Tensor]:
+        projections = nn.ModuleDict({"1_to_1": nn.Linear(6, 8, bias=False)})
+        nn.init.constant_(projections["1_to_1"].weight, 0.25)  # type: ignore[arg-type]
+        own = states.masked_fill(mask[..., None] == 0, fill).requires_grad_()
+        told = {"hidden_states.1": target.masked_fill(mask[..., None] == 0, fill)}
+        result = SimpleNamespace(hidden_states=(None, own))
+        loss, _ = Features(config, {1: 1}, projections, {})(result, {}, batch, told)
+        loss.backward()
+        return loss.item(), own.grad, projections["1_to_1"].weight.grad  # type: ignore[return-value]
+
+    loss, of_states, of_weight = gradients(float("nan"))
+    expected, of_zeros, of_weight_at_zeros = gradients(0.0)
+    assert loss == expected > 0
+    assert torch.equal(of_states, of_zeros)
+    assert torch.equal(of_weight, of_weight_at_zeros)
+    assert of_weight.abs().sum() > 0
+
+
+def test_only_positions_with_labels_go_through_a_projection() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[IGNORE, 3, IGNORE, 2], [IGNORE, IGNORE, IGNORE, 1]])
+    batch = for_the_loop({"labels": labels, "tokens": torch.tensor(8)}, [0, 1])
+    projection = nn.Linear(6, 8, bias=False)
+    seen = []
+    projection.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    own, told = torch.randn(2, 4, 6), {"hidden_states.1": torch.randn(2, 4, 8)}
+    config = DistillationConfig(alpha=0.5, hidden={"layers": {1: 1}})
+    Features(config, {1: 1}, nn.ModuleDict({"1_to_1": projection}), {})(
+        SimpleNamespace(hidden_states=(None, own)), {}, batch, told
+    )
+    assert torch.equal(seen[0].flatten(0, -2), torch.stack([own[0, 1], own[0, 3], own[1, 3]]))
 
 
 def test_of_an_encoder_decoder_the_decoders_states_are_drawn() -> None:
@@ -533,7 +576,7 @@ def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Pa
     trainer = build()
     trainer.train()
     folder = trainer.run.path / "checkpoint-3"
-    with pytest.raises(UsageError, match="holds projections of hidden states, and none are trained now; set teacher"):
+    with pytest.raises(UsageError, match=r"and none are trained now: the optimizer's state has .*; set teacher"):
         build("distillation.hidden=null").restore(folder)
     fewer = build("distillation.hidden.layers={1: 2}")
     with pytest.raises(UsageError, match="does not fit the projections that are trained now"):

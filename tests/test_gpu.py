@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from teachers import write_classifier
 from test_checkpoints import stop_at
 from test_trainer import trajectory
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,8 +60,14 @@ def test_bf16_on_the_gpu_learns_what_can_be_learned(build_trainer: Build) -> Non
     assert trainer.evaluate("final")["matched/accuracy"] == 1.0
 
 
-def test_a_step_waits_nowhere_for_the_gpu(build_trainer: Build) -> None:
-    trainer = build_trainer("training.mixed_precision=bf16", "training.per_device_batch_size=4")
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_step_waits_nowhere_for_the_gpu(
+    build_trainer: Build, tiny_model: Path, tmp_path: Path, distilled: bool
+) -> None:
+    settings = ["training.mixed_precision=bf16", "training.per_device_batch_size=4"]
+    if distilled:  # by a teacher whose labels are in another order
+        settings += [f"teacher.path={write_classifier(tmp_path / 'teacher', tiny_model)}", "distillation.alpha=0.5"]
+    trainer = build_trainer(*settings)
     trainer.batches.start_at(0)
     trainer.train_step(trainer.batches.next_step(), 1e-3)  # the first one allocates
     step = trainer.batches.next_step()

@@ -35,9 +35,10 @@ from forge.config.loader import load_config
 from forge.config.placing import located
 from forge.config.schema import ModelConfig
 from forge.errors import ConfigError, UsageError
+from forge.model.adapter import TIED_BELOW
 from forge.model.card import _layers
 from forge.model.classifier import load_classifier
-from forge.model.layers import KeptLayers, check_layers
+from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.load import LoadedModel, load_own_tokenizer, load_whole
 from forge.model.trained import AllWeights
 from forge.run.files import read_json
@@ -218,6 +219,20 @@ def test_embeddings_and_head_stay_one_weight(source_of: Callable[..., Any], kind
 
     apart = load(kind, source_of(kind, tie_word_embeddings=False)[0], keep_layers=[0, 3]).model
     assert apart.get_output_embeddings().weight is not apart.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_student_is_in_the_mode_of_its_source_and_knows_what_its_head_was_tied_below(
+    source_of: Callable[..., Any], training: bool
+) -> None:
+    source = load("llama", source_of("llama")[0]).model.train(training)
+    vars(source)[TIED_BELOW] = True
+    kept = KeptLayers([0, 3], source.config.num_hidden_layers)
+    cut = keep_layers(source, kept, "it", "model")
+    assert all(module.training == training for module in cut.modules())
+    assert vars(cut)[TIED_BELOW] is True
+    del vars(source)[TIED_BELOW]
+    assert TIED_BELOW not in vars(keep_layers(source, kept, "it", "model"))
 
 
 def test_a_config_with_a_list_of_layers_tells_of_the_kept_ones(source_of: Callable[..., Any]) -> None:

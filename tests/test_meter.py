@@ -95,6 +95,48 @@ def test_a_report_that_a_checkpoint_parts_is_the_whole_one(clock: SimpleNamespac
     assert second.metrics(rate=0.1) == expected
 
 
+def step(meter: StepMeter, clock: SimpleNamespace, labels: int, **sums: float) -> None:
+    losses = {name: torch.tensor(value) for name, value in sums.items()}
+    meter.add(losses, torch.tensor(labels), torch.tensor(1.0), counts=counted(1, 1))
+    clock.now += 1.0
+
+
+def test_what_the_loss_is_made_of_is_reported_across_a_checkpoint(clock: SimpleNamespace) -> None:
+    first, second = StepMeter(TwoEqualRanks()), StepMeter(TwoEqualRanks())  # type: ignore[arg-type]
+    step(first, clock, 8, loss_sum=5.0, ce_sum=3.0, divergence_sum=1.0)
+    first.settle()
+    kept = first.progress()
+    assert kept["parts"] == {"ce_sum": [6.0], "divergence_sum": [2.0]}
+    step(first, clock, 8, loss_sum=5.0, ce_sum=3.0, divergence_sum=1.0)
+    first.settle()
+    assert kept["parts"] == {"ce_sum": [6.0], "divergence_sum": [2.0]}  # a copy
+    second.restart(kept)
+    step(second, clock, 4, loss_sum=2.0, ce_sum=1.0, divergence_sum=0.5)
+    second.settle()
+    report = second.metrics(rate=0.1)
+    assert (report["loss"], report["ce"], report["divergence"]) == (14 / 12, 8 / 12, 3 / 12)
+    step(second, clock, 2, loss_sum=1.0, ce_sum=0.5, divergence_sum=0.25)
+    second.settle()
+    report = second.metrics(rate=0.1)
+    assert (report["loss"], report["ce"], report["divergence"]) == (1.0, 0.5, 0.25)  # of this report alone
+
+
+@pytest.mark.parametrize(("before", "after"), [((), ("ce_sum",)), (("ce_sum",), ())])
+def test_a_part_that_came_or_went_within_a_report_is_left_out(
+    clock: SimpleNamespace, before: tuple[str, ...], after: tuple[str, ...]
+) -> None:
+    """Its sum over some of the steps, divided by the labels of all, would be no mean."""
+    first, second = StepMeter(TwoEqualRanks()), StepMeter(TwoEqualRanks())  # type: ignore[arg-type]
+    step(first, clock, 4, loss_sum=2.0, **dict.fromkeys((*before, "hidden_sum"), 1.0))
+    first.settle()
+    second.restart(first.progress())
+    step(second, clock, 4, loss_sum=4.0, **dict.fromkeys((*after, "hidden_sum"), 1.0))
+    second.settle()
+    report = second.metrics(rate=0.1)
+    assert (report["loss"], report["hidden"]) == (12 / 8, 4 / 8)
+    assert "ce" not in report
+
+
 def test_the_ranks_of_one_seed_and_the_seeds_of_one_rank_draw_apart() -> None:
     from forge.cluster.ranks import rank_seed
 

@@ -16,9 +16,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from forge.config.distilling import DistillationConfig
 from forge.losses.cross_entropy import IGNORE
 from forge.model.adapter import put_on
 from forge.model.head import LinearHead, find_head
+from forge.teacher.teacher import ModelTeacher
+from forge.trainer.objective import Objective
 from forge.trainer.student import Student
 
 SIZES = {
@@ -140,3 +143,166 @@ def test_the_likeliest_token_does_not_depend_on_mixed_precision() -> None:
         exact = student(given)["predictions"]
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(student(given)["predictions"], exact)
+
+
+def small(name: str, seed: int) -> PreTrainedModel:
+    """One of CONFIGS with its own weights, in float64, with a bias on its head."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).double().eval()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(50, dtype=torch.float64))
+    return model
+
+
+PAIRS = [
+    ("gemma 2 with a softcap", "granite with divided logits"),
+    ("cohere with scaled logits", "gemma 2 with a softcap"),
+    ("granite with divided logits", "cohere with scaled logits"),
+]
+
+
+def own_logits(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the model itself makes of the batch at its labels, (N, 50) float64."""
+    logits: torch.Tensor = model(input_ids=given["input_ids"], use_cache=False).logits
+    return logits.flatten(0, 1)[given["positions"]]
+
+
+@pytest.mark.parametrize(("name", "teacher_name"), PAIRS)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "uld"])
+def test_scales_softcaps_and_biases_of_both_are_in_the_loss(name: str, teacher_name: str, divergence: str) -> None:
+    """From hidden states and heads, against the whole logits that the two models give themselves."""
+    model, other = small(name, 0), small(teacher_name, 8).requires_grad_(False)
+    heads = [find_head(one, {"use_cache": False}) for one in (model, other)]
+    assert all(isinstance(head, LinearHead) for head in heads)
+    given = batch()
+    given["positions"] = (given["labels"].flatten() != IGNORE).nonzero().squeeze(1)
+    given["aligned"] = given["teacher_aligned"] = given["positions"]
+    given |= {"teacher_input_ids": given["input_ids"]} if divergence == "uld" else {}
+    told = ModelTeacher(other, {"use_cache": False}, head=heads[1])
+    config = DistillationConfig(alpha=0.6, temperature=2.0, divergence=divergence)
+    student = Student(model, {"use_cache": False}, heads[0], Objective(config, told.logit_scale, told.softcap)).train()
+    outputs = told.outputs(given, None, 2.0)
+    assert "logits" not in outputs
+    assert "head_bias" in outputs
+    sums = student(given, outputs)
+    sums["loss_sum"].backward()
+    gradients = {key: weight.grad.clone() for key, weight in model.named_parameters()}
+
+    model.zero_grad()
+    z, y = own_logits(model, given), own_logits(other, given)
+    ce = torch.nn.functional.cross_entropy(z, given["labels"].flatten()[given["positions"]], reduction="sum")
+    p, q = (z / 2).softmax(-1), (y / 2).softmax(-1)
+    if divergence == "uld":
+        expected = (p.sort(descending=True).values - q.sort(descending=True).values).abs().sum()
+    else:
+        expected = (p * (p.log() - q.log())).sum()
+    assert sums["ce_sum"].item() == pytest.approx(ce.item(), rel=1e-9)
+    assert sums["divergence_sum"].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert expected > 0.1
+    if divergence == "uld":  # whose gradient is 0 where two probabilities are nearly equal
+        assert sums["loss_sum"].item() == pytest.approx((0.4 * ce + 0.6 * 4 * expected).item(), rel=1e-9)
+        return
+    (0.4 * ce + 0.6 * 4 * expected).backward()
+    for key, weight in model.named_parameters():
+        torch.testing.assert_close(gradients[key], weight.grad, rtol=1e-6, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize(("name", "teacher_name"), PAIRS)
+@pytest.mark.parametrize("form", ["hidden", "logits", "top k"])
+def test_an_evaluation_agrees_with_the_logits_of_both(name: str, teacher_name: str, form: str) -> None:
+    model, other = small(name, 0), small(teacher_name, 8).requires_grad_(False)
+    with torch.no_grad():
+        for one in (model, other):  # so that some are agreed on
+            one.lm_head.bias.copy_(2 * small(name, 0).lm_head.bias)
+    head, other_head = (find_head(one, {"use_cache": False}) for one in (model, other))
+    given = batch()
+    given["positions"] = (given["labels"].flatten() != IGNORE).nonzero().squeeze(1)
+    told = ModelTeacher(other, {"use_cache": False}, head=other_head)
+    told.whole_logits = form == "logits"
+    config = DistillationConfig(alpha=0.6, temperature=3.0, divergence="jsd", missing_mass="zero")
+    student = Student(model, {"use_cache": False}, head, Objective(config, told.logit_scale, told.softcap)).eval()
+    outputs = told.outputs(given, "validation", 1.0)
+    with torch.no_grad():
+        z, y = own_logits(model, given), own_logits(other, given)
+        if form == "top k":  # all of them, in an order of their own
+            order = torch.randperm(50).expand_as(y)
+            outputs = {"top_log_probs": y.log_softmax(-1).gather(1, order), "top_indices": order}
+        judged = student(given, outputs)
+    agreed = int((z.argmax(-1) == y.argmax(-1)).sum())
+    assert 0 < agreed < len(z)
+    assert int(judged["agreed"]) == agreed
+    kl = (y.softmax(-1) * (y.log_softmax(-1) - z.log_softmax(-1))).sum()
+    assert judged["kl_sum"].item() == pytest.approx(kl.item(), rel=1e-6)
+
+
+class OneHead(torch.nn.Module):
+    """What makes the given hidden states; its head gives logits of them."""
+
+    def __init__(self, head: torch.nn.Linear, whole: bool = False):
+        super().__init__()
+        self.lm_head, self.whole = head, whole
+
+    def forward(self, hidden: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=hidden, logits=self.lm_head(hidden) if self.whole else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("whole", ["neither", "teacher", "both"])
+def test_models_that_are_alike_agree_in_half_precision(dtype: torch.dtype, whole: str) -> None:
+    """Among 20,000 logits in bf16 many are equal; the head is one that bf16 and float16 can hold."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 20_000, bias=False)
+    linear.weight.data = linear.weight.data.bfloat16().float().clamp(min=2**-10)
+    hidden = torch.randn(1, 300, 64).bfloat16().float().half().float()
+    given = {"labels": torch.zeros(1, 300, dtype=torch.int64), "hidden": hidden}
+    model = OneHead(linear, whole == "both")
+    head = None if whole == "both" else LinearHead(model, linear)
+    config = DistillationConfig(alpha=0.5)
+    student = Student(model, {}, head, Objective(config)).eval()  # type: ignore[arg-type]
+    states, weight = hidden[0].to(dtype), linear.weight.detach().to(dtype)
+    told = {"hidden": states, "head": weight} if whole == "neither" else {"logits": states @ weight.T}
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+            judged = student(given, told)
+        assert int(judged["agreed"]) == 300
+        assert judged["kl_sum"].item() / 300 < 1e-3
+    with torch.no_grad():
+        others = student(given, {**told, **({"head": weight.roll(1, 0)} if whole == "neither" else {})})
+        assert whole != "neither" or int(others["agreed"]) < 30
+
+
+def test_logits_of_a_fused_head_beside_whole_ones_are_not_rounded() -> None:
+    """Where the teacher's are given whole, the student's are made in float32 under autocast too."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 500)
+    hidden, told = torch.randn(40, 64).bfloat16(), torch.randn(40, 500)
+    labels = torch.randint(0, 500, (40,))
+    objective = Objective(DistillationConfig(alpha=0.5, temperature=1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = objective.from_hidden(LinearHead(lambda: None, linear), hidden, labels, {"logits": told})
+    z = torch.nn.functional.linear(hidden.double(), linear.weight.double(), linear.bias.double())
+    kl = (told.double().softmax(-1) * (told.double().log_softmax(-1) - z.log_softmax(-1))).sum()
+    assert parts.kl_sum.item() == pytest.approx(kl.item(), rel=1e-6)
+    loss.backward()
+    assert linear.weight.grad is not None
+
+
+def test_kl_of_evaluations_does_not_depend_on_what_is_trained_with() -> None:
+    """And is 0 for equal models, though the teacher is a top k."""
+    torch.manual_seed(0)
+    logits = torch.randn(20, 100) * 2
+    other = torch.randn(20, 100) * 2
+    top = logits.log_softmax(-1).topk(8)
+    teacher = {"top_log_probs": top.values, "top_indices": top.indices}
+    values = []
+    for settings in (
+        {"missing_mass": "tail", "temperature": 1.0},
+        {"missing_mass": "renormalise", "temperature": 4.0},
+        {"missing_mass": "zero", "alpha": 0.9},
+    ):
+        objective = Objective(DistillationConfig(**settings)).of_evaluation()
+        labels = torch.zeros(20, dtype=torch.int64)
+        own, apart = (objective.from_logits(z, labels, teacher)[1].kl_sum.item() for z in (logits, other))
+        assert own == pytest.approx(0.0, abs=1e-4)
+        values.append(apart)
+    assert values[0] > 1
+    assert values == [values[0]] * 3

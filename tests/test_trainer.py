@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import pair_rows
 
-from forge.errors import TrainingError
+from forge.errors import TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
 
 Build = Callable[..., Any]
+SHOWN = ("loss", "accuracy", "macro_f1", "ece")
 
 
 def trajectory(trainer: Any) -> tuple[list[float], list[float]]:
@@ -213,6 +214,18 @@ def test_evaluation_during_training_comes_when_it_is_due_and_not_twice_at_the_en
     alone = build_trainer("evaluation.every_steps=3", "evaluation.final=false")
     alone.train()
     assert alone.callbacks.evaluations == [("training", 3), ("training", 6)]
+
+
+@pytest.mark.parametrize(("name", "hint"), [("loss", "; did you mean matched/loss?"), ("matched/bleu", "")])
+def test_a_best_metric_that_there_is_not_is_refused_after_the_baseline(
+    build_trainer: Build, name: str, hint: str
+) -> None:
+    trainer = build_trainer("evaluation.every_steps=2", f"checkpoint.best_metric={name}")
+    with pytest.raises(UsageError) as refused:
+        trainer.evaluate("baseline")
+    there = ", ".join(f"{split}/{metric}" for split in ("matched", "other") for metric in SHOWN)
+    assert str(refused.value) == f"checkpoint.best_metric is {name}, and the evaluation has: {there}{hint}"
+    build_trainer(f"checkpoint.best_metric={name}").evaluate("baseline")  # nothing is chosen by it
 
 
 def test_a_step_without_any_label_changes_no_gradient_and_reports_a_loss_of_0(build_trainer: Build) -> None:

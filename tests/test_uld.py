@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from forge.losses.linear_kd import linear_kd
+from forge.losses.products import in_range_of, restored
 from forge.losses.uld import linear_uld, logits_uld
 
 
@@ -142,7 +144,8 @@ def test_under_autocast_operands_are_rounded_and_softmaxes_are_not() -> None:
     x = problem(torch.float32, V=60, Vt=80, M=32)
     with torch.autocast("cpu", torch.bfloat16):
         value = linear_uld(**x, temperature=2.0)
-    rounded = {n: t if n.endswith("bias") else t.detach().bfloat16().float() for n, t in x.items()}
+    products = ("student_hidden", "student_head")  # the teacher is in the dtype that it was given
+    rounded = {n: t.detach().bfloat16().float() if n in products else t for n, t in x.items()}
     rounded = {n: t.detach().requires_grad_(n.startswith("student")) for n, t in rounded.items()}
     expected, gradients = oracle(rounded, 2.0)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -187,3 +190,36 @@ def test_what_does_not_agree_is_refused_in_one_sentence() -> None:
         assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="ULD compares aligned positions"):
         logits_uld(torch.zeros(2, 3), torch.zeros(3, 3))
+
+
+def test_a_small_gradient_survives_float16() -> None:
+    """p (g - sum p g) / T of an unlikely token is below all that float16 knows."""
+    x = torch.tensor([[2e-1, -3e-9, 4e-10]])
+    assert x.half()[0, 1] == 0
+    rounded, factor = in_range_of(torch.float16, x)
+    assert rounded.dtype == torch.float16
+    torch.testing.assert_close(restored(rounded.float(), factor), x, rtol=2e-2, atol=0)
+    nothing, factor = in_range_of(torch.float16, torch.zeros(1, 3))
+    assert restored(nothing.float(), factor).tolist() == [[0.0, 0.0, 0.0]]
+    plain, factor = in_range_of(torch.bfloat16, x)
+    assert factor is None
+    assert restored(plain, factor) is plain
+
+
+def test_a_teacher_in_float32_is_not_rounded_under_autocast() -> None:
+    """Nor one in bfloat16 beside float16, in which it would overflow."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(8, 16), torch.randn(30, 16)
+    told = {"teacher_hidden": torch.randn(8, 12), "teacher_head": torch.randn(30, 12)}
+    labels = torch.zeros(8, dtype=torch.int64)
+
+    def value(**teacher: torch.Tensor) -> float:
+        return linear_kd(hidden.bfloat16().float(), head.bfloat16().float(), labels, **teacher)[1].kl_sum.item()
+
+    exact = value(**told)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert value(**told) == exact
+    assert value(**{name: x.bfloat16().float() for name, x in told.items()}) != exact
+    big = {"teacher_hidden": told["teacher_hidden"] * 1e5, "teacher_head": told["teacher_head"] * 1e-5}
+    with torch.autocast("cpu", torch.float16):
+        assert value(**{name: x.bfloat16() for name, x in big.items()}) < 1e3

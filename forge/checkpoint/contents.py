@@ -143,7 +143,10 @@ def _restore_projections(projections: nn.Module | None, folder: Path) -> None:
     back = "set teacher, model and distillation.hidden back to what the run had, or start a new run"
     if projections is None:
         if file.exists():
-            raise UsageError(f"{file} holds projections of hidden states, and none are trained now; {back}")
+            raise UsageError(
+                f"{file} holds projections of hidden states, and none are trained now: the optimizer's state has their "
+                f"moments among the model's; {back}"
+            )
         return
     if not file.exists():
         raise UsageError(f"{folder} has no {file.name}, and distillation.hidden trains projections; {back}")

@@ -77,6 +77,11 @@ RULES: dict[str, tuple[Kind, str]] = {
         Kind.MEANING,
         "the steps to come would be drawn to another teacher; allow it if the same one only lies elsewhere",
     ),
+    "teacher.placement": (
+        Kind.MEANING,
+        "a cache holds the teacher's outputs rounded, and of many tokens the likeliest alone: the steps to come would "
+        "be drawn to other numbers",
+    ),
     "teacher.cache": (Kind.HARMLESS, "where the teacher's outputs lie; they must be of the same teacher and rows"),
     "model.tokenizer": (
         Kind.MEANING,
@@ -168,6 +173,8 @@ def _change(
 ) -> Change | None:
     """None where nothing differs but what the two forges write down."""
     kind, reason = _rule(key)
+    if key == "teacher.placement" and all(side in ("replicated", "offload") for side in (old, new)):
+        kind, reason = Kind.HARMLESS, "where the teacher lies between its forwards; its outputs stay the same"
     before, after = (inline(old) if old is not ABSENT else "", inline(new) if new is not ABSENT else "")
     if new is ABSENT and key in inert_new:
         # Only another change can have brought that about, and that one is judged.

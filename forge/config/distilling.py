@@ -6,6 +6,8 @@ from pydantic import Field
 
 from forge.config.fields import Positive, Section, Text
 
+WHOLE_LOGITS_COLUMNS = 1024  # a cache keeps heads up to this whole: 4 KB a label, where 64 of a top k take 264 bytes
+
 Layer = Annotated[int, Field(ge=0)]
 
 
@@ -85,3 +87,8 @@ class DistillationConfig(Section):
     """Add a loss between hidden states."""
     relations: RelationsConfig | None = None
     """Add a loss between self-attention relations; for encoders."""
+
+    @property
+    def aligns_tokens(self) -> bool:
+        """Is the teacher one that reads other tokens than the student (ULD)?"""
+        return self.alpha > 0 and self.divergence == "uld"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from forge.config.distilling import DistillationConfig, TeacherConfig
+from forge.config.distilling import WHOLE_LOGITS_COLUMNS, DistillationConfig, TeacherConfig
 from forge.config.schema import CausalLmTask, ClassificationTask, Config
 
 
@@ -89,6 +89,9 @@ def _of_the_teacher(config: Config) -> Iterator[tuple[str, Inert]]:
         yield from each(keys, f"teacher.placement is {teacher.placement}", "teacher.placement")
     if not isinstance(config.task, ClassificationTask):
         yield from each(["teacher.labels"], f"task.type is {config.task.type}", "task.type")
+    elif config.task.labels is not None and len(config.task.labels) <= WHOLE_LOGITS_COLUMNS:
+        reason = f"task.labels has {len(config.task.labels)} labels, of which a cache keeps whole logits"
+        yield from each(["teacher.top_k", "distillation.missing_mass"], reason, "task.labels")
 
 
 def unsupported(config: Config) -> dict[str, str]:

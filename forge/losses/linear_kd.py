@@ -73,7 +73,8 @@ def linear_kd(
 
     student_hidden: (N, Hs), student_head: (V, Hs), student_bias: (V,); one float dtype, or under autocast any.
     labels: (N,) int64, already shifted; positions with ignore_index count neither in CE nor in D.
-    teacher_hidden: (N, Ht), teacher_head: (Vt, Ht), teacher_bias: (Vt,); never given a gradient.
+    teacher_hidden: (N, Ht), teacher_head: (Vt, Ht), teacher_bias: (Vt,); one float dtype, which autocast leaves alone;
+        never given a gradient.
     teacher_log_probs, teacher_indices: (N, K) instead of those, for forward_kl: the teacher's top k at this
         temperature, indices distinct within a row, -inf for an absent entry. missing_mass says what becomes of the
         probability that they lack: tail, renormalise or zero; see linear_kd_plain.sparse_rows.
@@ -118,10 +119,10 @@ def linear_kd(
         check_teacher(student_hidden, teacher_hidden, teacher_head, teacher_bias, teacher_log_probs, teacher_indices)
         if teacher_log_probs is not None and divergence != "forward_kl":
             raise ValueError(f"A top-k teacher knows forward_kl only, and divergence is {divergence!r}.")
-    student_dtype = product_dtype(student_hidden, student_head, "student")
+    student_dtype = product_dtype(student_hidden, student_head)
     teacher_dtype = student_dtype
     if teacher_hidden is not None and teacher_head is not None:
-        teacher_dtype = product_dtype(teacher_hidden, teacher_head, "teacher")
+        teacher_dtype = own_dtype(teacher_hidden, teacher_head, "teacher")
 
     grad = torch.is_grad_enabled()
     total, ce_sum, kl_sum, _, _, _ = torch.ops.forge.linear_kd(
@@ -212,13 +213,19 @@ def check_sparse(log_probs: Tensor | None, indices: Tensor | None, N: int, besid
         )
 
 
-def product_dtype(hidden: Tensor, head: Tensor, whose: str) -> torch.dtype:
-    """The dtype that hidden and head are multiplied in: autocast's where it is on, else their own."""
+def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+    """The dtype that the student's hidden and head are multiplied in: autocast's where it is on, else their own."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
+    return own_dtype(hidden, head, "student")
+
+
+def own_dtype(hidden: Tensor, head: Tensor, whose: str) -> torch.dtype:
+    """The dtype that hidden and head have. A teacher is multiplied in its own: autocast is the student's training."""
     if hidden.dtype != head.dtype:
-        raise ValueError(f"{whose}_hidden is {hidden.dtype} and {whose}_head is {head.dtype}: cast one, or autocast.")
+        way_out = "cast one, or autocast" if whose == "student" else "cast one"
+        raise ValueError(f"{whose}_hidden is {hidden.dtype} and {whose}_head is {head.dtype}: {way_out}.")
     return hidden.dtype
 
 

@@ -30,7 +30,7 @@ def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int)
         hidden = inputs.hidden[part].to(inputs.dtype).to(work)
         logits, slope = head_logits(hidden @ head.T, inputs.bias, settings.logit_scale, settings.softcap)
         counted = inputs.labels[part] != settings.ignore_index
-        ce, gradient = cross_entropy_rows(logits, torch.where(counted, inputs.labels[part], 0))
+        ce, gradient = cross_entropy_rows(logits, torch.where(counted, inputs.labels[part], 0), needs.any)
         gradient *= 1.0 - settings.alpha
         if settings.alpha > 0.0:
             if teacher_head is not None:
@@ -39,15 +39,19 @@ def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int)
                 bias = None if inputs.teacher_bias is None else inputs.teacher_bias[: inputs.shared]
                 raw = teacher_hidden @ teacher_head.T
                 teacher, _ = head_logits(raw, bias, settings.teacher_logit_scale, settings.teacher_softcap)
-                kl, d_logits = divergence_rows(logits[:, : inputs.shared], teacher, settings)
-                gradient[:, : inputs.shared] += settings.alpha * settings.temperature**2 * d_logits
+                kl, d_logits = divergence_rows(logits[:, : inputs.shared], teacher, settings, needs.any)
+                if needs.any:
+                    gradient[:, : inputs.shared] += settings.alpha * settings.temperature**2 * d_logits
             else:
                 assert inputs.top_log_probs is not None
                 assert inputs.top_indices is not None
-                kl, d_logits = sparse_rows(logits, inputs.top_log_probs[part], inputs.top_indices[part], settings)
+                top = inputs.top_log_probs[part], inputs.top_indices[part]
+                kl, d_logits = sparse_rows(logits, *top, settings, needs.any)
                 gradient += settings.alpha * settings.temperature**2 * d_logits
             kl_sum += torch.where(counted, kl, 0.0).sum()
         ce_sum += torch.where(counted, ce, 0.0).sum()
+        if not needs.any:
+            continue
         gradient = torch.where(counted[:, None], gradient if slope is None else gradient * slope, 0.0)
         if needs.hidden:
             d_hidden[part] = gradient @ head
@@ -79,19 +83,21 @@ def head_logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float) 
     return tanh * softcap, (1.0 - tanh * tanh) * scale
 
 
-def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """-log softmax(logits)[label] of each row, and softmax - one_hot: (n,) and (n, V)."""
+def cross_entropy_rows(logits: Tensor, labels: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[label] of each row, and softmax - one_hot: (n,) and (n, V); (0,) where it is not wanted."""
     log_p = logits.log_softmax(-1)
     labels = labels[:, None]
+    if not wanted:
+        return -log_p.gather(1, labels).squeeze(1), log_p.new_empty(0)
     gradient = log_p.exp().scatter_add_(1, labels, torch.full_like(log_p[:, :1], -1.0))
     return -log_p.gather(1, labels).squeeze(1), gradient
 
 
-def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings, wanted: bool = True) -> tuple[Tensor, Tensor]:
     """D(teacher || student) of each row at temperature T, without T^2, and its gradient in the student's logits.
 
-    student, teacher: (n, V) logits. Returns (n,) and (n, V). With p the student, q the teacher and m = w q + (1 - w) p,
-    w being settings.mix:
+    student, teacher: (n, V) logits. Returns (n,) and (n, V), or (0,) where no gradient is wanted. With p the student, q
+    the teacher and m = w q + (1 - w) p, w being settings.mix:
 
         forward_kl       sum q log(q / p)                               gradient (p - q) / T
         reverse_kl       sum p log(p / q)                                p (g - sum p g) / T,  g = log(p / q)
@@ -108,7 +114,7 @@ def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings) -> tup
     log_p, log_q = (student / T).log_softmax(-1), (teacher / T).log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     if settings.divergence == "forward_kl":
-        return weighted(q, log_q - log_p).sum(-1), (p - q) / T
+        return weighted(q, log_q - log_p).sum(-1), (p - q) / T if wanted else p.new_empty(0)
     if settings.divergence == "reverse_kl":
         score = log_p - log_q
         value = weighted(p, score).sum(-1)
@@ -127,6 +133,8 @@ def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings) -> tup
         else:
             score = (log_p - log_m) - (1.0 - w) * (log_p - log_m).exp()
             value = weighted(p, log_p - log_m).sum(-1)
+    if not wanted:
+        return value, p.new_empty(0)
     pull = weighted(p, score)
     return value, (pull - p * pull.sum(-1, keepdim=True)) / T
 
@@ -144,11 +152,14 @@ def sign_of_difference(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(difference.abs() > EQUAL * torch.maximum(p, q), difference.sign(), 0.0)
 
 
-def sparse_rows(student: Tensor, log_q: Tensor, indices: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def sparse_rows(
+    student: Tensor, log_q: Tensor, indices: Tensor, settings: Settings, wanted: bool = True
+) -> tuple[Tensor, Tensor]:
     """Forward KL of each row from the teacher's top k alone, and its gradient in the student's logits.
 
     student: (n, V) logits; log_q: (n, K) log-probabilities at temperature T, -inf for an absent entry; indices: (n, K),
-    distinct within a row. The mass Q = 1 - sum q that the k entries lack is, by settings.missing_mass,
+    distinct within a row. Returns (n,) and (n, V), or (0,) where no gradient is wanted. The mass Q = 1 - sum q that the
+    k entries lack is, by settings.missing_mass,
 
         tail         one more event, whose student probability P is that of all other tokens:  + Q log(Q / P)
         renormalise  spread over the k entries in proportion
@@ -163,16 +174,16 @@ def sparse_rows(student: Tensor, log_q: Tensor, indices: Tensor, settings: Setti
     top_log_p = log_p.gather(1, indices)
     top_p = torch.where(q > 0, top_log_p.exp(), 0.0)
     value = weighted(q, log_q - top_log_p).sum(-1)
-    p = log_p.exp()
+    kept, ratio = q.sum(-1, keepdim=True), torch.zeros_like(q[:, :1])
     if settings.missing_mass == "tail":
-        tail = 1.0 - q.sum(-1, keepdim=True)
+        tail = 1.0 - kept
         tail = torch.where(tail > TAIL_FLOOR, tail, 0.0)
         student_tail = (1.0 - top_p.sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR)
         value = value + torch.special.xlogy(tail, tail / student_tail).squeeze(-1)
-        ratio = tail / student_tail
-        gradient = (p * (1.0 - ratio)).scatter_add_(1, indices, top_p * ratio - q)
-    else:
-        gradient = (p * q.sum(-1, keepdim=True)).scatter_add_(1, indices, -q)
+        kept, ratio = 1.0 - tail / student_tail, tail / student_tail
+    if not wanted:
+        return value, log_p.new_empty(0)
+    gradient = (log_p.exp() * kept).scatter_add_(1, indices, top_p * ratio - q)
     return value, gradient / T
 
 

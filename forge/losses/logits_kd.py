@@ -107,16 +107,17 @@ def _sums_and_gradient(
         part = slice(start, start + rows)
         logits = student[part].to(work)
         counted = labels[part] != settings.ignore_index
-        ce, d_logits = cross_entropy_rows(logits, torch.where(counted, labels[part], 0))
+        ce, d_logits = cross_entropy_rows(logits, torch.where(counted, labels[part], 0), wanted)
         d_logits *= 1.0 - settings.alpha
         if teacher_logits is not None:
             shared = min(V, teacher_logits.shape[1])
-            kl, pull = divergence_rows(logits[:, :shared], teacher_logits[part, :shared].to(work), settings)
-            d_logits[:, :shared] += weight * pull
+            kl, pull = divergence_rows(logits[:, :shared], teacher_logits[part, :shared].to(work), settings, wanted)
+            if wanted:
+                d_logits[:, :shared] += weight * pull
         else:
             assert log_q is not None
             assert indices is not None
-            kl, pull = sparse_rows(logits, log_q[part], indices[part], settings)
+            kl, pull = sparse_rows(logits, log_q[part], indices[part], settings, wanted)
             d_logits += weight * pull
         ce_sum += torch.where(counted, ce, 0.0).sum()
         kl_sum += torch.where(counted, kl, 0.0).sum()

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from forge.losses.given_gradients import wants_gradient, with_gradients
-from forge.losses.linear_kd import product_dtype
+from forge.losses.linear_kd import own_dtype, product_dtype
 from forge.losses.linear_kd_plain import head_logits, sign_of_difference, stored, weighted
-
-HALF = (torch.bfloat16, torch.float16)
+from forge.losses.products import in_range_of, operand, product, restored
 
 
 def linear_uld(
@@ -32,10 +31,11 @@ def linear_uld(
     narrower is padded with zeros. It lies in [0, 2] for each position. The caller has chosen and aligned the positions.
 
     student_hidden: (M, Hs), student_head: (V, Hs), student_bias: (V,); one float dtype, or under autocast any.
-    teacher_hidden: (M, Ht), teacher_head: (Vt, Ht), teacher_bias: (Vt,); never given a gradient.
+    teacher_hidden: (M, Ht), teacher_head: (Vt, Ht), teacher_bias: (Vt,); one float dtype, which autocast leaves alone;
+        never given a gradient.
     logit_scale, softcap: logits are softcap * tanh(logit_scale * (hidden @ head.T + bias) / softcap).
     rows: how many positions have their logits in memory at a time. Softmaxes are float32 also under autocast, where
-        only the operands of the products are rounded.
+        only the operands of the student's products are rounded.
 
     With r_i the place of token i, dD / dp_i = g_i = sign(p_i - q_(r_i)), and the gradient in the student's logits is
     p (g - sum p g) / T; it is 0 where both sides agree (linear_kd_plain.sign_of_difference). It is computed in forward
@@ -52,11 +52,11 @@ def linear_uld(
             "compares aligned positions."
         )
     _check_temperature(temperature)
-    dtype = product_dtype(student_hidden, student_head, "student")
-    teacher_dtype = product_dtype(teacher_hidden, teacher_head, "teacher")
+    dtype = product_dtype(student_hidden, student_head)
+    teacher_dtype = own_dtype(teacher_hidden, teacher_head, "teacher")
     wanted = [wants_gradient(x) for x in (student_hidden, student_head, student_bias)]
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        head, wider_head = _operand(student_head, dtype), _operand(teacher_head, teacher_dtype)
+        head, wider_head = operand(student_head, dtype), operand(teacher_head, teacher_dtype)
         work = torch.promote_types(dtype, torch.float32)
         value = head.new_zeros((), dtype=work)
         d_hidden = torch.empty_like(student_hidden, dtype=stored(student_hidden.dtype)) if wanted[0] else None
@@ -64,21 +64,21 @@ def linear_uld(
         d_bias = head.new_zeros(head.shape[0], dtype=work) if wanted[2] else None
         for start in range(0, student_hidden.shape[0], rows):
             part = slice(start, start + rows)
-            hidden = _operand(student_hidden[part], dtype)
-            raw = _product(hidden, head.T)
+            hidden = operand(student_hidden[part], dtype)
+            raw = product(hidden, head.T)
             logits, slope = head_logits(raw, student_bias, float(logit_scale), float(softcap or 0.0))
-            raw = _product(_operand(teacher_hidden[part], teacher_dtype), wider_head.T)
+            raw = product(operand(teacher_hidden[part], teacher_dtype), wider_head.T)
             teacher, _ = head_logits(raw, teacher_bias, float(teacher_logit_scale), float(teacher_softcap or 0.0))
             distance, d_logits = uld_rows(logits, teacher.to(work), float(temperature))
             value += distance.sum()
             d_logits = d_logits if slope is None else d_logits * slope
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(hidden.dtype)
+            d_logits, factor = in_range_of(hidden.dtype, d_logits)
             if d_hidden is not None:
-                d_hidden[part] = _product(d_logits, head)
+                d_hidden[part] = restored(product(d_logits, head), factor)
             if d_head is not None:
-                d_head += _product(d_logits.T, hidden)
+                d_head += restored(product(d_logits.T, hidden), factor)
         if d_head is not None:
             d_head = d_head.to(stored(student_head.dtype))
     return with_gradients(value, (student_hidden, d_hidden), (student_head, d_head), *_bias_pair(student_bias, d_bias))
@@ -145,14 +145,3 @@ def _check(hidden: Tensor, head: Tensor, bias: Tensor | None, whose: str) -> Non
 def _check_temperature(temperature: float) -> None:
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, and it is {temperature}.")
-
-
-def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x rounded to the dtype of its product, and on a CPU widened again, where float32 products are the fast ones."""
-    x = x.to(dtype)
-    return x if x.is_cuda and dtype in HALF else x.to(torch.promote_types(dtype, torch.float32))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, or float64, whatever the operands are rounded to."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype in HALF else a @ b

@@ -9,6 +9,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from forge.config.distilling import WHOLE_LOGITS_COLUMNS
 from forge.config.explain import effective
 from forge.config.schema import Config
 from forge.model.origin import Origin
@@ -22,7 +23,6 @@ from forge.task.task import Task
 ContentKey = dict[str, Any]  # names as messages have them, values as JSON has them
 
 LAYERS = "distillation.hidden.layers (the teacher's)"
-WHOLE_LOGITS_COLUMNS = 1024  # heads up to this are kept whole: 4 KB a label, where 64 of a top k take 264 bytes
 
 
 def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> ContentKey:

@@ -20,9 +20,17 @@ def teacher_layers(config: DistillationConfig, student_layers: int, teacher_laye
     return tuple(sorted(set(pairs.values())))
 
 
+def known_depth(config: PreTrainedConfig) -> int | None:
+    """Layers of the model, of an encoder-decoder those of the decoder; None where the config does not tell."""
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+
 def depth(config: PreTrainedConfig) -> int:
-    """Layers of the model; of an encoder-decoder those of the decoder."""
-    return int(config.get_text_config(decoder=True).num_hidden_layers)
+    """known_depth, where it is needed. Raises UsageError where the config does not tell."""
+    layers = known_depth(config)
+    if layers is None:
+        raise UsageError(f"the config of {config.model_type} does not tell its layers; take distillation.hidden out")
+    return layers
 
 
 def layer_map(given: Mapping[int, int] | None, student_layers: int, teacher_layers: int) -> dict[int, int]:

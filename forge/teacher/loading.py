@@ -43,13 +43,12 @@ def load_teacher(config: Config, task: Task) -> LoadedModel:
 
 
 def label_columns(student_label_ids: list[int], teacher_label_ids: list[int]) -> list[int] | None:
-    """Of a classifier: for each output of the student the teacher's of the same label; None where there are no labels.
+    """Of a classifier: for each output of the student the teacher's of the same label; None where they are the same
+    ones, and where there are no labels.
 
-    Both: for each label of the data the index of the model's output.
+    Both: for each label of the data the index of the model's output, and as many as the model has.
     """
-    if not student_label_ids:
-        return None
     columns = [0] * len(student_label_ids)
     for student, teacher in zip(student_label_ids, teacher_label_ids, strict=True):
         columns[student] = teacher
-    return columns
+    return None if columns == list(range(len(columns))) else columns

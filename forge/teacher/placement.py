@@ -23,7 +23,7 @@ def place(
 ) -> Teacher:
     """The teacher in its dtype, where the config wants it. model: frozen, in eval mode.
 
-    columns: of a classifier, the teacher's output for each of the student's.
+    columns: of a classifier, the teacher's output for each of the student's; None: the same ones.
 
     offload: accelerate brings each layer's weights to the device for its forward and drops them after it, so that the
     device holds one layer of them at a time.
@@ -37,7 +37,9 @@ def place(
             logger.warning("teacher.placement: offload saves nothing here: the device is the CPU, as the host")
         model = cpu_offload(model, execution_device=accelerator.device)
     found = head if isinstance(head, LinearHead) else None
-    return ModelTeacher(model, task.forward_options, head=found, columns=columns)
+    # Made once: from a list each batch would bring it to the device, and wait.
+    index = None if columns is None else torch.tensor(columns, device=accelerator.device)
+    return ModelTeacher(model, task.forward_options, head=found, columns=index)
 
 
 def teacher_dtype(config: TeacherConfig, accelerator: Accelerator) -> torch.dtype:

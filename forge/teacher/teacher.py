@@ -58,10 +58,10 @@ class ModelTeacher(Teacher):
         forward_options: dict[str, Any],
         *,
         head: LinearHead | None = None,
-        columns: list[int] | None = None,
+        columns: Tensor | None = None,
     ):
         """model: placed, in its dtype. head: of this model, where it is known to be one matrix. columns: of a
-        classifier, the teacher's output for each of the student's; None: the same ones."""
+        classifier, the teacher's output for each of the student's, int64 on the device; None: the same ones."""
         self.model = model.eval()
         self.forward_options = forward_options
         self.head, self.columns = head, columns
@@ -96,7 +96,7 @@ class ModelTeacher(Teacher):
         positions = batch.get("teacher_aligned", batch["positions"])
         if self.head is not None and not self.whole_logits:
             result = self.head.body(**inputs, **options)
-            hidden = result.last_hidden_state.flatten(0, -2)[positions]  # (N, Ht)
+            hidden = result.last_hidden_state.flatten(0, -2)[positions].to(self.head.linear.weight.dtype)  # (N, Ht)
             with align_module_device(self.head.linear):  # offloaded: outside its forward it has no weight
                 outputs = {"hidden": hidden, "head": self.head.linear.weight.detach()}
                 if self.head.linear.bias is not None:
@@ -104,7 +104,7 @@ class ModelTeacher(Teacher):
         else:
             result = self.model(**inputs, **options)
             logits = result.logits.flatten(0, -2)[positions]  # (N, Vt)
-            outputs = {"logits": logits if self.columns is None else logits[:, self.columns]}
+            outputs = {"logits": logits if self.columns is None else logits.index_select(1, self.columns)}
         return outputs, result
 
 

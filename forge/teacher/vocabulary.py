@@ -47,7 +47,7 @@ def for_teacher(config: Config, task: Task) -> Task:
                 "with the student's tokenizer"
             )
         return task
-    if distillation.alpha > 0 and distillation.divergence == "uld":
+    if distillation.aligns_tokens:
         if difference is None:
             logger.warning(
                 "distillation.divergence is uld, and the teacher's tokenizer is the student's: any other divergence "

@@ -56,7 +56,7 @@ class DistillationTrainer(FinetuningTrainer):
         distillation = self.config.distillation
         if split is None:
             return self.teacher.outputs(batch, split, distillation.temperature) if distillation.alpha > 0 else None
-        if distillation.alpha > 0 and distillation.divergence == "uld":
+        if distillation.aligns_tokens:
             return None  # over other tokens there is no agreement, and no KL
         return self.teacher.outputs(batch, split, 1.0) if evaluates_teacher(self.config) else None
 
@@ -66,8 +66,7 @@ class DistillationTrainer(FinetuningTrainer):
 
         taught: the model that the teacher computes with; None: it is not in memory. origin: of the teacher.
         """
-        distillation = self.config.distillation
-        if distillation.alpha > 0 and distillation.divergence == "uld":
+        if self.config.distillation.aligns_tokens:
             logger.info("the teacher reads other tokens than these: its own numbers are not evaluated")
             return
         compute: Callable[[], Metrics] | None = None

@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.losses.hidden_states import hidden_state_loss
 from forge.losses.relations import relation_loss
-from forge.model.attention import attention_modules, listening, width_of
+from forge.model.attention import attention_modules, width_of
 from forge.task.batches import Batch, model_inputs
-from forge.teacher.layers import layer_map
+from forge.teacher.layers import known_depth, layer_map
 from forge.teacher.teacher import Teacher, TeacherOutputs, hidden_states_of, hidden_widths, wanting
 
 logger = logging.getLogger(__name__)
@@ -44,23 +43,18 @@ class Features(nn.Module):
         self.projections = projections
         self.options = wanting(list(self.pairs))  # of the student's forward
 
-    @contextmanager
-    def listening(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Holds, after a forward of the student's model within, the vectors that relations compares."""
-        with listening(model, self.attention) as heard:
-            yield heard
-
     def forward(
         self, result: Any, heard: dict[str, Tensor], batch: Batch, teacher: TeacherOutputs
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """result: the student's own output, with hidden states; heard: of `listening`. Returns the weighted sum ()
-        float32, and its parts without their weights and without gradients: hidden_sum, relation_sum."""
-        mask, per = _counted(batch)
+        """result: the student's own output, with hidden states; heard: what the modules of `attention` gave in that
+        forward. Returns the weighted sum () float32, and its parts without their weights and without gradients:
+        hidden_sum, relation_sum."""
+        mask, positions = _counted(batch)
         total = torch.zeros((), device=mask.device)
         parts = {}
         with torch.autocast(mask.device.type, enabled=False):
             if self.config.hidden is not None:
-                hidden_sum = self._hidden(hidden_states_of(result), mask, per, teacher)
+                hidden_sum = self._hidden(hidden_states_of(result), mask, positions, teacher)
                 total, parts["hidden_sum"] = total + self.config.hidden.weight * hidden_sum, hidden_sum.detach()
             if self.config.relations is not None:
                 relation_sum = _relations(self.config.relations, heard, mask, teacher)
@@ -70,18 +64,29 @@ class Features(nn.Module):
                 )
         return total, parts
 
-    def _hidden(self, states: tuple[Tensor, ...], mask: Tensor, per: str, teacher: TeacherOutputs) -> Tensor:
-        """The mean over the pairs."""
+    def _hidden(
+        self, states: tuple[Tensor, ...], mask: Tensor, positions: Tensor | None, teacher: TeacherOutputs
+    ) -> Tensor:
+        """The mean over the pairs. What does not count is left out before the projection: in its gradient 0 * NaN would
+        be NaN."""
         assert self.config.hidden is not None
-        losses = []
+        kind, losses = self.config.hidden.kind, []
         for layer, of_teacher in self.pairs.items():
-            vectors, name = states[layer], name_of(layer, of_teacher)  # (B, T, Ds)
+            name = name_of(layer, of_teacher)
+            vectors, target = states[layer], teacher[f"hidden_states.{of_teacher}"]  # (B, T, Ds), (B, T, Dt)
+            if positions is None:
+                vectors = torch.where(mask[..., None], vectors, 0.0)
+            else:  # (1, N, …)
+                vectors, target = (x.flatten(0, 1)[positions][None] for x in (vectors, target))
             if name in self.projections:
                 projection = self.projections[name]
                 assert isinstance(projection, nn.Linear)
-                vectors = projection(vectors.to(projection.weight.dtype))  # (B, T, Dt)
-            target = teacher[f"hidden_states.{of_teacher}"]
-            losses.append(hidden_state_loss(vectors, target, mask, kind=self.config.hidden.kind, per=per))
+                vectors = projection(vectors.to(projection.weight.dtype))
+            if positions is None:
+                losses.append(hidden_state_loss(vectors, target, mask, kind=kind, per="row"))
+            else:
+                everywhere = mask.new_ones(vectors.shape[:2])
+                losses.append(hidden_state_loss(vectors, target, everywhere, kind=kind, per="position"))
         return torch.stack(losses).mean()
 
 
@@ -90,7 +95,7 @@ def check_features(config: DistillationConfig, student: PreTrainedModel, teacher
     if config.alpha == 0:
         return
     if config.hidden is not None:
-        own, theirs = (_layers_by_config(model) for model in (student, teacher))
+        own, theirs = (known_depth(model.config) for model in (student, teacher))
         if own is not None and theirs is not None:
             layer_map(config.hidden.layers, own, theirs)
     if config.relations is not None:
@@ -168,10 +173,6 @@ def _widths(model: PreTrainedModel, batch: Batch, forward_options: dict[str, Any
         model.train(training)
 
 
-def _layers_by_config(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-
-
 def _check_heads(heads: int, widths: dict[str, dict[str, int]]) -> None:
     for whose, of_kinds in widths.items():
         for kind, width in of_kinds.items():
@@ -182,12 +183,13 @@ def _check_heads(heads: int, widths: dict[str, dict[str, int]]) -> None:
                 )
 
 
-def _counted(batch: Batch) -> tuple[Tensor, str]:
-    """Which vectors count, (B, T) bool, and what is added up: row means, or positions."""
+def _counted(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Which vectors count, (B, T) bool; where they are added up one by one, and not as means of rows, also their places
+    in a flattened batch, (N,) int64."""
     labelled = batch["labels"] != IGNORE
     if labelled.dim() == 1:
-        return batch["attention_mask"].bool() & labelled[:, None], "row"
-    return labelled, "position"
+        return batch["attention_mask"].bool() & labelled[:, None], None
+    return labelled, batch["positions"]
 
 
 def _relations(config: RelationsConfig, heard: dict[str, Tensor], mask: Tensor, teacher: TeacherOutputs) -> Tensor:

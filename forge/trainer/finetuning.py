@@ -233,6 +233,8 @@ class FinetuningTrainer:
                 f"{bad[0]} is {metrics[bad[0]]} before any training, with mixed precision "
                 f"{self.accelerator.mixed_precision}: the weights that the run starts from are not sound"
             )
+        if stage == "baseline" and self.config.checkpoint.keep_best and self.config.evaluation.every_steps is not None:
+            self._best_metric(metrics)  # refused now, and not hours later
         if samples:
             self._on_rank_0_of_this_attempt(lambda: self.callbacks.sampled(self.state, stage, samples))
         return metrics
@@ -310,15 +312,25 @@ class FinetuningTrainer:
             self._save()
 
     def _note_best(self, metrics: dict[str, Any]) -> bool:
-        name = self.config.checkpoint.best_metric or f"{next(iter(self.task.validation))}/{self.task.main_metric}"
-        if name not in metrics:
-            raise UsageError(f"checkpoint.best_metric is {name}, and the evaluation has: {', '.join(metrics)}")
+        name = self._best_metric(metrics)
         value, best = metrics[name], self.state.best_metric
         lower = name.split("/")[-1] in LOWER_IS_BETTER
         if best is not None and best["name"] == name and (value >= best["value"] if lower else value <= best["value"]):
             return False
         self.state.best_metric = {"name": name, "value": value, "step": self.state.step}
         return True
+
+    def _best_metric(self, metrics: dict[str, Any]) -> str:
+        """The name of the one that tells the best checkpoint. Raises UsageError where an evaluation has no such."""
+        name = self.config.checkpoint.best_metric or f"{next(iter(self.task.validation))}/{self.task.main_metric}"
+        if name not in metrics:
+            # Those that a checkpoint may be chosen by, and not those of a single class.
+            there = [key for key, value in metrics.items() if isinstance(value, float) and key.count("/") == 1]
+            there = [key for key in there if not key.endswith("/seconds")]
+            meant = [key for key in there if key.endswith(f"/{name}")]
+            hint = f"; did you mean {meant[0]}?" if meant else ""
+            raise UsageError(f"checkpoint.best_metric is {name}, and the evaluation has: {', '.join(there)}{hint}")
+        return name
 
     def _break_off_if_stopped(self) -> None:
         stop, _ = self.vote.cast(ready=False)

@@ -1,17 +1,19 @@
 """The loss between a student and its teacher at the label positions, whatever form either gives its logits in."""
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from forge.config.distilling import DistillationConfig
 from forge.losses.cross_entropy import IGNORE, count_labels, cross_entropy_sum
+from forge.losses.kd_settings import plain_rows
 from forge.losses.linear_kd import Parts, linear_kd
+from forge.losses.linear_kd_plain import head_logits
 from forge.losses.logits_kd import logits_kd
+from forge.losses.products import operand, product
 from forge.losses.uld import linear_uld, logits_uld
 from forge.model.head import LinearHead
 from forge.teacher.teacher import TeacherOutputs
@@ -26,8 +28,9 @@ class Objective:
     softcap: float | None = None
 
     def of_evaluation(self) -> "Objective":
-        """Forward KL at temperature 1, whatever is trained with: runs that differ in it can then be compared."""
-        same = {"alpha": 0.5, "temperature": 1.0, "divergence": "forward_kl"}
+        """Forward KL at temperature 1, and what a top k lacks as one more event, whatever is trained with: runs that
+        differ in it can then be compared, and two equal models are at 0."""
+        same = {"alpha": 0.5, "temperature": 1.0, "divergence": "forward_kl", "missing_mass": "tail"}
         return replace(self, config=self.config.model_copy(update=same))
 
     @property
@@ -64,8 +67,8 @@ class Objective:
         """hidden: (N, D), with the student's head; labels: (N,) int64; aligned: for uld the hidden states (M, D) at the
         places of the teacher's. Returns the sum and its parts."""
         if "logits" in teacher:  # the teacher's head is no matrix alone, or its whole logits were kept
-            at_aligned = None if aligned is None else head.logits(aligned)
-            return self.from_logits(head.logits(hidden), labels, teacher, at_aligned)
+            at_aligned = None if aligned is None else _whole(head, aligned)
+            return self.from_logits(_whole(head, hidden), labels, teacher, at_aligned)
         if aligned is not None:
             distance = linear_uld(
                 aligned,
@@ -136,15 +139,62 @@ def linear_ce(head: LinearHead, hidden: Tensor, labels: Tensor) -> Tensor:
     return ce_sum
 
 
-def likeliest(teacher: TeacherOutputs, objective: Objective, rows: int) -> Tensor:
-    """(N,) int64: the teacher's likeliest class or token at each label position, `rows` of its logits at a time."""
+def likeliest(values: Tensor, head: LinearHead | None) -> tuple[Tensor, Tensor]:
+    """Of (N, V) logits, or of (N, D) hidden states with their head: (N,) int64, and their probabilities, float32."""
+    best, confidences = [], []
+    if head is None:
+        pieces: Iterator[Tensor] = (part.float() for part in values.split(_rows(values.shape[1])))
+    else:
+        pieces = _pieces(values, head.linear.weight, head.linear.bias, head.scale, head.softcap)
+    for logits in pieces:
+        highest, at = logits.max(dim=-1)
+        best.append(at)
+        confidences.append((highest - logits.logsumexp(dim=-1)).exp().float())
+    return torch.cat(best), torch.cat(confidences)
+
+
+def teachers_likeliest(teacher: TeacherOutputs, objective: Objective) -> Tensor:
+    """(N,) int64: the teacher's likeliest class or token at each label position."""
     if "top_indices" in teacher:
         best = teacher["top_log_probs"].argmax(dim=-1, keepdim=True)
         return teacher["top_indices"].gather(1, best).squeeze(1)
     if "logits" in teacher:
         return teacher["logits"].argmax(dim=-1)
-    head, bias = teacher["head"], teacher.get("head_bias")
-    sign = math.copysign(1.0, objective.logit_scale)  # beside that no scale and no softcap changes an order
-    with torch.autocast(head.device.type, enabled=False):
-        pieces = [(linear(part, head, bias) * sign).argmax(dim=-1) for part in teacher["hidden"].split(rows)]
-    return torch.cat(pieces)
+    of_logits = teacher["head"], teacher.get("head_bias"), objective.logit_scale, objective.softcap
+    return torch.cat([logits.argmax(dim=-1) for logits in _pieces(teacher["hidden"], *of_logits)])
+
+
+def among_likeliest(logits: Tensor, columns: Tensor) -> Tensor:
+    """(N,) bool: has no column of logits (N, V) more than this one (N,)? Columns that they do not have: no.
+
+    In half precision several have the most, and which of them comes first says nothing.
+    """
+    there = columns < logits.shape[1]
+    chosen = logits.gather(1, torch.where(there, columns, 0)[:, None]).squeeze(1)
+    return there & (chosen == logits.amax(dim=-1))
+
+
+def _whole(head: LinearHead, hidden: Tensor) -> Tensor:
+    """(N, V) logits of hidden states (N, D), in float32 (float64 stays) also under autocast, with their gradients."""
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, head.linear.weight.dtype), torch.float32)
+    bias = head.linear.bias
+    with torch.autocast(hidden.device.type, enabled=False):
+        raw = hidden.to(dtype) @ head.linear.weight.to(dtype).T
+        return head_logits(raw, bias, head.scale, head.softcap or 0.0)[0]
+
+
+def _pieces(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Iterator[Tensor]:
+    """The logits of hidden (N, D), some rows at a time: (n, V) in float32, or float64, whatever the dtypes are.
+
+    In bf16 one row in twenty of 20,000 columns has two likeliest ones.
+    """
+    dtype = torch.promote_types(hidden.dtype, head.dtype)
+    wider = operand(head, dtype)  # once: it may be a copy
+    for part in hidden.split(_rows(len(head))):
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits, _ = head_logits(product(operand(part, dtype), wider.T), bias, scale, softcap or 0.0)
+        yield logits
+
+
+def _rows(columns: int) -> int:
+    return plain_rows(columns, 4)

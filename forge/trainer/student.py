@@ -8,13 +8,12 @@ from transformers import PreTrainedModel
 
 from forge.losses.cross_entropy import IGNORE, cross_entropy_sum
 from forge.losses.linear_kd import Parts
+from forge.model.attention import listening
 from forge.model.head import LinearHead
 from forge.task.batches import Batch, model_inputs
 from forge.teacher.teacher import TeacherOutputs
 from forge.trainer.features import Features
-from forge.trainer.objective import Objective, likeliest, linear_ce
-
-ROWS_OF_LOGITS = 1024  # logits of so many positions exist at a time where only the likeliest token is sought
+from forge.trainer.objective import Objective, among_likeliest, likeliest, linear_ce, teachers_likeliest
 
 
 class Student(nn.Module):
@@ -58,7 +57,7 @@ class Student(nn.Module):
         inputs, labels = model_inputs(batch), batch["labels"]
         positions = batch["positions"] if "positions" in batch else (labels.flatten() != IGNORE).nonzero().squeeze(1)
         if self.features is not None and self.training and teacher is not None:
-            with self.features.listening(self.model) as heard:
+            with listening(self.model, self.features.attention) as heard:
                 result = self._run({**inputs, **self.features.options})
             losses = self._loss(result, batch, positions, teacher)
             added, parts = self.features(result, heard, batch, teacher)
@@ -105,14 +104,17 @@ class Student(nn.Module):
             ce_sum, kl = loss[1].ce_sum, {"kl_sum": loss[1].kl_sum}
         else:
             ce_sum = cross_entropy_sum(values, counted) if head is None else linear_ce(head, values, counted)
-        predictions, confidences = _likeliest(values, head)
+        predictions, confidences = likeliest(values, head)
         if teacher is not None:
-            kl["agreed"] = (predictions == likeliest(teacher, self._objective, ROWS_OF_LOGITS)).sum()
+            told_likeliest = teachers_likeliest(teacher, self._objective)
+            agreed = predictions == told_likeliest
+            if "logits" in teacher:
+                agreed |= among_likeliest(teacher["logits"], predictions)
+            if head is None:
+                agreed |= among_likeliest(values, told_likeliest)
+            kl["agreed"] = agreed.sum()
         shaped = torch.zeros_like(labels).flatten().index_copy_(0, positions, predictions).view_as(labels)
         return {"ce_sum": ce_sum, "predictions": shaped, "confidences": confidences, **kl}
-
-    def _is_universal(self, teacher: TeacherOutputs | None) -> bool:
-        return teacher is not None and self._objective.is_universal
 
     @property
     def _objective(self) -> Objective:
@@ -123,16 +125,3 @@ class Student(nn.Module):
 
 def _sums(loss_sum: Tensor, parts: Parts) -> dict[str, Tensor]:
     return {"loss_sum": loss_sum, "ce_sum": parts.ce_sum, "divergence_sum": parts.kl_sum}
-
-
-def _likeliest(values: Tensor, head: LinearHead | None) -> tuple[Tensor, Tensor]:
-    """Of (N, V) logits, or of (N, D) hidden states with their head: (N,) int64, and their probabilities, float32."""
-    best, confidences = [], []
-    with torch.autocast(values.device.type, enabled=False):  # in bf16 one row in twenty has two likeliest tokens
-        exact = values if head is None else values.to(head.linear.weight.dtype)
-        for rows in exact.split(ROWS_OF_LOGITS):
-            logits = (rows if head is None else head.logits(rows)).float()
-            highest, at = logits.max(dim=-1)
-            best.append(at)
-            confidences.append((highest - logits.logsumexp(dim=-1)).exp())
-    return torch.cat(best), torch.cat(confidences)
