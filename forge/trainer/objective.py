@@ -26,8 +26,9 @@ class Objective:
     softcap: float | None = None
 
     def of_evaluation(self) -> "Objective":
-        """Forward KL at temperature 1, whatever is trained with: runs that differ in it can then be compared."""
-        same = {"alpha": 0.5, "temperature": 1.0, "divergence": "forward_kl"}
+        """Forward KL at temperature 1, of a top k with all other tokens as one, whatever is trained with: runs that
+        differ in it can then be compared."""
+        same = {"alpha": 0.5, "temperature": 1.0, "divergence": "forward_kl", "missing_mass": "tail"}
         return replace(self, config=self.config.model_copy(update=same))
 
     @property
