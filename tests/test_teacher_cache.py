@@ -965,7 +965,7 @@ def test_shards_of_another_plan_are_written_anew(
     monkeypatch.setattr(storage, "SHARD_ROWS", 16)
     interrupted(config, monkeypatch)
     monkeypatch.setattr(storage, "SHARD_ROWS", 20)
-    folder, manifest = fill(config)
+    _, manifest = fill(config)
     rows = [shard["rows"] for shard in manifest["shards"] if shard["split"] == "train"]
     assert rows == [20, 20, 8]
     task, reader, _ = opened(load_config(config_file, distilled(teacher, "teacher.placement=cached")).config)
