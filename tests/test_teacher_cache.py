@@ -49,7 +49,7 @@ from forge.task.task import Task
 from forge.teacher import cache as storage
 from forge.teacher.cache import Shard, only_writer, plan_shards
 from forge.teacher.cached import CachedTeacher, check_loss, find_teacher_cache, token_places
-from forge.teacher.caching import cache_teacher
+from forge.teacher.caching import cache_teacher, report
 from forge.teacher.keeper import Keeper, index_dtype
 from forge.teacher.key import LAYERS, cache_key, changed, content_key, token_columns
 from forge.teacher.top_k import at_temperature, top_k, truncation_kl
@@ -1132,3 +1132,15 @@ def test_numbers_that_are_not_finite_end_the_job(
     model.save_pretrained(folder)
     with pytest.raises(TrainingError, match=r"the teacher's logits of the rows .* are not finite; set teacher.dtype"):
         fill(load_config(config_file, distilled(folder)).config)
+
+
+def test_the_report_is_of_splits_and_bytes(tmp_path: Path) -> None:
+    splits = {
+        name: {"rows": rows, "labels": rows, "bytes": 9} for name, rows in (("train", 8), ("validation.other", 3))
+    }
+    manifest = {"splits": splits, "labels_in_all": 11, "bytes": 270, "bytes_per_label": 24.5, "columns": 3}
+    (line,) = report(tmp_path, {**manifest, "layers": [], "seconds": 1.0, "truncation": None})
+    assert line == (
+        f"{tmp_path}: train 8, other 3 rows, 11 labels, 270 bytes; 24.5 bytes a label, where 3 float32 logits have 12; "
+        "1.0 s of computing"
+    )
