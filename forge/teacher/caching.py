@@ -61,7 +61,6 @@ def cache_teacher(
     training = config.training
     accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
     on_rank_0(accelerator, lambda: check_writable(Path(config.output_root)))
-    named_folder(config)
     task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
     student = on_every_rank(accelerator, lambda: stop.breaks(lambda: _student(config, task)))
     task = task if student is None else task.for_model(student)
@@ -141,6 +140,7 @@ def _check(config: Config) -> None:
         raise UsageError(
             "task.dataset.streaming is true, and the rows of a stream are not known before; set it to false"
         )
+    named_folder(config)
 
 
 def _student(config: Config, task: Task) -> LoadedModel | None:
