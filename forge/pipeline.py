@@ -110,7 +110,7 @@ def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequ
         beginning = on_rank_0(accelerator, lambda: _begin(request, lock, accelerator))
 
         # What bad input can break comes first: until the next call of on_rank_0 nothing of a new run is created.
-        parts = load_parts(request.loaded, accelerator, stop)
+        parts = load_parts(request.loaded, accelerator, stop, request.command)
         beginning = on_rank_0(accelerator, lambda: _check_parts(beginning, parts, request.allowed_changes))
         if vote.now():
             raise stopped_early(vote.reason())

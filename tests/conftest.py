@@ -213,7 +213,7 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
     training = config.training
     accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
     stop = StopRequest()
-    parts = load_parts(LoadedConfig(config, Path("c.yaml"), {}, []), accelerator, stop)
+    parts = load_parts(LoadedConfig(config, Path("c.yaml"), {}, []), accelerator, stop, [])
     if mutate is not None:
         mutate(parts.student.model)
     run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)

@@ -1,14 +1,18 @@
 """A student learns the same from a teacher's files as from the teacher, and files that are not its own are refused."""
 
+import argparse
+import copy
 import errno
 import json
+import logging
 import os
 import re
-import signal
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +20,28 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, forge, forge_on_two_ranks
+from conftest import REPOSITORY, forge_on_two_ranks, trainer_of
 from conversations import config_on, conversation
 from teachers import write_chat_teacher, write_classifier
 from test_ocr import TEXTS, config_of, with_model, write_images
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    GraniteConfig,
+    PhiConfig,
+)
 
 from forge.cluster.ranks import build_accelerator
 from forge.cluster.signals import StopRequest, stopped_early
-from forge.config.loader import load_config
+from forge.command import add_config_arguments
+from forge.config.loader import LoadedConfig, load_config
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.linear_kd import linear_kd
-from forge.run.files import read_json, read_json_lines
+from forge.report.figures import LOWER_IS_BETTER
+from forge.run.files import read_json
 from forge.task.batches import FILLER, Batch, for_the_loop
 from forge.task.choice import load_task
 from forge.task.classification import Classification
@@ -37,10 +49,12 @@ from forge.task.task import Task
 from forge.teacher import cache as storage
 from forge.teacher.cache import Shard, only_writer, plan_shards
 from forge.teacher.cached import CachedTeacher, check_loss, find_teacher_cache, token_places
-from forge.teacher.caching import cache_teacher
-from forge.teacher.keeper import Keeper
-from forge.teacher.key import cache_key, changed, content_key
+from forge.teacher.caching import cache_teacher, report
+from forge.teacher.keeper import Keeper, index_dtype
+from forge.teacher.key import LAYERS, cache_key, changed, content_key, token_columns
 from forge.teacher.top_k import at_temperature, top_k, truncation_kl
+from forge.teacher.vocabulary import for_teacher
+from forge.trainer.parts import load_parts
 
 Build = Callable[..., Any]
 
@@ -78,7 +92,7 @@ def opened(config: Config) -> tuple[Task, CachedTeacher, Any]:
     accelerator = build_accelerator("no", 0)
     task = load_task(config)
     student = task.load_model(config.model, config.training)
-    task = task.for_model(student)
+    task = for_teacher(config, task.for_model(student))
     found = find_teacher_cache(config, task, student, accelerator, "forge cache-teacher X.yaml")
     placed = found.placed(accelerator, None)
     assert isinstance(placed, CachedTeacher)
@@ -254,35 +268,134 @@ def test_the_loss_of_a_read_top_k_is_that_of_the_exact_one(
     torch.testing.assert_close(loss(found["top_log_probs"], found["top_indices"]), by_hand, rtol=1e-4, atol=0)
 
 
-@pytest.mark.slow
 def test_a_student_of_a_whole_top_k_learns_as_from_the_teacher(
     tmp_path: Path, chat_model: Path, chat_teacher: Path
 ) -> None:
-    config = lm_config(tmp_path, chat_model, chat_teacher, "teacher.top_k=100000")
+    settings = ("teacher.top_k=100000", "training.max_steps=2")
+    config = lm_config(tmp_path, chat_model, chat_teacher, *settings)
     _, manifest = fill(config)
     assert manifest["top_k"] == manifest["columns"] == len(load_task(config).processing)
     assert manifest["truncation"]["tail_mass"] == 0
     assert manifest["truncation"]["truncation_kl"] == pytest.approx(0, abs=1e-6)
-    metrics = []
-    for placement in ("replicated", "cached"):
-        settings = [f"--set={item}" for item in distilled(chat_teacher, "teacher.top_k=100000")]
-        run = ["--config", tmp_path / "c.yaml", "--run_name", placement, "--set", f"teacher.placement={placement}"]
-        done = forge(*run, *settings)
-        assert done.returncode == 0, done.stderr
-        (file,) = (tmp_path / "outputs").glob(f"*/{placement}/metrics.jsonl")
-        metrics.append(read_json_lines(file))
-    for computed, read in zip(*metrics, strict=True):
-        for name in ("loss", "divergence", "ce", "validation/loss", "validation/kl"):
-            assert (name in read) == (name in computed)
-            if name in computed and computed.get("stage") != "teacher":
-                assert read[name] == pytest.approx(computed[name], rel=2e-3, abs=2e-5), name
-    told = read_json(file.parent / "run_metadata.json")["teacher"]
-    assert (
-        told["weights_sha256"]
-        == read_json(file.parents[1] / "replicated" / "run_metadata.json")["teacher"]["weights_sha256"]
-    )
-    assert told["cache"]["digest"] == manifest["digest"]
-    assert (told["source"], told["architecture"]) == (str(chat_teacher), "LlamaForCausalLM")
+    computed = trajectory(trainer_of(config, tmp_path))
+    config = lm_config(tmp_path, chat_model, chat_teacher, *settings, "teacher.placement=cached")
+    read = trajectory(trainer_of(config, tmp_path))
+    for name in [name for name in read[1] if name.endswith("/kl_top_k")]:
+        read[1][name.replace("kl_top_k", "kl")] = read[1].pop(name)
+    assert_same_steps(computed, read, rel=2e-3)
+    assert opened(config)[2].facts()["cache"]["digest"] == manifest["digest"]
+
+
+def test_the_kl_of_a_top_k_is_a_lower_bound_and_has_a_name_of_its_own(
+    tmp_path: Path, chat_model: Path, chat_teacher: Path
+) -> None:
+    """Over the k tokens and all others as one, whatever the loss makes of the others."""
+    settings = ("teacher.top_k=4", "distillation.missing_mass=renormalise", "teacher.placement=cached")
+    config = lm_config(tmp_path, chat_model, chat_teacher, *settings)
+    fill(config)
+    found = trainer_of(config, tmp_path).evaluate("baseline")
+    assert not [name for name in found if name.endswith("/kl")]
+    task = load_task(config)
+    batch = batch_of(task, *range(5), split="validation")
+    student, told = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (chat_model, chat_teacher))
+    p, q = (whole_logits(model, task, batch).softmax(-1) for model in (student, told))
+    kept = q.topk(4)
+    q_k, p_k = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (kept.values, p.gather(-1, kept.indices)))
+    assert found["validation/kl_top_k"] == pytest.approx((q_k * (q_k / p_k).log()).sum(-1).mean().item(), rel=1e-3)
+    assert found["validation/kl_top_k"] < 0.9 * (q * (q / p).log()).sum(-1).mean().item()
+    assert found["validation/agreement"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert "kl_top_k" in LOWER_IS_BETTER
+
+
+def test_padding_columns_of_a_head_are_no_tokens(tmp_path: Path, chat_model: Path) -> None:
+    columns = 400
+    teacher = write_chat_teacher(tmp_path / "padded", chat_model, columns=columns)
+    _, manifest = fill(lm_config(tmp_path, chat_model, teacher, "teacher.top_k=60"))
+    task, reader, _ = opened(lm_config(tmp_path, chat_model, teacher, "teacher.top_k=60", "teacher.placement=cached"))
+    tokens = max(task.processing.get_vocab().values()) + 1
+    assert manifest["columns"] == tokens < columns
+    batch = batch_of(task, 0, 1)
+    logits = whole_logits(AutoModelForCausalLM.from_pretrained(teacher).eval(), task, batch)
+    assert (logits.topk(60).indices >= tokens).any()
+    found = reader.outputs(batch, None, 1.0)
+    expected = logits[:, :tokens].log_softmax(-1).topk(60)
+    torch.testing.assert_close(found["top_log_probs"].double(), expected.values, rtol=2e-3, atol=2e-3)
+    assert (found["top_indices"] < tokens).all()
+
+
+def test_ids_with_gaps_are_all_tokens(tmp_path: Path, chat_model: Path, load_lm: Callable[..., Any]) -> None:
+    task = load_lm([conversation(0)], [conversation(1)])
+    vocabulary = task.processing.get_vocab()
+    task.processing.get_vocab = lambda: {**vocabulary, "far": 999}
+    assert token_columns(task) == 1000
+
+
+def test_numbers_of_tokens_fit_their_dtype() -> None:
+    assert [index_dtype(columns) for columns in (1 << 16, (1 << 16) + 1)] == ["uint16", "int32"]
+
+
+SIZES = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        (GraniteConfig, {"logits_scaling": 0.3}),
+        (Gemma2Config, {"final_logit_softcapping": 1.5, "head_dim": 8}),
+        (PhiConfig, {}),  # its head has a bias
+    ],
+)
+def test_what_lies_between_head_and_logits_is_computed(
+    tmp_path: Path, chat_model: Path, family: Any, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(1)
+    own = AutoModelForCausalLM.from_pretrained(chat_model).config
+    special = {"vocab_size": own.vocab_size, "eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id}
+    model = AutoModelForCausalLM.from_config(family(**SIZES, **special, **options)).eval()
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias, std=2.0)
+    folder = write_chat_teacher(tmp_path / "teacher", chat_model)
+    model.save_pretrained(folder)
+    fill(lm_config(tmp_path, chat_model, folder))
+    task, reader, _ = opened(lm_config(tmp_path, chat_model, folder, "teacher.placement=cached"))
+    batch = batch_of(task, 0, 1)
+    expected = whole_logits(model, task, batch).log_softmax(-1).topk(64).values
+    found = reader.outputs(batch, None, 1.0)["top_log_probs"].double()
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_hidden_states_of_the_same_tokens_are_padded_on_the_students_side(
+    config_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of a teacher with other inputs, whose own tokenizer pads the other side."""
+    folder = write_classifier(tmp_path / "left", tiny_model)
+    file = folder / "tokenizer_config.json"
+    values = {
+        **json.loads(file.read_text()),
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    file.write_text(json.dumps(values))
+    settings = distilled(folder, "distillation.hidden.layers={1: 1}")
+    fill(load_config(config_file, settings).config)
+    cached = load_config(config_file, [*settings, "teacher.placement=cached"]).config
+    task, reader, _ = opened(cached)
+    assert isinstance(task, Classification)
+    assert task.teacher_tokenizer is not None
+    batch = batch_of(task, 5, 0, 17)
+    mask = batch["attention_mask"].bool()
+    assert not mask.all()
+    assert torch.equal(batch["teacher_attention_mask"].bool(), mask)
+    reader.layers = (1,)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True).hidden_states[1]
+    states = reader.outputs(batch, None, 1.0)["hidden_states.1"]
+    torch.testing.assert_close(states[mask].float(), expected[mask], rtol=1e-3, atol=1e-3)
 
 
 def test_a_small_head_of_an_ocr_model_is_kept_whole(tmp_path: Path) -> None:
@@ -460,34 +573,34 @@ SLOWLY = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_or_preempted_command_goes_on_where_it_was(
-    config_file: Path, teacher: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_command_goes_on_where_it_was(
+    config_file: Path,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    settings = [f"--set={item}" for item in distilled(teacher, "evaluation.teacher=false")]
+    settings = distilled(teacher, "evaluation.teacher=false", f"output_root={tmp_path / 'outputs'}")
     code = f"{SLOWLY}{SMALL_SHARDS}sys.exit(main(['cache-teacher', *sys.argv[1:]]))"
-    command = [sys.executable, "-c", code, str(config_file), *settings]
+    command = [sys.executable, "-c", code, str(config_file), *(f"--set={item}" for item in settings)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
     root = tmp_path / "outputs" / ".teacher_caches"
     deadline = time.monotonic() + 120
     while len(list(root.glob("*/*.safetensors.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    if number == signal.SIGTERM:
-        assert process.returncode == 75, said
-        assert re.search(r"stopped by SIGTERM; \d+ of 24 shards are in .* and the same command goes on", said)
+    process.kill()
+    process.wait(timeout=60)
     (folder,) = root.iterdir()
     assert not (folder / "manifest.json").exists()
     finished = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.safetensors.json")}
 
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert f"{len(finished)} of 24 shards are there already" in done.stderr
+    monkeypatch.setattr(storage, "SHARD_ROWS", 3)
+    caplog.set_level(logging.INFO, "forge")
+    fill(load_config(config_file, settings).config)
+    assert f"{len(finished)} of 24 shards are there already" in caplog.text
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
     assert not list(folder.glob(".*.tmp"))
-    monkeypatch.setattr(storage, "SHARD_ROWS", 3)
     other = [f"output_root={tmp_path / 'unbroken'}", "evaluation.teacher=false"]
     unbroken, _ = fill(load_config(config_file, distilled(teacher, *other)).config)
     assert shard_bytes(folder) == shard_bytes(unbroken)
@@ -496,7 +609,7 @@ def test_a_killed_or_preempted_command_goes_on_where_it_was(
 @pytest.mark.multiprocess
 def test_two_ranks_fill_the_cache_that_one_does(config_file: Path, teacher: Path, tmp_path: Path) -> None:
     alone, manifest = fill(load_config(config_file, distilled(teacher)).config)
-    settings = [f"--set={item}" for item in distilled(teacher)]
+    settings = [f"--set={item}" for item in distilled(teacher, "evaluation.teacher=false")]
     arguments = ("forge.cli", "cache-teacher", config_file, "--output_root", tmp_path / "two", *settings)
     done = forge_on_two_ranks(*arguments, script="-m")
     assert done.returncode == 0, done.stderr
@@ -594,7 +707,7 @@ def test_the_key_tells_tokenizer_template_and_padding_from_rows(
     rows = [conversation(i) for i in range(6)]
     task = load_lm(rows, rows[:2])
     config = config_on(tmp_path, chat_model, rows, rows[:2], "teacher.path=t", "distillation.alpha=0.5")
-    origin = read_origin()
+    origin = read_origin(chat_model)
     before = content_key(config, task, origin, "float32")
     assert content_key(config, load_lm(rows, rows[:2]), origin, "float32") == before
 
@@ -613,23 +726,284 @@ def test_the_key_tells_tokenizer_template_and_padding_from_rows(
     assert part.startswith("the rows, or their tokens (")
 
 
-def test_the_key_sees_other_tokens_of_the_same_rows(config_file: Path) -> None:
+def test_the_key_sees_other_tokens_of_the_same_rows(config_file: Path, tiny_model: Path) -> None:
     config = load_config(config_file, ["teacher.path=t", "distillation.alpha=0.5"]).config
     task = load_task(config)
     assert isinstance(task, Classification)
-    before = cache_key(config, task, read_origin(), "float32", ())
+    before = cache_key(config, task, read_origin(tiny_model), "float32", ())
     columns = task.train.to_dict()
     columns["token_type_ids"][3][0] ^= 1
     other = type(task.train).from_dict(columns)
     object.__setattr__(task, "train", other)
-    (part,) = changed(before, cache_key(config, task, read_origin(), "float32", ()))
+    (part,) = changed(before, cache_key(config, task, read_origin(tiny_model), "float32", ()))
     assert part.startswith("the rows, or their tokens (")
 
 
-def read_origin() -> Any:
+def read_origin(folder: Path) -> Any:
     from forge.model.origin import Origin, Weights
 
-    return Origin(Weights("t", "/t", sha256="0" * 64))
+    return Origin(Weights("t", str(folder), sha256="0" * 64))
+
+
+def test_the_key_has_the_teachers_labels_its_image_processor_and_the_token_before_a_transcript(
+    config_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def names(before: Any, after: Any) -> list[str]:
+        return [part.split(" (")[0] for part in changed(before, after)]
+
+    settings = ["teacher.path=t", "distillation.alpha=0.5"]
+    task, origin = load_task(load_config(config_file, settings).config), read_origin(tiny_model)
+    keys = [
+        cache_key(load_config(config_file, [*settings, *more]).config, task, origin, "float32", ())
+        for more in ([], ["teacher.labels=[a, b, c]"])
+    ]
+    assert names(*keys) == ["teacher.labels"]
+
+    for split in ("train", "validation"):
+        write_images(tmp_path / "lines" / split, TEXTS[:3])
+    ocr, _ = with_model(tmp_path / "lines")
+    config = config_of(tmp_path / "lines")
+    before = cache_key(config, ocr, origin, "float32", ())
+    object.__setattr__(ocr.reader, "start", 7)
+    assert names(before, cache_key(config, ocr, origin, "float32", ())) == ["the token that a transcript begins after"]
+    object.__setattr__(ocr.reader, "start", ocr.processing.tokenizer.bos_token_id)
+    ocr.processing.image_processor.image_mean = [0.25, 0.25, 0.25]
+    assert names(before, cache_key(config, ocr, origin, "float32", ())) == ["the image processor"]
+
+
+def test_the_teachers_padding_side_is_in_the_key_where_it_reads_tokens_of_its_own(
+    config_file: Path, tiny_model: Path
+) -> None:
+    config = load_config(config_file, ["teacher.path=t", "distillation.alpha=0.5"]).config
+    task, origin = load_task(config), read_origin(tiny_model)
+    own = copy.deepcopy(task.processing)
+    before, after = (
+        content_key(config, replace(task, teacher_tokenizer=tokenizer), origin, "float32")  # type: ignore[type-var]
+        for tokenizer in (own, with_side(copy.deepcopy(own), "left"))
+    )
+    (part,) = changed(before, after)
+    assert part.startswith("the teacher's tokenizer (")
+
+
+def with_side(tokenizer: Any, side: str) -> Any:
+    tokenizer.padding_side = side
+    return tokenizer
+
+
+def test_another_config_of_the_same_weights_is_another_teacher(
+    config_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder, named = write_classifier(tmp_path / "t", tiny_model), f"teacher.cache={tmp_path / 'kept'}"
+    fill(load_config(config_file, distilled(folder, named)).config)
+    cached = load_config(config_file, distilled(folder, named, "teacher.placement=cached")).config
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "_name_or_path": "x", "transformers_version": "1", "dtype": "bfloat16"}))
+    opened(cached)
+    permuted = {str(i): name for i, name in enumerate(["neutral", "contradiction", "entailment"])}
+    for change in ({"num_attention_heads": values["num_attention_heads"] // 2}, {"id2label": permuted}):
+        file.write_text(json.dumps({**values, **change}))
+        with pytest.raises(UsageError, match=r"has changed: the teacher's config \("):
+            opened(cached)
+
+
+def test_a_template_is_what_it_says_and_not_where_it_lies(tmp_path: Path, chat_model: Path, chat_teacher: Path) -> None:
+    text = (
+        "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    kept = f"teacher.cache={tmp_path / 'kept'}"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jinja").write_text(text)
+    made, wanted = ([kept, f"task.chat_template={tmp_path / name}.jinja"] for name in ("a", "b"))
+    fill(lm_config(tmp_path, chat_model, chat_teacher, *made))
+    opened(lm_config(tmp_path, chat_model, chat_teacher, *wanted, "teacher.placement=cached"))
+
+
+def test_the_command_that_is_told_makes_the_cache(config_file: Path, teacher: Path, tmp_path: Path) -> None:
+    user = [
+        "--set",
+        "task.max_length=24",
+        *(f"--set={item}" for item in distilled(teacher, "teacher.placement=cached")),
+    ]
+    user += ["--output_root", str(tmp_path / "an other"), "--debug", "--run_name", "x"]
+    command = ["python", "-u", "forge.py", "--config", str(config_file), *user]
+
+    def loaded(words: list[str]) -> LoadedConfig:
+        args = parse_arguments(words)
+        return load_config(Path(args.config), args.set, debug=args.debug, output_root=args.output_root)
+
+    def parse_arguments(words: list[str]) -> Any:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("config")
+        add_config_arguments(parser)
+        return parser.parse_args(words)
+
+    wanted = loaded([str(config_file), *user[:-2]])
+    reset()
+    with pytest.raises(UsageError) as refused:
+        load_parts(wanted, build_accelerator("no", 0), StopRequest(), command)
+    (told,) = re.findall("`(forge cache-teacher .*?)`", str(refused.value))
+    words = shlex.split(told)
+    assert loaded(words[2:]).config == wanted.config
+    fill(loaded(words[2:]).config)
+    reset()
+    load_parts(wanted, build_accelerator("no", 0), StopRequest(), command)
+
+
+def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shards are written, and the manifest is not."""
+
+    def dies(*_: Any) -> Any:
+        raise Death
+
+    with monkeypatch.context() as patch:
+        patch.setattr("forge.teacher.caching._complete", dies)
+        with pytest.raises(Death):
+            fill(config)
+
+
+def test_a_cache_that_is_repaired_is_not_complete_until_it_is(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the new shard has other bits, and the job is killed behind it."""
+    monkeypatch.setattr(storage, "SHARD_ROWS", 20)
+    settings = distilled(teacher)
+    cached = load_config(config_file, [*settings, "teacher.placement=cached"]).config
+    folder, manifest = fill(load_config(config_file, settings).config)
+    (folder / "train-00001.safetensors").unlink()
+    other = load_config(config_file, [*settings, "evaluation.per_device_batch_size=3"]).config
+    interrupted(other, monkeypatch)
+    with pytest.raises(UsageError, match="is not complete; go on with"):
+        opened(cached)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": manifest["shards"][:1]}))  # of other shards
+    _, again = fill(other)
+    assert len(again["shards"]) == len(manifest["shards"])
+    opened(cached)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format"'])
+def test_a_torn_manifest_is_told_and_written_anew(config_file: Path, teacher: Path, text: str) -> None:
+    settings = distilled(teacher)
+    cached = load_config(config_file, [*settings, "teacher.placement=cached"]).config
+    folder, manifest = fill(load_config(config_file, settings).config)
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(UsageError, match=r"manifest\.json is damaged \(.*; `forge cache-teacher` writes it anew"):
+        opened(cached)
+    assert fill(load_config(config_file, settings).config)[1]["shards"] == manifest["shards"]
+    opened(cached)
+    (folder / "key.json").write_text(text)
+    for use in (lambda: opened(cached), lambda: fill(cached)):
+        with pytest.raises(UsageError, match=rf"key\.json is damaged \(.*; delete {folder}"):
+            use()
+
+
+def test_a_kill_before_the_key_leaves_a_folder_that_can_be_used(
+    config_file: Path, teacher: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / ".lock").touch()
+    (kept / ".key.json.abcdef.tmp").write_text("{")
+    fill(load_config(config_file, distilled(teacher, f"teacher.cache={kept}")).config)
+    assert not list(kept.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("text", ['{"format": 1}', '{"format": 2}', "junk"])
+def test_a_neighbour_that_cannot_be_read_is_not_looked_at(config_file: Path, teacher: Path, text: str) -> None:
+    cached = load_config(config_file, distilled(teacher, "teacher.placement=cached")).config
+    other = Path(cached.output_root) / ".teacher_caches" / "aaaa"
+    other.mkdir(parents=True)
+    (other / "key.json").write_text(text)
+    with pytest.raises(UsageError, match=r"there is no cache for this config below \S*; make it"):
+        opened(cached)
+    fill(cached)
+    opened(cached)
+
+
+def test_a_file_is_no_folder(config_file: Path, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = load_config(config_file, distilled(teacher, f"teacher.cache={tmp_path / 'file'}")).config
+    for use in (fill, opened):
+        with pytest.raises(UsageError, match=r"teacher.cache is \S*file, which is a file; name a folder"):
+            use(config)
+
+
+def test_run_and_job_take_a_complete_cache_with_more_hidden_states(
+    config_file: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more, none = "distillation.hidden.layers={1: 2}", load_config(config_file, distilled(teacher)).config
+    cached = load_config(config_file, distilled(teacher, "teacher.placement=cached")).config
+    interrupted(none, monkeypatch)
+    with_more = load_config(config_file, distilled(teacher, more)).config
+    interrupted(with_more, monkeypatch)
+    (own,) = (path for path in (Path(none.output_root) / ".teacher_caches").iterdir()
+              if not read_json(path / "key.json")["key"][LAYERS])  # fmt: skip
+    with pytest.raises(UsageError, match=f"the cache {own} is not complete"):  # nor is the other
+        opened(cached)
+    folder, manifest = fill(with_more)
+    assert opened(cached)[2].folder == folder != own
+    monkeypatch.setattr("forge.teacher.caching.load_teacher", None)
+    assert fill(none) == (folder, manifest)
+    named = f"teacher.cache={folder}"
+    assert fill(load_config(config_file, distilled(teacher, named)).config) == (folder, manifest)
+
+
+def test_a_default_folder_with_another_key_is_refused(config_file: Path, teacher: Path) -> None:
+    folder, _ = fill(load_config(config_file, distilled(teacher)).config)
+    values = read_json(folder / "key.json")
+    values["key"]["teacher.dtype"] = "bfloat16"
+    (folder / "key.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=r"another teacher or other rows: teacher.dtype \(bfloat16 -> float32\)"):
+        opened(load_config(config_file, distilled(teacher, "teacher.placement=cached")).config)
+
+
+def test_shards_of_another_plan_are_written_anew(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later forge cuts the rows otherwise, under the same names."""
+    config = load_config(config_file, distilled(teacher)).config
+    monkeypatch.setattr(storage, "SHARD_ROWS", 16)
+    interrupted(config, monkeypatch)
+    monkeypatch.setattr(storage, "SHARD_ROWS", 20)
+    _, manifest = fill(config)
+    rows = [shard["rows"] for shard in manifest["shards"] if shard["split"] == "train"]
+    assert rows == [20, 20, 8]
+    task, reader, _ = opened(load_config(config_file, distilled(teacher, "teacher.placement=cached")).config)
+    batch = batch_of(task, 17, 25, 47)
+    model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    torch.testing.assert_close(reader.outputs(batch, None, 1.0)["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_are_hashed_once_and_again_when_a_file_is_another(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = fill(load_config(config_file, distilled(teacher)).config)
+    cached = load_config(config_file, distilled(teacher, "teacher.placement=cached")).config
+    file, hashed, damage = folder / "train-00000.safetensors", [], storage.damage
+
+    def counted(folder: Path, record: Any, *, sizes_only: bool = False) -> str | None:
+        if not sizes_only:
+            hashed.append(record.shard.file)
+        return damage(folder, record, sizes_only=sizes_only)
+
+    monkeypatch.setattr(storage, "damage", counted)
+    opened(cached)
+    assert not hashed  # the job has just written them
+    for change in (lambda: os.utime(file), lambda: (folder / "verified.json").write_text("{")):
+        change()
+        opened(cached)
+        assert len(hashed) == 3
+        opened(cached)
+        assert len(hashed) == 3
+        hashed.clear()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for _ in range(2):  # what is damaged is never taken for verified
+        with pytest.raises(UsageError, match="its bytes are not those that were written"):
+            opened(cached)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
@@ -704,7 +1078,9 @@ def test_other_labels_speak_of_the_teachers(
     folder, manifest = fill(load_config(config_file, distilled(teacher)).config)
     manifest["labels"] = ["yes", "no", "maybe"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match=r"the teacher's \(yes, no, maybe\) do not .* teacher's with teacher.labels$"):
+    with pytest.raises(
+        UsageError, match=r"the teacher's \(yes, no, maybe\) do not .* teacher's with teacher.labels; a teacher"
+    ):
         opened(load_config(config_file, distilled(teacher, "teacher.placement=cached")).config)
 
 
@@ -745,10 +1121,26 @@ def test_a_top_k_gives_forward_kl_only(config_file: Path) -> None:
         check_loss(config, top_k=True)
 
 
-def test_numbers_that_are_not_finite_end_the_job(config_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_end_the_job(
+    config_file: Path, tiny_model: Path, tmp_path: Path, number: float
+) -> None:
     folder = write_classifier(tmp_path / "broken", tiny_model)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    torch.nn.init.constant_(model.classifier.bias, torch.nan)
+    with torch.no_grad():
+        model.classifier.bias[0] = number
     model.save_pretrained(folder)
     with pytest.raises(TrainingError, match=r"the teacher's logits of the rows .* are not finite; set teacher.dtype"):
         fill(load_config(config_file, distilled(folder)).config)
+
+
+def test_the_report_is_of_splits_and_bytes(tmp_path: Path) -> None:
+    splits = {
+        name: {"rows": rows, "labels": rows, "bytes": 9} for name, rows in (("train", 8), ("validation.other", 3))
+    }
+    manifest = {"splits": splits, "labels_in_all": 11, "bytes": 270, "bytes_per_label": 24.5, "columns": 3}
+    (line,) = report(tmp_path, {**manifest, "layers": [], "seconds": 1.0, "truncation": None})
+    assert line == (
+        f"{tmp_path}: train 8, other 3 rows, 11 labels, 270 bytes; 24.5 bytes a label, where 3 float32 logits have 12; "
+        "1.0 s of computing"
+    )

@@ -18,9 +18,12 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, forge, pair_rows
 from conversations import config_on, conversation
 from test_ocr import TINY, write_images
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
 )
@@ -33,6 +36,8 @@ from forge.losses.cross_entropy import IGNORE
 from forge.model.origin import Origin, Weights, hash_of_files
 from forge.run.files import read_json, read_json_lines
 from forge.task.choice import load_task
+from forge.teacher import key as keys
+from forge.teacher import numbers as storage
 from forge.teacher.key import digest
 from forge.teacher.loading import label_columns, load_teacher
 from forge.teacher.numbers import numbers_key, store_numbers, stored_numbers
@@ -194,11 +199,26 @@ def test_a_stop_breaks_it_off(classifier: Path, config_file: Path, accelerator: 
 
 
 class Task:
+    """As much of a task as a key asks for."""
+
     fingerprint = "f" * 64
+    processing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "<unk>": 1}, "<unk>")))
+    tokenizer = processing
+    teacher_tokenizer = None
+    train, validation = (), {}  # type: ignore[var-annotated]
 
 
 ORIGIN = Origin(Weights("t", "/t", sha256="a" * 64))
 METRICS = {"matched/loss": 0.5, "matched/perplexity": math.inf, "matched/samples": 13}
+
+
+@pytest.fixture(autouse=True)
+def _config_of_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ORIGIN, whose folder is not there."""
+    load = keys.load_model_config
+    monkeypatch.setattr(
+        keys, "load_model_config", lambda source, name: BertConfig() if source.location == "/t" else load(source, name)
+    )
 
 
 @pytest.fixture
@@ -252,6 +272,15 @@ def test_a_file_that_cannot_be_used_is_warned_of_once_and_replaced(
         stored = stored_numbers(root, key)
         assert stored is not None
         assert (stored.metrics, stored.made_by) == ({"matched/loss": 0.7}, "b")
+
+
+def test_numbers_that_another_forge_counted_otherwise_are_not_taken(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_numbers(tmp_path, key_of(config), METRICS, "a")
+    assert stored_numbers(tmp_path, key_of(config)) is not None
+    monkeypatch.setattr(storage, "METRICS", storage.METRICS + 1)
+    assert stored_numbers(tmp_path, key_of(config)) is None
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(

@@ -18,8 +18,8 @@ from forge.run.directory import RunDirectory
 from forge.run.files import read_json, read_json_lines
 from forge.run.state import TrainingState
 
-BESIDE_HEADLINE = ("agreement", "kl", "ece")  # what every evaluation has once there is a teacher; ece always
-LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer", "kl", "ece")
+BESIDE_HEADLINE = ("agreement", "kl", "kl_top_k", "ece")  # what an evaluation has once there is a teacher; ece always
+LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer", "kl", "kl_top_k", "ece")
 NOT_FINITE = ("nan", "inf", "-inf")  # as metrics.jsonl writes them
 TINY = 1e-3  # of the larger number: a gap below it is one of rounding, or of a row or two
 

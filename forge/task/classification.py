@@ -1,5 +1,6 @@
 """The classification task: sentences or pairs with a label, their tokens, their batches and their metrics."""
 
+import copy
 import hashlib
 import logging
 from collections import Counter
@@ -69,7 +70,7 @@ class Classification(Task):
 
     def for_teacher(self, tokenizer: PreTrainedTokenizerBase) -> "Classification":
         """With the rows also as the teacher's tokenizer cuts and names them; unchanged where that makes the same inputs
-        of every row."""
+        of every row. Where the tokens are the same, they are padded on the same side."""
         _check_limit(self.max_length, tokenizer, "the teacher's tokenizer")
         backend = tokenizer_hash(tokenizer)
         read = {split: _tokenize(rows, tokenizer, backend, self.max_length) for split, rows in self.texts.items()}
@@ -79,6 +80,9 @@ class Classification(Task):
         same_inputs = same_tokens and inputs == _inputs(self.train)
         if same_inputs and all(_equal(splits[split], rows, inputs) for split, rows in read.items()):
             return self
+        if same_tokens and tokenizer.padding_side != self.processing.padding_side:
+            tokenizer = copy.deepcopy(tokenizer)  # the same places in a batch, where hidden states are compared
+            tokenizer.padding_side = self.processing.padding_side
         truncated = {split: sum(rows["truncated"]) for split, rows in read.items()}
         for split, rows in read.items():
             lengths = rows["length"]

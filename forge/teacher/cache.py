@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from forge.errors import UsageError
-from forge.run.files import read_json, write_atomically, write_json
+from forge.run.files import sync_folder, write_atomically, write_json
 from forge.run.lock import NO_LOCKS_HERE
 from forge.task.batches import FILLER
 
 FORMAT = 1
-KEY, MANIFEST = "key.json", "manifest.json"
+KEY, MANIFEST, VERIFIED = "key.json", "manifest.json", "verified.json"
 SHARD_ROWS = 1000
 SHARD_BYTES = 64 << 20  # a shard is held in memory once while it is written, and is what a kill can cost
 IN_MEMORY_BYTES = 256 << 20  # of one split: below it a row costs 1 us to read, from the mapped file 7 us a tensor
@@ -103,12 +103,29 @@ def write_shard(
 
 
 def finished(folder: Path, shard: Shard) -> Record | None:
-    """Its record, where the shard was finished and still is as it was written."""
+    """Its record, where the shard was finished and still is as it was written. Reads all of it."""
     try:
-        record = Record(**json.loads(_record_file(folder, shard).read_bytes()))
+        record = _read_record(folder, shard)
     except (OSError, ValueError, TypeError):
         return None
     return record if record.shard == shard and damage(folder, record) is None else None
+
+
+def complete_manifest(folder: Path, shards: Sequence[Shard]) -> dict[str, Any] | None:
+    """The manifest, where it is of these shards as they are now; None: it must be written (anew)."""
+    try:
+        manifest = read_manifest(folder)
+        records = [asdict(_read_record(folder, shard)) for shard in shards]
+    except (UsageError, OSError, ValueError, TypeError):
+        return None
+    return manifest if manifest is not None and manifest.get("shards") == records else None
+
+
+def reopen(folder: Path) -> None:
+    """Takes the manifest away before shards are written: from here on the cache is not complete."""
+    for name in (MANIFEST, VERIFIED):
+        (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
 
 
 def damage(folder: Path, record: Record, *, sizes_only: bool = False) -> str | None:
@@ -125,6 +142,47 @@ def damage(folder: Path, record: Record, *, sizes_only: bool = False) -> str | N
     except OSError as error:
         return f"{file} cannot be read ({error.strerror})"
     return None
+
+
+def verify(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """What is wrong with the files of a complete cache; None: nothing.
+
+    Sizes are looked at each time. Bytes are hashed once: a stamp beside the manifest keeps for which files, by their
+    sizes and times, it was done. Where it cannot be written, they are hashed again.
+    """
+    records = [Record(**record) for record in manifest["shards"]]
+    for record in records:
+        if reason := damage(folder, record, sizes_only=True):
+            return reason
+    if _stamp(folder, records) == _read_stamp(folder):
+        return None
+    for record in records:
+        if reason := damage(folder, record):
+            return reason
+    stamp(folder, manifest)
+    return None
+
+
+def stamp(folder: Path, manifest: dict[str, Any]) -> None:
+    """Keeps that the bytes of all shards have just been hashed, or written."""
+    with suppress(OSError):  # a folder that others own
+        write_json(folder / VERIFIED, _stamp(folder, [Record(**record) for record in manifest["shards"]]))
+
+
+def _stamp(folder: Path, records: Sequence[Record]) -> dict[str, Any]:
+    """By file its hash, its size and when it was last written, in ns."""
+    found = {record.shard.file: (folder / record.shard.file).stat() for record in records}
+    return {
+        record.shard.file: [record.sha256, found[record.shard.file].st_size, found[record.shard.file].st_mtime_ns]
+        for record in records
+    }
+
+
+def _read_stamp(folder: Path) -> Any:
+    try:
+        return json.loads((folder / VERIFIED).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def begin(folder: Path, digest: str, key: dict[str, Any], teacher: str) -> None:
@@ -144,7 +202,7 @@ def complete(
     records = []
     for shard in shards:
         try:
-            records.append(Record(**json.loads(_record_file(folder, shard).read_bytes())))
+            records.append(_read_record(folder, shard))
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(
                 f"{folder / shard.file} is not there ({error}): all ranks must see the same folder, and nobody else "
@@ -152,6 +210,7 @@ def complete(
             ) from error
     manifest = {"format": FORMAT, **facts_of(records), "shards": [asdict(record) for record in records]}
     write_json(folder / MANIFEST, manifest)
+    stamp(folder, manifest)  # each was hashed as this job found it, or written by it
     return manifest
 
 
@@ -173,19 +232,29 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def read_key(folder: Path) -> dict[str, Any] | None:
-    """key.json; None where the folder is no teacher cache."""
-    return _read(folder / KEY)
+    """key.json; None where the folder is no teacher cache. Raises UsageError where it is damaged or another forge's."""
+    values = _read(folder / KEY)
+    if values is not None and not (isinstance(values.get("key"), dict) and isinstance(values.get("teacher"), str)):
+        raise UsageError(f"{folder / KEY} is damaged (it has no key); delete {folder}, and make the cache anew")
+    return values
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where the cache is not complete."""
+    """None where the cache is not complete. Raises UsageError where it is damaged or another forge's."""
     return _read(folder / MANIFEST)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
-    values = read_json(file)
+    try:
+        values = json.loads(file.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        delete = f"delete {file.parent}, and make the cache anew"
+        what_to_do = "`forge cache-teacher` writes it anew" if file.name == MANIFEST else delete
+        raise UsageError(f"{file} is damaged ({error}); {what_to_do}") from error
     if values.get("format") != FORMAT:
         raise UsageError(
             f"{file} has the format {values.get('format')}, and this forge reads {FORMAT}; delete the folder, or name "
@@ -231,6 +300,11 @@ class SplitReader:
                 found[name].append(self._shards[which][name][start:end])
         empty = {name: self._shards[0][name][0:0] for name in names if not found[name]}
         return {name: empty[name] if name in empty else np.concatenate(found[name]) for name in names}, counts
+
+
+def _read_record(folder: Path, shard: Shard) -> Record:
+    """Raises OSError, ValueError, TypeError where there is none."""
+    return Record(**json.loads(_record_file(folder, shard).read_bytes()))
 
 
 def _record_file(folder: Path, shard: Shard) -> Path:

@@ -32,6 +32,7 @@ from forge.teacher.cache import (
     read_key,
     read_manifest,
     split_name,
+    verify,
 )
 from forge.teacher.key import LAYERS, ContentKey, cache_key, changed, digest
 from forge.teacher.layers import depth, teacher_layers
@@ -165,7 +166,7 @@ def find_teacher_cache(
     """
     source, origin, _, key = wanted_key(config, task, student, accelerator)
     folder = on_rank_0(accelerator, lambda: _folder(config, key, command))
-    hashes = accelerator.is_main_process  # the files are read anyway; the other ranks look at their sizes
+    hashes = accelerator.is_main_process  # unless it was done; the other ranks look at the sizes
     manifest = on_every_rank(accelerator, lambda: _checked(folder, key, command, every_byte=hashes))
     label_ids = align(task.labels, manifest["labels"], "teacher") if isinstance(task, Classification) else []
     check_loss(config, manifest["temperature"] is not None)
@@ -214,11 +215,54 @@ def check_loss(config: Config, top_k: bool) -> None:
         )
 
 
+def named_folder(config: Config) -> Path | None:
+    """Of teacher.cache. Raises UsageError where that is a file."""
+    if config.teacher.cache is None:
+        return None
+    folder = Path(config.teacher.cache).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"teacher.cache is {folder}, which is a file; name a folder")
+    return folder
+
+
+def place_of_cache(config: Config, key: ContentKey) -> Path:
+    """The folder that teacher.cache names; else that of a complete cache below output_root which serves, with these
+    hidden states or with more; else where it is to be made. Raises UsageError for a file."""
+    if (named := named_folder(config)) is not None:
+        return named
+    folder = default_folder(config, key)
+    if (folder / MANIFEST).is_file():
+        return folder
+    serving = [other for other, held in neighbours(folder) if not differences(held, key) and _is_complete(other)]
+    return serving[0] if serving else folder
+
+
+def neighbours(folder: Path) -> list[tuple[Path, ContentKey]]:
+    """The caches beside a folder, and itself, with their keys; what cannot be read is no reason to stop."""
+    found = []
+    for file in sorted(folder.parent.glob(f"*/{KEY}")):
+        try:
+            held = read_key(file.parent)
+        except UsageError as error:
+            logger.debug("not looked at: %s", error)
+            continue
+        if held is not None:
+            found.append((file.parent, held["key"]))
+    return found
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return read_manifest(folder) is not None
+    except UsageError:
+        return False
+
+
 def _folder(config: Config, key: ContentKey, command: str) -> Path:
     """Where a cache that serves lies, complete or not."""
+    folder = place_of_cache(config, key)
     if config.teacher.cache is not None:
-        folder = Path(config.teacher.cache).expanduser()
-        held = read_key(folder) if folder.is_dir() else None
+        held = read_key(folder)
         if held is None:
             raise UsageError(
                 f"teacher.cache is {folder}, which holds no outputs of a teacher (no {KEY}); make them with `{command}`"
@@ -229,16 +273,12 @@ def _folder(config: Config, key: ContentKey, command: str) -> Path:
                 f"{', '.join(parts)}; name another folder and run `{command}`, or go back to what they were made with"
             )
         return folder
-    folder = default_folder(config, key)
     if (folder / KEY).is_file():
         return folder
     others = []
-    for file in sorted(folder.parent.glob(f"*/{KEY}")):
-        held = read_key(file.parent)
-        parts = differences(held["key"], key) if held is not None else []
-        if held is not None and not parts and (file.parent / MANIFEST).is_file():
-            return file.parent  # with more hidden states than are wanted
-        others += [(len(parts), parts, file.parent)] if parts else []
+    for other, its_key in neighbours(folder):
+        parts = differences(its_key, key)
+        others += [(len(parts), parts, other)] if parts else []
     nearest = ""
     if others:
         _, parts, other = min(others)
@@ -251,15 +291,16 @@ def _folder(config: Config, key: ContentKey, command: str) -> Path:
 
 def _checked(folder: Path, key: ContentKey, command: str, *, every_byte: bool) -> dict[str, Any]:
     """The manifest of a folder whose files are as they were written."""
-    held, manifest = read_key(folder), read_manifest(folder)
+    held = read_key(folder)
     if held is None:
         raise UsageError(f"{folder} cannot be seen from every rank; put the cache where all of them see it")
     if parts := differences(held["key"], key):  # a default folder's name says the same, unless somebody changed it
         raise UsageError(f"{folder} holds outputs of another teacher or other rows: {', '.join(parts)}; delete it")
+    manifest = read_manifest(folder)
     if manifest is None:
         raise UsageError(f"the cache {folder} is not complete; go on with `{command}`")
     records = [Record(**record) for record in manifest["shards"]]
-    for record in records:
-        if reason := damage(folder, record, sizes_only=not every_byte):
-            raise UsageError(f"{reason}; `{command}` writes it anew")
+    sizes = (damage(folder, record, sizes_only=True) for record in records)
+    if reason := verify(folder, manifest) if every_byte else next(filter(None, sizes), None):
+        raise UsageError(f"{reason}; `{command}` writes it anew")
     return manifest

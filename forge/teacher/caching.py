@@ -28,10 +28,10 @@ from forge.task.classification import Classification
 from forge.task.ocr import Ocr
 from forge.task.task import Task
 from forge.teacher import cache
-from forge.teacher.cache import TRAIN, Record, Shard
-from forge.teacher.cached import check_loss, default_folder, wanted_key
+from forge.teacher.cache import TRAIN, Record, Shard, split_name
+from forge.teacher.cached import check_loss, differences, named_folder, place_of_cache, wanted_key
 from forge.teacher.keeper import MEASURED, Keeper, splits_of
-from forge.teacher.key import ContentKey, changed, digest, keeps_whole_logits, token_columns
+from forge.teacher.key import LAYERS, ContentKey, changed, digest, keeps_whole_logits, token_columns
 from forge.teacher.loading import load_teacher
 from forge.teacher.placement import place
 from forge.teacher.teacher import ModelTeacher
@@ -66,8 +66,11 @@ def cache_teacher(
     task = task if student is None else task.for_model(student)
     task = rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
     check_loss(config, top_k=not keeps_whole_logits(task))
-    source, origin, layers, key = wanted_key(config, task, student, accelerator)
+    source, origin, _, wanted = wanted_key(config, task, student, accelerator)
     del student
+    folder = on_rank_0(accelerator, lambda: place_of_cache(config, wanted))
+    key = on_rank_0(accelerator, lambda: _key_there(folder, wanted))
+    layers = tuple(key[LAYERS])
     width = load_model_config(source, "teacher.path").get_text_config(decoder=True).hidden_size if layers else 0
     shards = _plan(config, task, len(layers) * width)
 
@@ -81,17 +84,17 @@ def cache_teacher(
         assert isinstance(teacher, ModelTeacher)
         return replace(loaded, origin=origin), teacher
 
-    folder = Path(config.teacher.cache).expanduser() if config.teacher.cache else default_folder(config, key)
     with ExitStack() as held:
         on_rank_0(accelerator, lambda: _take(folder, key, source.name, held))
         lacking = on_every_rank(accelerator, lambda: stop.breaks(lambda: _lacking(folder, shards, accelerator)))
         missing = sorted((shard for part in gather_values(lacking) for shard in part), key=shards.index)
-        manifest = on_rank_0(accelerator, lambda: cache.read_manifest(folder))
+        manifest = on_rank_0(accelerator, lambda: cache.complete_manifest(folder, shards))
         if not missing and manifest is not None:
             logger.info("the cache is complete already; nothing is computed")
         else:
             keeper = Keeper(config, task, *load(), accelerator, layers)
             logger.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
+            on_rank_0(accelerator, lambda: _reopen(folder))
             _fill(keeper, folder, digest(key), missing, shards, stop)
             about = {"teacher": load()[0].facts(), "made_at": now()}
             facts = {"digest": digest(key), "key": key, **about, **keeper.facts()}
@@ -106,11 +109,13 @@ def cache_teacher(
 
 def report(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """What was made, and what it cost, in a few lines."""
-    rows = ", ".join(f"{name} {split['rows']}" for name, split in manifest["splits"].items())
+    names = {name: name.removeprefix(split_name("")) for name in manifest["splits"]}
+    rows = ", ".join(f"{names[name]} {split['rows']}" for name, split in manifest["splits"].items())
     lines = [
-        f"{folder}: {rows} rows, {manifest['labels_in_all']} labels, {manifest['bytes']} bytes "
-        f"({manifest['bytes_per_label']:.1f} a label, {manifest['share_of_whole_logits']:.3g} of whole float32 logits"
-        f"{', without hidden states' if manifest['layers'] else ''}), {manifest['seconds']:.1f} s of computing"
+        f"{folder}: {rows} rows, {manifest['labels_in_all']} labels, {manifest['bytes']} bytes; "
+        f"{manifest['bytes_per_label']:.1f} bytes a label{', without hidden states' if manifest['layers'] else ''}, "
+        f"where {manifest['columns']} float32 logits have {4 * manifest['columns']}; {manifest['seconds']:.1f} s of "
+        "computing"
     ]
     if lost := manifest["truncation"]:
         lines.append(
@@ -128,12 +133,14 @@ def hide_progress_bars() -> None:
 
 
 def _check(config: Config) -> None:
+    """What can be told before the data is read."""
     if config.teacher.path is None:
         raise UsageError("teacher.path is not set; name the teacher whose outputs are to be cached")
     if config.task.dataset.streaming:
         raise UsageError(
             "task.dataset.streaming is true, and the rows of a stream are not known before; set it to false"
         )
+    named_folder(config)
 
 
 def _student(config: Config, task: Task) -> LoadedModel | None:
@@ -157,10 +164,25 @@ def _plan(config: Config, task: Task, hidden_columns: int) -> list[Shard]:
     return shards
 
 
+def _key_there(folder: Path, wanted: ContentKey) -> ContentKey:
+    """Of the cache that the folder holds, where it serves: with more hidden states than are wanted; else what is
+    wanted."""
+    known = cache.read_key(folder)
+    serves = known is not None and not differences(known["key"], wanted)
+    return known["key"] if known is not None and serves else wanted
+
+
+def _reopen(folder: Path) -> None:
+    try:
+        cache.reopen(folder)
+    except OSError as error:
+        raise _unwritable(folder / cache.MANIFEST, error) from error
+
+
 def _take(folder: Path, key: ContentKey, teacher: str, held: ExitStack) -> None:
     """Makes the folder this job's own. Raises UsageError where it is something else's."""
     known = cache.read_key(folder)
-    if known is None and folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    if known is None and folder.exists() and any(not _left_behind(path) for path in folder.iterdir()):
         raise UsageError(f"{folder} is no teacher cache, and not empty; name another folder with teacher.cache")
     if known is not None and (parts := changed(known["key"], key)):
         raise UsageError(
@@ -172,6 +194,11 @@ def _take(folder: Path, key: ContentKey, teacher: str, held: ExitStack) -> None:
         cache.begin(folder, digest(key), key, teacher)
     except OSError as error:
         raise _unwritable(folder, error) from error
+
+
+def _left_behind(path: Path) -> bool:
+    """By a job that was killed before it wrote anything?"""
+    return path.name == ".lock" or (path.name.startswith(".") and path.suffix == ".tmp")
 
 
 def _lacking(folder: Path, shards: Sequence[Shard], accelerator: Accelerator) -> list[Shard]:

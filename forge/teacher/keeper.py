@@ -14,7 +14,7 @@ from forge.config.schema import Config
 from forge.errors import TrainingError, UsageError
 from forge.losses.linear_kd_plain import head_logits
 from forge.model.load import LoadedModel
-from forge.task.batches import Batch, for_the_loop, preparing, row_loader
+from forge.task.batches import OF_THE_TEACHER, Batch, for_the_loop, preparing, row_loader
 from forge.task.classification import Classification
 from forge.task.task import Task
 from forge.teacher.cache import HIDDEN, LABEL_OFFSETS, TOKEN_OFFSETS, TRAIN, Arrays, Shard, split_name
@@ -48,6 +48,7 @@ class Keeper:
         are kept, of rows that are trained on."""
         self.accelerator, self._config, self._task, self._layers = accelerator, config, task, layers
         self._splits = splits_of(task)
+        self._head: Tensor | None = None  # (V, H) float32, as long as the job: of a frozen teacher it stays the same
         self._lengths = {split: np.asarray(rows["length"][:]) for split, rows in self._splits.items()}
         workers = config.training.num_workers
         self._num_workers = task.num_workers if workers is None else workers
@@ -60,8 +61,8 @@ class Keeper:
             )
         self._whole = keeps_whole_logits(task)
         self._columns = columns if self._whole else min(token_columns(task), columns)
-        k, indices = min(config.teacher.top_k, self._columns), "uint16" if self._columns <= 1 << 16 else "int32"
-        of_top_k = {"log_probs": ("float16", k), "indices": (indices, k), "tails": ("float32", 2)}
+        k = min(config.teacher.top_k, self._columns)
+        of_top_k = {"log_probs": ("float16", k), "indices": (index_dtype(self._columns), k), "tails": ("float32", 2)}
         self._form = {"logits": ("float32", columns)} if self._whole else of_top_k  # dtype, columns of each array
         names = cast(dict[int, str], loaded.model.config.id2label or {})
         self._labels = [names[i] for i in sorted(names)] if isinstance(task, Classification) else []
@@ -85,7 +86,8 @@ class Keeper:
     def compute(self, shard: Shard) -> tuple[Arrays, dict[str, float]]:
         """The arrays of the shard's rows in their order, and the sums over their labels that are reported.
 
-        Rows of similar length share a batch; which do depends on the shard alone, so that no bit depends on a stop.
+        Rows of similar length share a batch; which do depends on the shard and the batch size alone, so that within
+        one setting no bit depends on a stop.
         Raises TrainingError for numbers that are not finite.
         """
         rows, lengths = self._splits[shard.split], self._lengths[shard.split]
@@ -132,13 +134,12 @@ class Keeper:
         if self._whole:
             return {"logits": outputs["logits"].float().cpu().numpy()}
         temperature, k = self._config.distillation.temperature, self._form["indices"][1]
-        head = outputs["head"][: self._columns].float() if "head" in outputs else None  # (V, H)
         parts: dict[str, list[np.ndarray]] = {
             name: [np.zeros((0, columns), dtype)] for name, (dtype, columns) in self._form.items()
         }
         at_once = max(1, LOGITS_BYTES // (4 * self._columns))
         for start in range(0, labels, at_once):
-            logits = self._logits(outputs, head, slice(start, start + at_once))
+            logits = self._logits(outputs, slice(start, start + at_once))
             kept = top_k(logits, k, temperature)
             if sums:
                 sums["truncation_kl"] += truncation_kl(logits, kept, temperature).double().sum().item()
@@ -147,12 +148,14 @@ class Keeper:
                 of_kept.append(getattr(kept, name).cpu().numpy().astype(self._form[name][0]))
         return {name: np.concatenate(of_kept) for name, of_kept in parts.items()}
 
-    def _logits(self, outputs: TeacherOutputs, head: Tensor | None, part: slice) -> Tensor:
-        """(n, V) float32 of some labels, V the columns that are tokens. head: of outputs, cut to them, in float32."""
-        if head is None:
+    def _logits(self, outputs: TeacherOutputs, part: slice) -> Tensor:
+        """(n, V) float32 of some labels, V the columns that are tokens."""
+        if "head" not in outputs:
             return outputs["logits"][part, : self._columns].float()
+        if self._head is None:
+            self._head = outputs["head"][: self._columns].float()
         bias = outputs.get("head_bias")
-        raw = outputs["hidden"][part].float() @ head.T
+        raw = outputs["hidden"][part].float() @ self._head.T
         teacher = self._teacher
         return head_logits(
             raw, None if bias is None else bias[: self._columns], teacher.logit_scale, teacher.softcap or 0.0
@@ -164,10 +167,16 @@ class Keeper:
         for layer in self._layers:
             name = f"{HIDDEN}{layer}"
             states = outputs[name]  # (B, T, D)
-            mask = {key: batch[key].to(states.device) for key in ("attention_mask",) if key in batch}
+            own = batch.get(f"{OF_THE_TEACHER}attention_mask", batch.get("attention_mask"))
+            mask = {} if own is None else {"attention_mask": own.to(states.device)}
             places = token_places(mask, counts.tolist(), states.shape[1], states.device)
             arrays[name] = states.flatten(0, 1)[places].half().cpu().numpy()
         return arrays
+
+
+def index_dtype(columns: int) -> str:
+    """The smallest that holds each of so many tokens."""
+    return "uint16" if columns <= 1 << 16 else "int32"
 
 
 def labels_per_row(batch: Batch) -> np.ndarray:
@@ -186,8 +195,9 @@ def _deal(by_row: dict[int, Arrays], batch: Batch, arrays: Arrays, counts: np.nd
     """Gives each row its part of a batch's arrays."""
     ids = batch["ids"].tolist()
     for name, array in arrays.items():
-        # -inf is a token that cannot come, in logits and their top k; a hidden state has no such meaning
-        if np.isnan(array).any() or (name.startswith(HIDDEN) and np.isinf(array).any()):
+        # -inf is a token that cannot come, in logits and their top k; nothing else that is not finite has a meaning
+        bad = np.isinf(array) if name.startswith(HIDDEN) else np.isinf(array) & (array > 0)
+        if (bad | np.isnan(array)).any():
             reason = "; set teacher.dtype: float32" if not name.startswith(HIDDEN) else ", or too large for float16"
             raise TrainingError(f"the teacher's {name} of the rows {ids[:3]}… are not finite{reason}")
         for row, part in zip(ids, np.split(array, np.cumsum(counts)[:-1]), strict=True):

@@ -13,6 +13,7 @@ from forge.config.distilling import WHOLE_LOGITS_COLUMNS
 from forge.config.explain import effective
 from forge.config.schema import Config
 from forge.model.origin import Origin
+from forge.model.source import ModelSource, load_model_config
 from forge.task.causal_lm import CausalLm
 from forge.task.classification import Classification
 from forge.task.identity import tokenizer_hash
@@ -23,6 +24,7 @@ from forge.task.task import Task
 ContentKey = dict[str, Any]  # names as messages have them, values as JSON has them
 
 LAYERS = "distillation.hidden.layers (the teacher's)"
+NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of its config
 
 
 def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> ContentKey:
@@ -32,13 +34,18 @@ def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
     """
     of_task = effective(config)["task"]
     rows = of_task.pop("dataset")
+    for name in ("columns", "chat_template"):  # the rows and the template's text are parts, wherever they came from
+        of_task.pop(name, None)
     told = {f"task.{name}": value for name, value in of_task.items()}
     tokenizer, own = _tokenizer(task), task.teacher_tokenizer
     parts: ContentKey = {
         "the teacher's weights": origin.weights_sha256 or f"{origin.base.location}@{origin.base.commit}",
+        "the teacher's config": _hash(_config_text(origin)),
         "teacher.dtype": dtype,
         "the tokenizer": _hash(f"{tokenizer_hash(tokenizer)} {tokenizer.padding_side}"),
-        "the teacher's tokenizer": tokenizer_hash(own) if own is not None else "the student's",
+        "the teacher's tokenizer": (
+            _hash(f"{tokenizer_hash(own)} {own.padding_side}") if own is not None else "the student's"
+        ),
         "the rows, or their tokens": _hash(f"{task.fingerprint} {_tokens(task)}"),
         "task.dataset.max_rows": rows.get("max_rows"),
     }
@@ -73,8 +80,25 @@ def keeps_whole_logits(task: Task) -> bool:
 
 
 def token_columns(task: Task) -> int:
-    """Columns of a head that are tokens; what is behind them is padding, and students may have less of it."""
-    return len(_tokenizer(task))
+    """Columns of a head that are tokens; what is behind them is padding, and students may have less of it.
+
+    Ids may have gaps: the highest counts, and not their number.
+    """
+    return max(_tokenizer(task).get_vocab().values()) + 1
+
+
+def _config_text(origin: Origin) -> str:
+    """The model's config as JSON: heads, activations, scales and labels make other outputs of the same weights. Not how
+    it was loaded: names, versions and dtypes."""
+    source = ModelSource(origin.base.name, origin.base.location, origin.base.revision, origin.adapters)
+    told = load_model_config(source, "teacher.path").to_diff_dict()
+    return json.dumps(_without(told, NO_PART_OF_A_MODEL), sort_keys=True, default=str)
+
+
+def _without(value: Any, names: tuple[str, ...]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _without(inner, names) for key, inner in value.items() if key not in names}
 
 
 def digest(key: ContentKey) -> str:

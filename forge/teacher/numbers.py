@@ -16,6 +16,7 @@ from forge.teacher.key import ContentKey, content_key, digest
 logger = logging.getLogger(__name__)
 
 FOLDER = ".teachers"  # below the output root; no run lies in a folder with a dot
+METRICS = 1  # counts up when forge counts a metric otherwise, or has a new one: older numbers are evaluated anew
 DIGITS = 16  # of the digest, in a file's name
 
 
@@ -37,6 +38,7 @@ def numbers_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
     return {
         **content_key(config, task, origin, dtype),
         "teacher.labels": config.teacher.labels,
+        "forge's metrics": METRICS,
         "evaluation.max_samples": sampled,
         "training.seed": config.training.seed if sampled else None,  # it draws the rows that are evaluated
     }

@@ -36,7 +36,8 @@ def evaluate(
     loss: cross-entropy in nats, the mean over all labels of the split. ece: the expected calibration error of the
     probability of the likeliest label, in 15 bins (Guo et al. 2017, arXiv 1706.04599). With a teacher also agreement,
     the share of labels where it has the same likeliest one, and kl, KL(teacher || student) at temperature 1, nats a
-    label. Beside the metrics, the samples of each split that has some. With max_samples the rows are drawn by the seed,
+    label; of a teacher's top k instead kl_top_k, the KL over its k tokens and all others as one, which is at most that.
+    Beside the metrics, the samples of each split that has some. With max_samples the rows are drawn by the seed,
     and `split/samples_of` says how many there are.
 
     teacher_outputs: of a batch and its split; None where there is no teacher. between_batches: called as often on every
@@ -87,14 +88,15 @@ def _evaluate_split(
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, KL
     totals = torch.zeros(3, dtype=torch.int64, device=device)  # rows, labels, those that the teacher agrees on
     calibration = torch.zeros(CALIBRATION_BINS, 2, dtype=torch.float64, device=device)  # right ones, confidence
-    with_teacher = False
+    kl_name: str | None = None  # with a teacher
     batches_left = iter(loader)
     for _ in range(len(batches)):
         with preparing(f"a batch of {split}"):
             cpu_batch = next(batches_left)
         batch = send_to_device(cpu_batch, device, non_blocking=True)
         teacher = teacher_outputs(batch, split)
-        with_teacher = teacher is not None
+        if teacher is not None:
+            kl_name = "kl_top_k" if "top_log_probs" in teacher else "kl"
         outputs = student(batch, teacher)
         counted.update(outputs, batch)
         none = totals.new_zeros(())
@@ -111,8 +113,8 @@ def _evaluate_split(
         raise RuntimeError(f"evaluated {total} rows of {len(chosen)}; this is a bug in forge")
     right, confidence = calibration.unbind(dim=1)
     metrics = {"loss": ce_sum / labels, **counted.compute(), "ece": ((right - confidence).abs().sum() / labels).item()}
-    if with_teacher:
-        metrics |= {"agreement": agreed / labels, "kl": kl_sum / labels}
+    if kl_name is not None:
+        metrics |= {"agreement": agreed / labels, kl_name: kl_sum / labels}
     metrics["samples"] = total
     if len(chosen) < len(rows):
         metrics["samples_of"] = len(rows)

@@ -1,7 +1,10 @@
 """Loads what a run is made of (its task, its student, its teacher) and builds the trainer of it."""
 
+import argparse
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -53,8 +56,8 @@ class Parts:
         }
 
 
-def load_parts(loaded: LoadedConfig, accelerator: Accelerator, stop: StopRequest) -> Parts:
-    """Of all ranks at once. Raises UsageError for whatever does not fit together, and Stopped."""
+def load_parts(loaded: LoadedConfig, accelerator: Accelerator, stop: StopRequest, command: Sequence[str]) -> Parts:
+    """Of all ranks at once. command: the user's. Raises UsageError for whatever does not fit together, and Stopped."""
     config = loaded.config
     task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
     student = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_student(config, task)))
@@ -64,10 +67,24 @@ def load_parts(loaded: LoadedConfig, accelerator: Accelerator, stop: StopRequest
         return Parts(task, student, None)
     task = rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
     if config.teacher.placement == "cached":
-        command = f"forge cache-teacher {shlex.quote(str(loaded.file))}"
-        return Parts(task, student, find_teacher_cache(config, task, student, accelerator, command))
+        making = cache_command(loaded.file, command)
+        return Parts(task, student, find_teacher_cache(config, task, student, accelerator, making))
     teacher = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task, student)))
     return Parts(task, student, _with_origin(teacher, accelerator, "teacher"))
+
+
+def cache_command(file: Path, command: Sequence[str]) -> str:
+    """What makes the teacher's cache of a config file, with what the user's command changed of it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--debug", action="store_true")
+    valued = ("output_root", "max_steps", "epochs")
+    for name in valued:
+        parser.add_argument(f"--{name}")
+    given, _ = parser.parse_known_args(list(command))
+    words = ["forge", "cache-teacher", str(file), *(["--debug"] if given.debug else [])]
+    words += [f"--{name}={value}" for name in valued if (value := getattr(given, name)) is not None]
+    return shlex.join([*words, *(f"--set={setting}" for setting in given.set)])
 
 
 def build_trainer(parts: Parts, config: Config, accelerator: Accelerator, *others: Any) -> FinetuningTrainer:
