@@ -18,6 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, forge, pair_rows
 from conversations import config_on, conversation
 from test_ocr import TINY, write_images
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -194,7 +196,13 @@ def test_a_stop_breaks_it_off(classifier: Path, config_file: Path, accelerator: 
 
 
 class Task:
+    """As much of a task as a key asks for."""
+
     fingerprint = "f" * 64
+    processing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "<unk>": 1}, "<unk>")))
+    tokenizer = processing
+    teacher_tokenizer = None
+    train, validation = (), {}  # type: ignore[var-annotated]
 
 
 ORIGIN = Origin(Weights("t", "/t", sha256="a" * 64))
