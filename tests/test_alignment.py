@@ -216,7 +216,7 @@ def test_a_row_that_the_teacher_cuts_is_aligned_up_to_there(load_lm: Callable[..
     short, long = (task.train[i] for i in range(2))
     assert len(short["teacher_input_ids"]) < 32
     assert len(long["teacher_input_ids"]) == 32
-    assert max(long["teacher_aligned"]) <= 30
+    assert max(long["teacher_aligned"]) <= 31
     assert 0 < len(long["aligned"]) < long["labels"]
     assert len(short["aligned"]) == short["labels"]
     assert task.facts()["alignment"]["teacher_rows_cut"] == 1
@@ -243,6 +243,26 @@ def test_places_lie_within_both_rows(load_lm: Callable[..., CausalLm]) -> None:
         assert max(row["aligned"]) <= row["length"] - 2
         assert len(row["teacher_input_ids"]) < 32
     assert task.train["length"][:][1] == 32
+
+
+def test_a_teacher_predicts_the_first_token_that_it_does_not_read(
+    load_lm: Callable[..., CausalLm], chat_model: Path
+) -> None:
+    """One vocabulary, and a template that is longer: each label has its place until the teacher's row is cut, and one
+    more. A student's cut token is no label, so there the row ends one earlier."""
+    teacher = AutoTokenizer.from_pretrained(chat_model)
+    prefix = "say say say"
+    more = len(teacher(prefix)["input_ids"])
+    teacher.chat_template = prefix + teacher.chat_template
+    rows = [said("red " * 11)]
+    task = load_lm(rows, rows, "task.max_length=32").for_teacher(teacher)
+    (row,) = task.train
+    assert 32 - more < len(row["input_ids"]) <= 32 == len(row["teacher_input_ids"])
+    assert row["teacher_aligned"][-3:] == [29, 30, 31]
+    assert row["aligned"][-3:] == [29 - more, 30 - more, 31 - more]
+    text = [{"text": "red cat tree " * 10}]
+    (cut,) = load_lm(text, text, "task.max_length=32").for_teacher(AutoTokenizer.from_pretrained(chat_model)).train
+    assert cut["aligned"] == cut["teacher_aligned"] == list(range(31))
 
 
 def test_the_teachers_rows_are_in_its_own_template(load_lm: Callable[..., CausalLm], tmp_path: Path) -> None:
