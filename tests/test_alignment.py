@@ -235,8 +235,8 @@ def test_rows_that_were_left_out_take_nobody_elses_alignment(load_lm: Callable[.
 
 def test_places_lie_within_both_rows(load_lm: Callable[..., CausalLm]) -> None:
     """Of a text the first token is learned, and nothing predicts it; here the student's rows are cut."""
-    rows = [{"text": "red cat tree " * i} for i in (1, 10)]
-    task = load_lm(rows, rows, "task.max_length=32").for_teacher(sentencepiece(["red", "cat", "tree"]))
+    rows = [{"text": "red cat 12 " * i} for i in (1, 9)]
+    task = load_lm(rows, rows, "task.max_length=32").for_teacher(sentencepiece(["red", "cat", "12"]))
     for row in task.train:
         assert min(row["aligned"]) >= 0
         assert min(row["teacher_aligned"]) >= 0
@@ -254,7 +254,7 @@ def test_a_teacher_predicts_the_first_token_that_it_does_not_read(
     prefix = "say say say"
     more = len(teacher(prefix)["input_ids"])
     teacher.chat_template = prefix + teacher.chat_template
-    rows = [said("red " * 11)]
+    rows = [said("red " * 14 + "cat")]
     task = load_lm(rows, rows, "task.max_length=32").for_teacher(teacher)
     (row,) = task.train
     assert 32 - more < len(row["input_ids"]) <= 32 == len(row["teacher_input_ids"])

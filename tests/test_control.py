@@ -419,9 +419,8 @@ def test_a_complete_control_serves_the_next_run_and_another_thing_is_refused(
     request = pipeline.Request(load_config(config, [*settings, "training.seed=7"]), [], "other")
     with pytest.raises(UsageError) as raised:
         pipeline._begin(request, None, accelerator)  # type: ignore[arg-type]
-    assert (
-        "other-sft is where the control of this run is to lie (evaluation.control: sft), and it is another"
-        in str(raised.value)
+    assert "other-sft is where the control of this run is to lie (evaluation.control: sft), and it is another" in str(
+        raised.value
     )
     assert "its config differs: training.seed: 42 -> 7" in str(raised.value)
     assert not (runs / "other").exists()

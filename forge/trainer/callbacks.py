@@ -151,7 +151,8 @@ class ConsoleReport(Callback):
     def reported(self, state: TrainingState, metrics: Metrics) -> None:
         parts = "  ".join(f"{name} {metrics[name]:.4f}" for name in PARTS if name in metrics)
         line = (
-            f"loss {metrics['loss']:.4f}{f' ({parts})' if parts else ''}  rate {metrics['learning_rate']:.2e}  grad norm {metrics['grad_norm']:.2f}  "
+            f"loss {metrics['loss']:.4f}{f' ({parts})' if parts else ''}  "
+            f"rate {metrics['learning_rate']:.2e}  grad norm {metrics['grad_norm']:.2f}  "
             f"{metrics['samples_per_second']:.1f} samples/s  {metrics['tokens_per_second']:.0f} tokens/s  "
             f"peak {metrics['peak_memory_mib']:.0f} MiB"
         )
