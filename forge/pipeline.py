@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 
 from forge.checkpoint.beginning import Beginning, begin_again, check_base, check_teacher, with_rows
 from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0
@@ -141,9 +142,10 @@ def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequ
                 trainer.close()
                 callbacks.finished(state)
             if wants_control(config):
-                accelerator.free_memory()
-                # Two models of this run would lie beside those of the control.
+                # The two models of this run would lie beside those of the control. They refer to each other in circles.
                 del trainer, callbacks, own, parts
+                accelerator.free_memory()
+                release_memory()  # what the accelerator itself held until now
                 _train_control(request, run, state, facts, accelerator, log, stop)
             return on_rank_0(accelerator, lambda: _complete(run, state, config, headline, lock))
     finally:
@@ -176,6 +178,8 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning, parts: Parts) 
             trainer.stop_if_asked()
             _enter(stage, trainer)
             work()
+    if not state.reached(Stage.CONTROL):  # in this attempt
+        trainer.callbacks.trained(state)
     if wants_control(config):
         trainer.stop_if_asked()
         trainer.keep()
@@ -293,9 +297,7 @@ def _begin(request: Request, lock: RunLock | None, accelerator: Accelerator) -> 
                 _existing_control(request, RunDirectory(output_root / place / request.run_name))
         return Beginning()
     config = request.loaded.config
-    if wants_control(config):
-        _existing_control(request, request.resumed)
-    return begin_again(
+    beginning = begin_again(
         request.resumed,
         lock,
         config,
@@ -304,6 +306,9 @@ def _begin(request: Request, lock: RunLock | None, accelerator: Accelerator) -> 
         allowed_changes=request.allowed_changes,
         take_over=request.take_over,
     )
+    if wants_control(config):  # behind the checks of the run itself: what it may not change is not the control's fault
+        _existing_control(request, request.resumed)
+    return beginning
 
 
 def _check_parts(beginning: Beginning, parts: Parts, allowed_changes: list[str]) -> Beginning:

@@ -35,7 +35,8 @@ def write_run(
     fingerprint: str = "963c2d6e6018",
     headline: list[str] | None = None,
 ) -> RunDirectory:
-    """A complete run; final, baseline and teacher are evaluations by `split/metric`. settings: dotted keys."""
+    """A complete run of training.max_steps; final, baseline and teacher are evaluations by `split/metric`. settings:
+    dotted keys."""
     folder.mkdir(parents=True)
     run = RunDirectory(folder)
     tree = copy.deepcopy(CONFIG)
@@ -58,7 +59,8 @@ def write_run(
             "attempts": [{"attempt": 1, "git": {"commit": "3b44745"}}],
         },
     )
-    complete: dict[str, Any] = {"stage": Stage.COMPLETE, "pipeline_complete": True, "step": 100, "total_steps": 100}
+    steps = tree["training"]["max_steps"] or 100
+    complete: dict[str, Any] = {"stage": Stage.COMPLETE, "pipeline_complete": True, "step": steps, "total_steps": steps}
     TrainingState(f"id-{folder.name}", **(complete | {"step_sizes": [[0, 32]]} | (state or {}))).save(run.state_file)
     evaluations = {"baseline": baseline, "teacher": teacher}
     for stage, numbers in evaluations.items():

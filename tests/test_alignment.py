@@ -216,7 +216,7 @@ def test_a_row_that_the_teacher_cuts_is_aligned_up_to_there(load_lm: Callable[..
     short, long = (task.train[i] for i in range(2))
     assert len(short["teacher_input_ids"]) < 32
     assert len(long["teacher_input_ids"]) == 32
-    assert max(long["teacher_aligned"]) <= 30
+    assert max(long["teacher_aligned"]) <= 31
     assert 0 < len(long["aligned"]) < long["labels"]
     assert len(short["aligned"]) == short["labels"]
     assert task.facts()["alignment"]["teacher_rows_cut"] == 1
@@ -235,14 +235,34 @@ def test_rows_that_were_left_out_take_nobody_elses_alignment(load_lm: Callable[.
 
 def test_places_lie_within_both_rows(load_lm: Callable[..., CausalLm]) -> None:
     """Of a text the first token is learned, and nothing predicts it; here the student's rows are cut."""
-    rows = [{"text": "red cat tree " * i} for i in (1, 10)]
-    task = load_lm(rows, rows, "task.max_length=32").for_teacher(sentencepiece(["red", "cat", "tree"]))
+    rows = [{"text": "red cat 12 " * i} for i in (1, 9)]
+    task = load_lm(rows, rows, "task.max_length=32").for_teacher(sentencepiece(["red", "cat", "12"]))
     for row in task.train:
         assert min(row["aligned"]) >= 0
         assert min(row["teacher_aligned"]) >= 0
         assert max(row["aligned"]) <= row["length"] - 2
         assert len(row["teacher_input_ids"]) < 32
     assert task.train["length"][:][1] == 32
+
+
+def test_a_teacher_predicts_the_first_token_that_it_does_not_read(
+    load_lm: Callable[..., CausalLm], chat_model: Path
+) -> None:
+    """One vocabulary, and a template that is longer: each label has its place until the teacher's row is cut, and one
+    more. A student's cut token is no label, so there the row ends one earlier."""
+    teacher = AutoTokenizer.from_pretrained(chat_model)
+    prefix = "say say say"
+    more = len(teacher(prefix)["input_ids"])
+    teacher.chat_template = prefix + teacher.chat_template
+    rows = [said("red " * 14 + "cat")]
+    task = load_lm(rows, rows, "task.max_length=32").for_teacher(teacher)
+    (row,) = task.train
+    assert 32 - more < len(row["input_ids"]) <= 32 == len(row["teacher_input_ids"])
+    assert row["teacher_aligned"][-3:] == [29, 30, 31]
+    assert row["aligned"][-3:] == [29 - more, 30 - more, 31 - more]
+    text = [{"text": "red cat tree " * 10}]
+    (cut,) = load_lm(text, text, "task.max_length=32").for_teacher(AutoTokenizer.from_pretrained(chat_model)).train
+    assert cut["aligned"] == cut["teacher_aligned"] == list(range(31))
 
 
 def test_the_teachers_rows_are_in_its_own_template(load_lm: Callable[..., CausalLm], tmp_path: Path) -> None:

@@ -302,6 +302,24 @@ def test_no_difference_of_groups_that_share_no_seed_or_are_three(tmp_path: Path)
     assert len(compare_runs([*one, *two, apart]).paired) == 2  # the third group shares no seed
 
 
+def test_a_control_of_as_many_steps_is_a_twin_however_they_were_asked_for(tmp_path: Path) -> None:
+    """evaluation.control writes the steps into its config, where that of its run may have epochs."""
+    by_epochs = {"training.max_steps": None, "training.epochs": 2.0}
+    taken = {"step": 70, "total_steps": 70}
+    kd = write_run(tmp_path / "kd", of(loss=0.5), teacher=of(loss=0.4), settings=KD | by_epochs, state=taken)
+    sft = write_run(tmp_path / "sft", of(loss=0.6), settings={"training.max_steps": 70})
+    other = write_run(tmp_path / "short", of(loss=0.9), settings={"training.max_steps": 50})
+    comparison = compare_runs([kd, sft, other])
+    assert labels(comparison)[:2] == ["distillation.alpha 0.9, training.max_steps 70", "gap closed"]
+    assert line_of(comparison, "gap closed").of == (0, 1)
+    assert comparison.groups[1].differs == {"distillation.alpha": 0.0, "training.max_steps": 70}
+    assert not [note for note in comparison.notes if "control" in note.split(":")[0]]
+    assert not [note for note in comparison.notes if "differs" in note]
+    again = write_run(tmp_path / "again", of(loss=0.6), settings=by_epochs, state=taken)
+    with pytest.raises(UsageError, match="the same config and the same seed, 1"):
+        compare_runs([sft, again])
+
+
 def test_the_gap_is_closed_from_the_control_to_the_teacher(tmp_path: Path) -> None:
     teacher = of(loss=0.10, accuracy=0.90)
     sft = three(tmp_path, "sft", [0.80, 0.82, 0.84])

@@ -11,6 +11,7 @@ import torch
 from adapters import write_adapter
 from conftest import WORDS, forge, trainer_of
 from conversations import config_on, conversation
+from recorded_runs import write_run
 from teachers import LABELS, write_chat_teacher, write_classifier
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -28,6 +29,7 @@ from vocabularies import changed_vocabulary, sentencepiece, write_llm
 from forge.config.loader import load_config
 from forge.errors import UsageError
 from forge.model.origin import Origin, Weights
+from forge.model.source import with_run_paths
 from forge.task.choice import load_task
 from forge.teacher.key import content_key
 from forge.teacher.vocabulary import compare, for_teacher
@@ -130,6 +132,27 @@ def test_only_the_comparison_in_evaluations_is_refused_too(distil: Build, chat_m
     control = config.model_copy(update={"distillation": config.distillation.model_copy(update={"alpha": 0.0})})
     with pytest.raises(UsageError, match="the teacher's tokenizer is not the student's"):
         for_teacher(control, task)
+
+
+def test_a_name_that_is_nothing_here_is_said_to_be_no_runs(distil: Build) -> None:
+    of_runs = " was the name of no run below output_root (`forge runs` lists them), and it"
+    for name, more in (("nosuchrun", of_runs), ("someone/model", "")):
+        with pytest.raises(UsageError) as refused:
+            distil(Path(name))
+        assert str(refused.value).startswith(
+            f"teacher.path: {name}{more} is neither a folder here nor in the local hub cache"
+        )
+        assert "teacher.tokenizer" not in str(refused.value)  # the whole teacher is missing
+
+
+def test_a_runs_name_that_stands_twice_is_told_once(
+    config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_run(tmp_path / "outputs" / "tiny" / "first")
+    caplog.set_level(logging.INFO)
+    config = with_run_paths(load_config(config_file, ["model.path=first", "teacher.path=first"]).config)
+    assert (config.model.path, config.teacher.path) == (str(run.path), str(run.path))
+    assert [record.message for record in caplog.records] == [f"first is the run {run.path}"]
 
 
 def test_a_teacher_without_a_tokenizer_is_asked_for_one(distil: Build, chat_model: Path, tmp_path: Path) -> None:

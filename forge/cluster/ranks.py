@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -50,7 +51,8 @@ def rank_seed(seed: int, rank: int) -> int:
 
 
 def rank_0_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Runs work on rank 0, then on the others (which find its caches warm); an error on any rank ends all of them.
+    """Runs work on rank 0, then on the others (which find its caches warm); an error on any rank ends all of them. The
+    others do not repeat the warnings.
 
     Errors travel as values: an exception raised before a collective would leave the other ranks waiting for it.
     """
@@ -59,7 +61,8 @@ def rank_0_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
         outcome = _attempt(work)
     _raise_agreed(outcome[1])
     if not accelerator.is_main_process:
-        outcome = _attempt(work)
+        with _no_warnings():
+            outcome = _attempt(work)
     _raise_agreed(outcome[1])
     return outcome[0]  # type: ignore[return-value]
 
@@ -138,6 +141,16 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except Exception as error:  # noqa: BLE001 - passed on as a value and raised by _raise_agreed on every rank
         return None, error
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _raise_agreed(error: Exception | None) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def with_run_paths(config: Config) -> Config:
     A folder of that name comes first, then the run, then the hub. Raises UsageError where several runs have the name.
     """
 
+    @cache  # a name that stands in several places is told of once
     def path_of(name: str | None) -> str | None:
         if name is None or not valid_run_name(name) or Path(name).exists():
             return name
@@ -315,15 +317,18 @@ def not_found(source: ModelSource, key: str, what: str, error: Exception) -> str
     reason = " ".join(str(error).split())[:200]
     if source.is_local:
         return f"{key}: the folder {source.location} has no usable {what} ({reason})"
+    name = source.name
+    if valid_run_name(name):  # when the run began, with_run_paths would have made a path of a run's name
+        name += " was the name of no run below output_root (`forge runs` lists them), and it"
     if is_offline_mode():
         return (
-            f"{key}: {source.name} is neither a folder here nor in the local hub cache, and HF_HUB_OFFLINE forbids to "
+            f"{key}: {name} is neither a folder here nor in the local hub cache, and HF_HUB_OFFLINE forbids to "
             f"download it; name a local folder, or fetch it on a machine with a network: `hf download {source.name}`"
         )
     if "connect" in reason.lower():
         reason = "there is no connection to it; HF_HUB_OFFLINE=1 says so at once"
     return (
-        f"{key}: {source.name} is not a folder here, and the hub gave no {what} for it ({reason}); check the spelling, "
+        f"{key}: {name} is not a folder here, and the hub gave no {what} for it ({reason}); check the spelling, "
         "the network and, for a gated model, your login"
     )
 

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from forge.config.changes import RULES, Kind
+from forge.config.distilling import DistillationConfig, TeacherConfig
 from forge.config.explain import inline
 from forge.errors import UsageError
 from forge.report.figures import RunFigures
 
+LENGTHS = ("training.max_steps", "training.epochs")  # two ways to say how many steps a run takes
 # A resume may change these without harm, a comparison must tell them apart: they change the numbers, or the time.
-COUNTED = ("training.max_steps", "training.epochs", "teacher", "distillation")
+COUNTED = (*LENGTHS, "teacher", "distillation")
+_DEFAULTS = {
+    f"{section}.{name}": value
+    for section, config in (("teacher", TeacherConfig()), ("distillation", DistillationConfig()))
+    for name, value in config.model_dump(mode="json").items()
+}
 LONGEST_LABEL = 48  # beyond it the configs' names stand for their keys, where they tell the groups apart
 
 
@@ -54,7 +61,11 @@ def group_runs(runs: Sequence[RunFigures]) -> tuple[list[Group], list[str]]:
     varying = [key for key in _keys(configs) if len({repr(config.get(key, key)) for config in configs}) > 1]
     differs = [{key: config[key] for key in varying if key in config} for config in configs]
     labels, legend = _labels(differs, [group[0].config_name for group in members])
-    groups = [Group(label, diff, tuple(group)) for label, diff, group in zip(labels, differs, members, strict=True)]
+    unsaid = [key for key in varying if _goes_without_saying(key, differs)]
+    groups = [
+        Group(label, {key: diff[key] for key in diff if key not in unsaid}, tuple(group))
+        for label, diff, group in zip(labels, differs, members, strict=True)
+    ]
     return groups, legend
 
 
@@ -62,9 +73,10 @@ def counted_config(run: RunFigures) -> dict[str, Any]:
     """The keys that two runs of one group must have in common.
 
     Left out: the seed, and what a resume may change without harm, which is a matter of place, of reports and of
-    memory. The rows of a step and the precision are those that the run had, whatever keys led to them.
+    memory. Steps, the rows of a step and the precision are those that the run had, whatever keys led to them.
     """
-    config = {key: value for key, value in run.config.items() if counts(key)}
+    config = {key: value for key, value in run.config.items() if counts(key) and key not in LENGTHS}
+    config["training.max_steps"] = run.state.step
     world = run.metadata["world"]
     config["training.batch_size"] = world["rows_per_step"]
     config["training.mixed_precision"] = world.get("mixed_precision", config.get("training.mixed_precision"))
@@ -90,6 +102,12 @@ def only_distillation_differs(a: Group, b: Group) -> bool:
         return {key: value for key, value in config.items() if key.split(".")[0] not in ("teacher", "distillation")}
 
     return rest(a) == rest(b)
+
+
+def _goes_without_saying(key: str, differs: Sequence[dict[str, Any]]) -> bool:
+    """Is it a default of the teacher's part, which groups without a teacher do not have?"""
+    values = [diff[key] for diff in differs if key in diff]
+    return len(values) < len(differs) and key in _DEFAULTS and all(value == _DEFAULTS[key] for value in values)
 
 
 def _keys(maps: Sequence[dict[str, Any]]) -> list[str]:

@@ -54,7 +54,7 @@ def align_split(student: Encoder, teacher: Encoder, rows: Dataset, where: str) -
             pairs = [
                 (mine - 1, its - 1)  # logits at a place predict the token behind it
                 for mine, its in align_rows(replies(one, student.tokenizer), replies(other, teacher.tokenizer))
-                if 0 < mine < longest and 0 < its < longest
+                if 0 < mine < longest and 0 < its <= longest  # behind its last token the teacher still predicts one
             ]
             found["teacher_input_ids"].append(other.ids[:longest])
             found["aligned"].append([mine for mine, _ in pairs])

@@ -36,6 +36,9 @@ def place(
         if accelerator.device.type == "cpu":
             logger.warning("teacher.placement: offload saves nothing here: the device is the CPU, as the host")
         model = cpu_offload(model, execution_device=accelerator.device)
+    dtype = str(teacher_dtype(config, accelerator)).removeprefix("torch.")
+    millions = model.num_parameters() / 1e6
+    logger.info("teacher: %s, %s, %s, %.1f M parameters", config.path, config.placement, dtype, millions)
     found = head if isinstance(head, LinearHead) else None
     # Made once: from a list each batch would bring it to the device, and wait.
     index = None if columns is None else torch.tensor(columns, device=accelerator.device)

@@ -104,6 +104,8 @@ def _teacher_tokenizer(config: Config, task: Task) -> PreTrainedTokenizerBase:
             return processor.tokenizer
         tokenizer = load_tokenizer(source, key)
     except UsageError as error:
+        if config.teacher.tokenizer is None and not source.is_local:  # the whole teacher is missing, as far as we see
+            raise
         way_out = "name another" if config.teacher.tokenizer else "name one with teacher.tokenizer"
         raise UsageError(f"{error}; the teacher's tokens are compared with the student's: {way_out}") from error
     tokenizer_hash(tokenizer)  # raises for a slow one

@@ -17,6 +17,7 @@ from forge.task.task import Sample
 logger = logging.getLogger(__name__)
 Metrics = dict[str, Any]
 Samples = dict[str, list[Sample]]
+PARTS = ("ce", "divergence", "hidden", "relation")  # of a distilled run's loss
 
 
 class Callback:
@@ -40,6 +41,9 @@ class Callback:
         """A checkpoint of that state is committed: its name, size, seconds, and those that training waited."""
 
     def training_ended(self, state: TrainingState) -> None: ...
+
+    def trained(self, state: TrainingState) -> None:
+        """All stages of the run are done, its last evaluation too; its control is yet to come."""
 
     def finished(self, state: TrainingState) -> None:
         """The pipeline ends, complete or not."""
@@ -78,6 +82,10 @@ class Callbacks(Callback):
     def training_ended(self, state: TrainingState) -> None:
         for callback in self._callbacks:
             callback.training_ended(state)
+
+    def trained(self, state: TrainingState) -> None:
+        for callback in self._callbacks:
+            callback.trained(state)
 
     def finished(self, state: TrainingState) -> None:
         for callback in self._callbacks:
@@ -141,8 +149,10 @@ class ConsoleReport(Callback):
             self._bar.update(self._bar.task_ids[0], completed=state.step)
 
     def reported(self, state: TrainingState, metrics: Metrics) -> None:
+        parts = "  ".join(f"{name} {metrics[name]:.4f}" for name in PARTS if name in metrics)
         line = (
-            f"loss {metrics['loss']:.4f}  rate {metrics['learning_rate']:.2e}  grad norm {metrics['grad_norm']:.2f}  "
+            f"loss {metrics['loss']:.4f}{f' ({parts})' if parts else ''}  "
+            f"rate {metrics['learning_rate']:.2e}  grad norm {metrics['grad_norm']:.2f}  "
             f"{metrics['samples_per_second']:.1f} samples/s  {metrics['tokens_per_second']:.0f} tokens/s  "
             f"peak {metrics['peak_memory_mib']:.0f} MiB"
         )

@@ -8,18 +8,18 @@ from typing import Any
 from forge.report.figures import LOWER_IS_BETTER
 from forge.run.directory import RunDirectory
 from forge.run.files import read_json_lines, write_json
-from forge.run.state import Stage, TrainingState
+from forge.run.state import TrainingState
 from forge.trainer.callbacks import Callback, Metrics
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("baseline", "training", "final")  # of the student; the teacher's numbers are no peak of its
-AVERAGED = "agreement"
+AVERAGED, AVERAGED_STAGES = "agreement", ("training", "final")  # what an untrained student has is no property of it
 
 
 class PeakMetrics(Callback):
-    """Writes peak_metrics.json: for each metric {"value", "step", "stage"}, for agreement also the mean and the number
-    of evaluations that it is taken over.
+    """Writes peak_metrics.json: for each metric {"value", "step", "stage"}, for agreement also the mean over the
+    evaluations of the trained student and their number: each step counts once, and the untrained student not at all.
 
     It is derived from metrics.jsonl after each evaluation, and when a resumed run has dropped rows of it; so it comes
     behind MetricsFile in the list of callbacks.
@@ -35,10 +35,11 @@ class PeakMetrics(Callback):
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
         self._write()
 
-    def finished(self, state: TrainingState) -> None:
-        if not state.reached(Stage.CONTROL):
+    def trained(self, state: TrainingState) -> None:
+        rows = [row for row in read_json_lines(self._run.metrics_file) if row.get("stage") in STAGES]
+        if len({row["step"] for row in rows}) < 2:  # the best of one is no news
             return
-        best = peaks(read_json_lines(self._run.metrics_file))
+        best = peaks(rows)
         told = [_told(name, peak) for name, peak in best.items() if name.split("/")[-1] in self._headline]
         if told:
             logger.info("best: %s", "; ".join(told))
@@ -55,7 +56,7 @@ def peaks(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of the rows of metrics.jsonl, by `split/metric`; of equal values the earliest. Counts have no peak, nor has what
     is not finite."""
     best: dict[str, dict[str, Any]] = {}
-    sums: dict[str, tuple[float, int]] = {}
+    averaged: dict[str, dict[int, float]] = {}  # by step: after the last one there may be two evaluations
     for row in rows:
         if row.get("stage") not in STAGES:
             continue
@@ -66,11 +67,10 @@ def peaks(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             sign = -1 if metric in LOWER_IS_BETTER else 1
             if name not in best or sign * value > sign * best[name]["value"]:
                 best[name] = {"value": value, "step": row["step"], "stage": row["stage"]}
-            if metric == AVERAGED:
-                total, count = sums.get(name, (0.0, 0))
-                sums[name] = (total + value, count + 1)
-    for name, (total, count) in sums.items():
-        best[name] |= {"mean": total / count, "evaluations": count}
+            if metric == AVERAGED and row["stage"] in AVERAGED_STAGES:
+                averaged.setdefault(name, {})[row["step"]] = value
+    for name, values in averaged.items():
+        best[name] |= {"mean": sum(values.values()) / len(values), "evaluations": len(values)}
     return best
 
 
