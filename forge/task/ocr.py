@@ -16,7 +16,7 @@ from forge.model.generation import write
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source
 from forge.model.recognizer import freeze_unused, load_recognizer, reads_lines, writer
 from forge.model.source import load_processor
-from forge.task.batches import FILLER, Batch
+from forge.task.batches import FILLER, Batch, model_inputs
 from forge.task.characters import character_tokenizer
 from forge.task.identity import tokenizer_hash
 from forge.task.image_chat import ImageChat, image_chat
@@ -145,7 +145,7 @@ class OcrMetrics(Metrics):
     def update(self, outputs: dict[str, Tensor], batch: Batch) -> None:
         """Reads the batch's images; a filler's too, since the ranks of a sharded model read together."""
         reader, config = self._task.reader, self._task.config
-        inputs = reader.generation_inputs({name: batch[name] for name in batch if name not in ("ids", "tokens")})
+        inputs = reader.generation_inputs({**model_inputs(batch), "labels": batch["labels"]})
         generated = write(self._model, inputs, config.max_length, config.num_beams)
         predictions = [normalize(text, config.normalization) for text in reader.replies(generated, inputs)]
         for row, prediction in zip(batch["ids"].tolist(), predictions, strict=True):
