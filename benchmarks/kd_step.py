@@ -20,7 +20,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = {"classification": "configs/quickstart/sft.yaml", "causal_lm": "configs/quickstart/causal_lm.yaml"}
 VARIANTS = {
-    "SFT": ("distillation.alpha=0",),
+    "SFT": (),
     "KD, replicated": ("distillation.alpha=0.5", "teacher.placement=replicated"),
     "KD, offload": ("distillation.alpha=0.5", "teacher.placement=offload"),
     "KD, cached": ("distillation.alpha=0.5", "teacher.placement=cached"),
@@ -40,7 +40,8 @@ def main() -> None:
         run("teacher", args.task, root, 2)
         teacher = root / Path(CONFIGS[args.task]).relative_to("configs").with_suffix("") / "teacher"
         settings = student_settings(args.task, args.student_layers, teacher)
-        cached = [part for setting in (*settings, *VARIANTS["KD, cached"]) for part in ("--set", setting)]
+        taught = (f"teacher.path={teacher}",)
+        cached = [part for setting in (*settings, *taught, *VARIANTS["KD, cached"]) for part in ("--set", setting)]
         forge("-m", "forge.cli", "cache-teacher", CONFIGS[args.task], "--output_root", str(root), *cached)
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         memory: dict[str, float] = dict.fromkeys(VARIANTS, 0.0)
@@ -48,7 +49,8 @@ def main() -> None:
             for i in range(len(VARIANTS)):  # another one begins in each round
                 variant = list(VARIANTS)[(i + round_number) % len(VARIANTS)]
                 run_name = f"{variant.replace(', ', '-')}-{round_number}"
-                folder = run(run_name, args.task, root, args.steps, *settings, *VARIANTS[variant])
+                own = (*taught, *VARIANTS[variant]) if VARIANTS[variant] else ()
+                folder = run(run_name, args.task, root, args.steps, *settings, *own)
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 steps = [line for line in lines if "samples_per_second" in line][WARM_UP:]
                 rows = json.loads((folder / "run_metadata.json").read_text())["world"]["rows_per_step"]
@@ -64,11 +66,10 @@ def main() -> None:
 
 def student_settings(task: str, layers: int, teacher: Path) -> list[str]:
     """Of a smaller model than the teacher's."""
-    own = [f"teacher.path={teacher}"]
     if task == "causal_lm":
-        return [*own, f"model.config.num_hidden_layers={layers}"]
+        return [f"model.config.num_hidden_layers={layers}"]
     kept = [round(i * 6 / layers) for i in range(layers)]
-    return [*own, f"model.path={teacher}", f"model.keep_layers=[{', '.join(map(str, kept))}]"]
+    return [f"model.path={teacher}", f"model.keep_layers=[{', '.join(map(str, kept))}]"]
 
 
 def run(name: str, task: str, root: Path, steps: int, *settings: str) -> Path:
