@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loss_oracle import sparse_kl
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -306,3 +307,19 @@ def test_kl_of_evaluations_does_not_depend_on_what_is_trained_with() -> None:
         values.append(apart)
     assert values[0] > 1
     assert values == [values[0]] * 3
+
+
+def test_what_a_top_k_lacks_is_treated_as_the_config_says() -> None:
+    torch.manual_seed(2)
+    logits, labels = torch.randn(5, 12), torch.randint(0, 12, (5,))
+    top = torch.randn(5, 12).log_softmax(-1).topk(3)
+    told = {"top_log_probs": top.values, "top_indices": top.indices}
+    divergences = []
+    for missing_mass in ("tail", "renormalise", "zero"):
+        config = DistillationConfig(alpha=0.5, temperature=2.0, missing_mass=missing_mass)
+        _, parts = Objective(config).from_logits(logits, labels, told)
+        pairs = zip(logits, top.values, top.indices, strict=True)
+        expected = sum(sparse_kl(row, log_q, at, 2.0, missing_mass) for row, log_q, at in pairs)
+        assert parts.kl_sum.item() == pytest.approx(float(expected), rel=1e-5)
+        divergences.append(parts.kl_sum.item())
+    assert len({round(value, 3) for value in divergences}) == 3
