@@ -150,7 +150,7 @@ def test_a_label_says_what_differs_and_no_more(options: dict[str, Any], expected
 
 def test_of_paths_only_the_part_that_differs_is_shown(tmp_path: Path) -> None:
     runs = [
-        write_run(tmp_path / name, of(accuracy=0.8), settings={**KD, "teacher.path": f"/work/runs/{name}/final"})
+        write_run(tmp_path / name, of(accuracy=0.8), settings={**KD, "teacher.path": f"/some/runs/{name}/final"})
         for name in ("big", "small")
     ]
     groups, _ = group_runs([read_figures(run) for run in runs])
