@@ -5,7 +5,6 @@ learned token stands how much of the reply its model has read, in bytes; where t
 distributions over the next token are about the same continuation, whatever tokens they are over.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from forge.task.chat import Span
-from forge.task.documents import Encoder, Spelled
+from forge.task.documents import Encoder, Spelled, map_rows
 from forge.task.identity import source_hash
 
 FEATURES = Features(
@@ -62,17 +61,8 @@ def align_split(student: Encoder, teacher: Encoder, rows: Dataset, where: str) -
             found["teacher_cut"].append(max(0, len(other.ids) - longest))
         return found
 
-    key = f"{rows._fingerprint} {student.key} {teacher.key} {where} {source_hash(__file__)}"
-    return rows.map(
-        align,
-        batched=True,
-        batch_size=200,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=FEATURES,
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        desc="aligning",
-    )
+    key = f"{student.key} {teacher.key} {where} {source_hash(__file__)}"
+    return map_rows(rows, align, key, FEATURES, "aligning")
 
 
 def align_rows(student: Sequence[Reply], teacher: Sequence[Reply]) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,18 +253,7 @@ def encode_split(encoder: Encoder, rows: Dataset, where: str, split: str) -> tup
     def encode(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         return encoder.encode(columns, numbers, place)
 
-    key = f"{rows._fingerprint} {encoder.key} {place}"
-    encoded = rows.map(
-        encode,
-        batched=True,
-        batch_size=200,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=FEATURES,
-        # Named by content: datasets would pickle the tokenizer, whose bytes differ from process to process.
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        desc="tokenizing",
-    )
+    encoded = map_rows(rows, encode, f"{encoder.key} {place}", FEATURES, "tokenizing")
     kept, cut = select_rows(encoder.config, encoded, place)
     lengths = kept["length"][:]
     labels = sum(kept["labels"][:])
@@ -275,6 +264,25 @@ def encode_split(encoder: Encoder, rows: Dataset, where: str, split: str) -> tup
     _tell_of_cuts(encoder.config, split, cut)
     _tell_of_specials(encoder, kept, split)
     return kept, cut
+
+
+def map_rows(rows: Dataset, make: Callable[..., Any], key: str, features: Features, what: str) -> Dataset:
+    """New columns in place of the rows' own, kept on disk under rows and `key`: all that they depend on.
+
+    make: (columns, row numbers) -> columns.
+    """
+    # Named by content: datasets would pickle the tokenizer, whose bytes differ from process to process.
+    name = hashlib.sha256(f"{rows._fingerprint} {key}".encode()).hexdigest()[:32]
+    return rows.map(
+        make,
+        batched=True,
+        batch_size=200,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=features,
+        new_fingerprint=name,
+        desc=what,
+    )
 
 
 def select_rows(config: CausalLmTask, encoded: Dataset, place: str) -> tuple[Dataset, Cut]:
