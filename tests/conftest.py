@@ -146,7 +146,12 @@ output_root: {tmp_path / "outputs"}
 
 def forge(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
     """The true command, `python forge.py …`, to its end."""
-    command = [sys.executable, str(REPOSITORY / "forge.py"), *map(str, arguments)]
+    return python(REPOSITORY / "forge.py", *arguments, cwd=cwd, **environment)
+
+
+def python(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script, or -m with a module, to its end."""
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240, check=False
     )

@@ -2,10 +2,8 @@
 
 import io
 import logging
-import os
 import shutil
 import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, forge, forge_on_two_ranks
+from conftest import REPOSITORY, forge, forge_on_two_ranks, python
 from recorded_runs import write_run
 from rich.console import Console
 from teachers import write_classifier
@@ -429,15 +427,7 @@ def test_a_complete_control_serves_the_next_run_and_another_thing_is_refused(
 def faulty(folder: Path, where: str, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     entry = folder / "entry.py"
     entry.write_text(FAULT.format(repository=str(REPOSITORY), where=where, signal=name))
-    return subprocess.run(
-        [sys.executable, str(entry), *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return python(entry, *arguments, OMP_NUM_THREADS="1")
 
 
 # What is checked before training, on written runs.

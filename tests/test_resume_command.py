@@ -1,7 +1,6 @@
 """`forge resume` goes on with one run or with all, on this machine, and tells what came of each."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python
 
 from forge.cli import main
 from forge.cluster import launch
@@ -255,15 +254,8 @@ def test_a_run_of_one_rank_and_one_of_two_go_on_to_their_end(config_file: Path, 
                     training.send_signal(signal.SIGTERM)
             assert training.wait(60) != 0
     outputs = tmp_path / "outputs"
-    done = subprocess.run(
-        [sys.executable, "-m", "forge.cli", "resume", "--all", "--output_root", str(outputs), "--max_steps", "60"],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    again = ("-m", "forge.cli", "resume", "--all", "--output_root", outputs, "--max_steps", "60")
+    done = python(*again, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert table(done.stdout) == {"of_1": "complete", "of_2": "complete"}
     for ranks in (1, 2):

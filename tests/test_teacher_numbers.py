@@ -3,10 +3,7 @@
 import json
 import logging
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, forge, pair_rows
+from conftest import REPOSITORY, forge, pair_rows, python
 from conversations import config_on, conversation
 from test_ocr import TINY, write_images
 from tokenizers import Tokenizer
@@ -348,15 +345,7 @@ def test_a_run_goes_on_with_its_own_teacher_or_with_one_that_is_allowed(
     entry, run = tmp_path / "entry.py", tmp_path / "outputs" / "tiny" / "kd"
     entry.write_text(STOP.format(repository=str(REPOSITORY)))
     settings = ["--set", f"teacher.path={classifier}", "--set", "distillation.alpha=0.5"]
-    stopped = subprocess.run(
-        [sys.executable, str(entry), "--config", str(config_file), "--run_name", "kd", *settings],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    stopped = python(entry, "--config", config_file, "--run_name", "kd", *settings, OMP_NUM_THREADS="1")
     assert stopped.returncode == 75, stopped.stderr
     then = read_json(run / "run_metadata.json")["teacher"]["weights_sha256"]
     other = tmp_path / "other"
