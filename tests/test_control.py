@@ -123,7 +123,7 @@ def test_the_control_is_the_plain_run_to_the_last_bit(outputs: tuple[Path, Path,
     assert (state["pipeline_complete"], state["step"], state["attempts"]) == (True, 6, 1)
     alone, beside = evaluation(runs / "plain", "final"), evaluation(runs / "kd-sft", "final")
     assert {name: beside[name] for name in alone} == {  # beside a teacher the cross-entropy is rounded elsewhere
-        name: pytest.approx(value, rel=1e-6) if name.endswith("/loss") else value for name, value in alone.items()
+        name: pytest.approx(value, rel=1e-5) if name.endswith("/loss") else value for name, value in alone.items()
     }
     assert {name for name in beside if name not in alone} == {
         f"{split}/{metric}" for split in ("matched", "other") for metric in ("agreement", "kl")

@@ -156,7 +156,7 @@ def test_a_student_takes_the_same_steps_from_files_as_from_the_teacher(
 
     monkeypatch.setattr(Classification, "load_model", no_teacher)
     read = trajectory(build_trainer(*settings, "teacher.placement=cached"))
-    assert_same_steps(computed, read, rel=1e-6)
+    assert_same_steps(computed, read, rel=1e-5)
     assert len(read[0]) == 6
     assert "f/other/kl" in read[1]
 
@@ -164,12 +164,13 @@ def test_a_student_takes_the_same_steps_from_files_as_from_the_teacher(
 def test_one_cache_serves_students_with_labels_in_any_order(
     build_trainer: Build, config_file: Path, teacher: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
+    # The cache was filled in batches padded otherwise, so the last digits of float32 differ with the machine.
     fill(load_config(config_file, distilled(teacher)).config)
     for i, names in enumerate([["neutral", "contradiction", "entailment"], ["contradiction", "entailment", "neutral"]]):
         student = write_classifier(tmp_path / f"student{i}", tiny_model, seed=7, names=names)
         settings = distilled(teacher, f"model.path={student}", "training.max_steps=2")
         computed = trajectory(build_trainer(*settings))
-        assert_same_steps(computed, trajectory(build_trainer(*settings, "teacher.placement=cached")), rel=1e-6)
+        assert_same_steps(computed, trajectory(build_trainer(*settings, "teacher.placement=cached")), rel=1e-5)
 
 
 def test_hidden_states_are_those_of_the_teacher_and_zero_at_padding(
