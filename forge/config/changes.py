@@ -49,6 +49,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "training.batch_size": (Kind.HARMLESS, SPREAD),  # a step of another size is found by its rows, not by this key
     "training.num_workers": (Kind.HARMLESS, "who prepares the batches; what is in them stays the same"),
     "training.gradient_checkpointing": (Kind.HARMLESS, "memory against time; the gradients stay the same"),
+    "deepspeed": (Kind.HARMLESS, "how weights and moments are spread over devices; their values stay the same"),
     "evaluation": (Kind.HARMLESS, "when the model is measured; the steps of training stay the same"),
     "evaluation.max_samples": (
         Kind.MEANING,

@@ -29,9 +29,10 @@ class TeacherConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of its weights, and what it computes in; auto: bfloat16 where training.mixed_precision comes to bf16 or fp16,
     else float32."""
-    placement: Literal["replicated", "offload", "cached"] = "replicated"
-    """replicated: whole on every device; offload: in host memory, on the device for its forward alone; cached: not in
-    memory at all, its outputs come from the files of `forge cache-teacher`."""
+    placement: Literal["replicated", "offload", "zero3", "cached"] = "replicated"
+    """replicated: whole on every device; offload: in host memory, on the device for its forward alone; zero3: spread
+    over all devices, each layer gathered for its forward, with deepspeed.student; cached: not in memory at all, its
+    outputs come from the files of `forge cache-teacher`."""
     cache: Text | None = None
     """With placement cached: the folder of those files; null: one below output_root that is named by their content."""
     top_k: Positive = 64

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from forge.config.distilling import WHOLE_LOGITS_COLUMNS, DistillationConfig, TeacherConfig
+from forge.config.plans import PlanError, contradictions, read_plan
 from forge.config.schema import CausalLmTask, ClassificationTask, Config
 
 
@@ -87,6 +88,8 @@ def _of_the_teacher(config: Config) -> Iterator[tuple[str, Inert]]:
     if teacher.placement != "cached":
         keys = ("teacher.cache", "distillation.missing_mass")  # teacher.top_k is also for who makes a cache
         yield from each(keys, f"teacher.placement is {teacher.placement}", "teacher.placement")
+    if teacher.placement != "zero3":
+        yield from each(["deepspeed.teacher"], f"teacher.placement is {teacher.placement}", "teacher.placement")
     if not isinstance(config.task, ClassificationTask):
         yield from each(["teacher.labels"], f"task.type is {config.task.type}", "task.type")
     elif config.task.labels is not None and len(config.task.labels) <= WHOLE_LOGITS_COLUMNS:
@@ -101,6 +104,41 @@ def unsupported(config: Config) -> dict[str, str]:
         problems["evaluation.teacher"] = "evaluation.teacher is true, and there is no teacher; set teacher.path"
     if config.task.dataset.streaming and (reason := _not_streamed(config)):
         problems["task.dataset.streaming"] = f"task.dataset.streaming is true, and {reason}"
+    return problems | _not_sharded(config)
+
+
+def _not_sharded(config: Config) -> dict[str, str]:
+    """What does not go together with the plans for DeepSpeed."""
+    plan = config.deepspeed.student
+    problems: dict[str, str] = {}
+    named = [("deepspeed.student", plan)] if plan is not None else []
+    if config.teacher.placement == "zero3" and config.wants_teacher:
+        named.append(("deepspeed.teacher", config.deepspeed.teacher))
+    for key, name in named:
+        try:
+            of_other = contradictions(read_plan(name), config, key)
+        except PlanError as error:
+            problems[key] = f"{key} is {name}: {error}"
+            continue
+        if of_other:
+            problems[key] = "; ".join(of_other)
+    if plan is None:
+        if config.teacher.placement == "zero3" and config.wants_teacher:
+            problems["teacher.placement"] = (
+                "teacher.placement is zero3, and deepspeed.student is null: DeepSpeed shards both models or none; set "
+                "deepspeed.student, such as zero1"
+            )
+        return problems
+    if config.training.mixed_precision == "fp16":
+        problems["training.mixed_precision"] = (
+            f"training.mixed_precision is fp16, and deepspeed.student is {plan}; set it to bf16 or to no, or "
+            "deepspeed.student to null"
+        )
+    if config.model.load_in_4bit:
+        problems["model.load_in_4bit"] = (
+            f"model.load_in_4bit is true, and deepspeed.student is {plan}, which shards no 4-bit weights; set "
+            "deepspeed.student: null"
+        )
     return problems
 
 

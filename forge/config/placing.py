@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from forge.config.plans import is_file
 from forge.config.schema import CausalLmTask, Config
 
 
@@ -27,11 +28,22 @@ def located(config: Config) -> Config:
     named = ("path", "base", "adapter", "tokenizer")
     model = {name: place(getattr(config.model, name)) for name in named}
     teacher = {name: place(getattr(config.teacher, name)) for name in (*named, "cache")}
+    student = config.deepspeed.student
+    plans = {
+        "student": student if student is None else place_plan(student),
+        "teacher": place_plan(config.deepspeed.teacher),
+    }
     return config.model_copy(
         update={
+            "deepspeed": config.deepspeed.model_copy(update=plans),
             "task": config.task.model_copy(update=task),
             "model": config.model.model_copy(update=model),
             "teacher": config.teacher.model_copy(update=teacher),
             "output_root": str(Path(config.output_root).absolute()),
         }
     )
+
+
+def place_plan(name: str) -> str:
+    """The name of one of forge's plans as it is; a file of the user's as an absolute path."""
+    return str(Path(name).expanduser().absolute()) if is_file(name) else name

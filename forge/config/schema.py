@@ -319,6 +319,15 @@ class TrainingConfig(Section):
     else 0."""
 
 
+class DeepSpeedConfig(Section):
+    """DeepSpeed's plans: names of files in ds_configs/ (without .json), or paths of JSON files of your own."""
+
+    student: Text | None = None
+    """How the student's training is sharded: zero1, zero2, zero3, ...; null: every device holds all of it (DDP)."""
+    teacher: Text = "teacher_zero3"
+    """How the teacher is sharded, with teacher.placement: zero3."""
+
+
 class EvaluationConfig(Section):
     """When the model is evaluated, and on how much."""
 
@@ -405,6 +414,7 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     distillation: DistillationConfig = DistillationConfig()
     training: TrainingConfig = TrainingConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
@@ -412,6 +422,11 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     output_root: Text = "outputs"
     """The folder that holds all runs; relative to where forge runs."""
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Is the teacher needed, to train or to be compared with?"""
+        return self.distillation.alpha > 0 or self.evaluation.teacher is True
 
 
 ALTERNATIVES: tuple[tuple[str, ...], ...] = (

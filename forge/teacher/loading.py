@@ -8,11 +8,6 @@ from forge.model.load import LoadedModel, not_pooler
 from forge.task.task import Task
 
 
-def wants_teacher(config: Config) -> bool:
-    """Is the teacher needed, to train or to be compared with?"""
-    return config.distillation.alpha > 0 or config.evaluation.teacher is True
-
-
 def evaluates_teacher(config: Config) -> bool:
     """Are its own numbers, and the student's agreement with it, asked for?"""
     asked = config.evaluation.teacher

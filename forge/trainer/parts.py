@@ -21,7 +21,7 @@ from forge.model.source import origin_of
 from forge.task.choice import load_task
 from forge.task.task import Task
 from forge.teacher.cached import TeacherCache, find_teacher_cache
-from forge.teacher.loading import label_columns, load_teacher, wants_teacher
+from forge.teacher.loading import label_columns, load_teacher
 from forge.teacher.placement import place
 from forge.teacher.vocabulary import for_teacher, tell_of_columns
 from forge.trainer.distillation import DistillationTrainer
@@ -63,7 +63,7 @@ def load_parts(loaded: LoadedConfig, accelerator: Accelerator, stop: StopRequest
     student = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_student(config, task)))
     student = _with_origin(student, accelerator, "model")
     task = task.for_model(student)
-    if not wants_teacher(config):
+    if not config.wants_teacher:
         return Parts(task, student, None)
     task = rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
     if config.teacher.placement == "cached":

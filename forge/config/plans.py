@@ -1,0 +1,144 @@
+"""DeepSpeed's plans: found by name, read, compared with the config, and filled in with what the config says."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+AUTO = "auto"
+TEACHER_PREFIX = "teacher_"
+# What DeepSpeed knows under these keys, forge's own config says.
+FROM_CONFIG = {
+    "optimizer": "training.learning_rate, training.weight_decay and training.adam_*",
+    "scheduler": "training.schedule and training.warmup_ratio",
+    "amp": "training.mixed_precision",
+    "fp16": "training.mixed_precision",
+}
+
+
+class PlanError(ValueError):
+    """Why a plan cannot be used, and what to do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One DeepSpeed config as its file has it."""
+
+    name: str
+    file: Path
+    values: dict[str, Any]
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO: 1 shards the optimizer's state, 2 the gradients too, 3 the weights too."""
+        return int(self.values["zero_optimization"]["stage"])
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return _offloads(self.values, "offload_optimizer")
+
+    @property
+    def offloads_weights(self) -> bool:
+        return _offloads(self.values, "offload_param")
+
+
+def plan_names(teacher: bool = False) -> list[str]:
+    """The plans in ds_configs/: for students, or for teachers."""
+    names = sorted(file.stem for file in FOLDER.glob("*.json"))
+    return [name for name in names if name.startswith(TEACHER_PREFIX) == teacher]
+
+
+def is_file(name: str) -> bool:
+    """Is it a path of the user's, and not a name?"""
+    return name.endswith(".json") or "/" in name
+
+
+def read_plan(name: str) -> Plan:
+    """The plan of a name in ds_configs/, or of a path. Raises PlanError."""
+    file = Path(name).expanduser() if is_file(name) else FOLDER / f"{name}.json"
+    try:
+        text = file.read_text()
+    except OSError as error:
+        if is_file(name):
+            raise PlanError(f"{file} cannot be read ({error.strerror})") from error
+        known = ", ".join([*plan_names(), *plan_names(teacher=True)])
+        raise PlanError(f"there is no such plan; ds_configs/ has {known}, and a path ends in .json") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{file} is no text") from error
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise PlanError(f"{file} is no JSON ({error})") from error
+    zero = values.get("zero_optimization") if isinstance(values, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
+        raise PlanError(f"{file} must be a map with zero_optimization.stage 1, 2 or 3, and the stage is {stage!r}")
+    return Plan(name, file, values)
+
+
+def contradictions(plan: Plan, config: Any, key: str) -> list[str]:
+    """Sentences about what the plan's file says otherwise than the config does. key: the config's, for the plan."""
+    teacher, training, found = key == "deepspeed.teacher", config.training, []
+    if teacher and plan.stage != 3:
+        found.append(f"{key} is {plan.name}, of stage {plan.stage}: only stage 3 shards weights; take teacher_zero3")
+    zero = plan.values["zero_optimization"]
+    for offload in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(offload), dict) and zero[offload].get("device") == "nvme":
+            found.append(f"{plan.file} has {offload}.device nvme, which forge does not checkpoint; set it to cpu")
+    for name, ours in FROM_CONFIG.items():
+        section = plan.values.get(name)
+        if section is not None and not (isinstance(section, dict) and section.get("enabled") in (False, AUTO)):
+            found.append(f"{plan.file} has {name}, which {ours} decide; take it out of the file")
+    wanted: dict[str, Any] = {"gradient_clipping": 0.0 if teacher else training.max_grad_norm or 0.0}
+    of_config = {
+        "gradient_clipping": "training.max_grad_norm",
+        "train_micro_batch_size_per_gpu": "training.per_device_batch_size",
+        "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+        "train_batch_size": "training.batch_size",
+    }
+    if not teacher:
+        wanted["train_micro_batch_size_per_gpu"] = training.per_device_batch_size
+        if training.batch_size is None:
+            wanted["gradient_accumulation_steps"] = training.gradient_accumulation_steps
+        else:
+            wanted["train_batch_size"] = training.batch_size
+    for name, ours in wanted.items():
+        said = plan.values.get(name, AUTO)
+        if said not in (AUTO, ours):
+            found.append(f"{plan.file} has {name} {said}, and {of_config[name]} is {ours}; set it to auto in the file")
+    bf16 = plan.values.get("bf16", {}).get("enabled", AUTO)
+    precision = training.mixed_precision
+    if bf16 != AUTO and precision != AUTO and bool(bf16) != (precision == "bf16") and not teacher:
+        found.append(
+            f"{plan.file} has bf16.enabled {str(bf16).lower()}, and training.mixed_precision is {precision}; set it to "
+            "auto in the file"
+        )
+    return found
+
+
+def filled(
+    plan: Plan, *, ranks: int, micro_batches: int, rows: int, max_grad_norm: float, bf16: bool
+) -> dict[str, Any]:
+    """The plan with every auto of batch, clipping and precision replaced, as DeepSpeed is given it.
+
+    rows: of a micro-batch, the most; DeepSpeed only multiplies them. max_grad_norm: 0 for none.
+    """
+    values = copy.deepcopy(plan.values)
+    values |= {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": rows * micro_batches * ranks,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {**values.get("bf16", {}), "enabled": bf16},
+    }
+    if not bf16:  # there is one dtype, and DeepSpeed refuses to be told
+        values.pop("data_types", None)
+    values.setdefault("steps_per_print", 2**31)  # forge reports by itself
+    return values
+
+
+def _offloads(values: dict[str, Any], what: str) -> bool:
+    section = values["zero_optimization"].get(what)
+    return isinstance(section, dict) and section.get("device", "none") != "none"
