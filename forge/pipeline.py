@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import release_memory
 
 from forge.checkpoint.beginning import Beginning, begin_again, check_base, check_teacher, with_rows
-from forge.cluster.ranks import StopVote, build_accelerator, lost_rank, on_every_rank, on_rank_0
+from forge.cluster.ranks import StopVote, lost_rank, on_every_rank, on_rank_0
+from forge.cluster.sharding import accelerator_of
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.explain import effective
 from forge.config.loader import LoadedConfig
@@ -54,7 +55,6 @@ from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsF
 from forge.trainer.distillation import DistillationTrainer
 from forge.trainer.final import export
 from forge.trainer.finetuning import FinetuningTrainer
-from forge.trainer.optimizer import step_shape
 from forge.trainer.parts import Parts, build_trainer, load_parts
 from forge.trainer.peak import PeakMetrics
 from forge.trainer.samples import SamplesFolder
@@ -301,7 +301,7 @@ def _begin(request: Request, lock: RunLock | None, accelerator: Accelerator) -> 
         request.resumed,
         lock,
         config,
-        rows_per_step=step_shape(config.training, accelerator.num_processes)[0],
+        rows_per_step=config.training.step_shape(accelerator.num_processes)[0],
         precision=accelerator.mixed_precision,
         allowed_changes=request.allowed_changes,
         take_over=request.take_over,
@@ -345,8 +345,7 @@ def _named(run: RunDirectory) -> dict[str, Any]:
 
 
 def _accelerator(config: Config) -> Accelerator:
-    training = config.training
-    return build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
+    return accelerator_of(config)
 
 
 def _hide_progress_bars() -> None:

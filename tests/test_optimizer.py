@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from forge.config.schema import TrainingConfig
-from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape
+from forge.trainer.optimizer import build_optimizer, learning_rate
 
 
 def rates(total: int, **settings: object) -> list[float]:
@@ -41,7 +41,7 @@ def test_a_warm_up_longer_than_the_training_never_divides_by_zero() -> None:
 def test_the_accumulation_follows_from_the_batch_size(
     settings: dict[str, int], ranks: int, expected: tuple[int, int]
 ) -> None:
-    assert step_shape(TrainingConfig(**settings), ranks) == expected
+    assert TrainingConfig(**settings).step_shape(ranks) == expected
 
 
 def test_matrices_and_embeddings_decay_and_biases_and_norms_do_not() -> None:

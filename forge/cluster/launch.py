@@ -49,7 +49,7 @@ def training_command(arguments: Sequence[str], processes: int) -> tuple[list[str
     environment.setdefault("PET_SIGNALS_TO_HANDLE", HANDLED_BY_LAUNCHER)
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
     launcher = [sys.executable, str(LAUNCHER), "--multi_gpu", "--num_machines", "1"]
-    launcher += ["--num_processes", str(processes), "--main_process_port", str(_free_port())]
+    launcher += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # only quiets it: the config says what counts
     return [*launcher, str(ENTRY), *arguments], environment
 
@@ -172,7 +172,7 @@ def _kill(pid: int) -> None:
             child.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -25,14 +25,19 @@ T = TypeVar("T")
 WAIT_FOR_RANK_0 = timedelta(hours=2)
 
 
-def build_accelerator(mixed_precision: str, seed: int, *, deterministic: bool = False) -> Accelerator:
-    """Joins the ranks. Raises UsageError for ranks that did not start and a precision this device has not."""
-    _check_started_ranks()
+def build_accelerator(
+    mixed_precision: str, seed: int, *, deterministic: bool = False, **options: Any
+) -> Accelerator:
+    """Joins the ranks. Raises UsageError for ranks that did not start and a precision this device has not.
+
+    options: more of the Accelerator's.
+    """
+    check_started_ranks()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
-    precision = _resolve_precision(mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
+    precision = resolve_precision(mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False, **options)
     set_seed(seed)  # the same on every rank, so that new weights are; the trainer tells the ranks' dropout apart
     logger.info(
         "%d rank%s on %s, mixed precision %s, %d CPU threads each",
@@ -173,8 +178,15 @@ def _agreement_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=WAIT_FOR_RANK_0)
 
 
-def _resolve_precision(mixed_precision: str) -> str:
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+def trains_on_cpu() -> bool:
+    """Is there no GPU, or is none to be used?"""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+    return asked or os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu" or not torch.cuda.is_available()
+
+
+def resolve_precision(mixed_precision: str) -> str:
+    """bf16, fp16 or no, whatever auto comes to. Raises UsageError for what this device does not compute in."""
+    on_gpu = not trains_on_cpu()
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if mixed_precision == "auto":
         return "bf16" if bf16 else "no"
@@ -187,7 +199,7 @@ def _resolve_precision(mixed_precision: str) -> str:
     return mixed_precision
 
 
-def _check_started_ranks() -> None:
+def check_started_ranks() -> None:
     """`accelerate launch --cpu --num_processes 2` starts one process and says nothing of it: say it here."""
     if "WORLD_SIZE" in os.environ:
         return

@@ -5,6 +5,7 @@ the field decides how it is read: `1e-4` is a number where a number is wanted, `
 wanted. The docstring below a field is its description in `forge config schema`.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -317,6 +318,13 @@ class TrainingConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that prepare batches, per rank; 0: the training process itself; null: 2 where images are decoded,
     else 0."""
+
+    def step_shape(self, ranks: int) -> tuple[int, int]:
+        """Rows of one optimizer step over all ranks, and micro-batches of it on each rank."""
+        if self.batch_size is None:
+            micro_batches = self.gradient_accumulation_steps
+            return self.per_device_batch_size * micro_batches * ranks, micro_batches
+        return self.batch_size, math.ceil(self.batch_size / (self.per_device_batch_size * ranks))
 
 
 class DeepSpeedConfig(Section):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from forge.cluster.sharding import any_partitioned
+
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -24,7 +26,9 @@ def write(model: PreTrainedModel, inputs: Mapping[str, Tensor], max_new_tokens: 
         model.generation_config = GenerationConfig(
             **tokens, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True
         )
-        written: Tensor = generate(**inputs, generation_config=model.generation_config)
+        # Where each rank has a part of every weight, all of them must go on until the longest text is written.
+        together = any_partitioned(model) and torch.distributed.get_world_size() > 1
+        written: Tensor = generate(**inputs, generation_config=model.generation_config, synced_gpus=together)
     finally:
         model.generation_config = own
     return written

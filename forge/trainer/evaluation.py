@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
+from forge.cluster.sharding import bare
 from forge.cluster.signals import in_loader_worker
 from forge.losses.cross_entropy import count_labels
 from forge.task.batches import FILLER, Batch, evaluated_rows, evaluation_batches, preparing, row_loader
@@ -83,7 +84,7 @@ def _evaluate_split(
         pin_memory=accelerator.device.type == "cuda",
         worker_init=in_loader_worker,
     )
-    counted = task.metrics(split, accelerator.unwrap_model(student).model)
+    counted = task.metrics(split, bare(student).model)
     device = accelerator.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, KL
     totals = torch.zeros(3, dtype=torch.int64, device=device)  # rows, labels, those that the teacher agrees on

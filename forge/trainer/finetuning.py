@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from forge.checkpoint.commit import Checkpoints, RunFacts, Saved
 from forge.checkpoint.contents import Training, restore
 from forge.cluster.ranks import StopVote, on_rank_0, rank_seed
+from forge.cluster.sharding import clip_grad_norm, prepare
 from forge.cluster.signals import StopRequest, in_loader_worker
 from forge.config.explain import effective
 from forge.config.placing import located
@@ -37,7 +38,7 @@ from forge.teacher.teacher import TeacherOutputs
 from forge.trainer.callbacks import Callback
 from forge.trainer.evaluation import evaluate
 from forge.trainer.meter import StepMeter
-from forge.trainer.optimizer import build_optimizer, learning_rate, step_shape
+from forge.trainer.optimizer import build_optimizer, learning_rate
 from forge.trainer.student import Student
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class FinetuningTrainer:
         self.run, self.state, self.callbacks, self.lock = run, state, callbacks, lock
         training = config.training
 
-        self.rows_per_step, self.micro_batches = step_shape(training, accelerator.num_processes)
+        self.rows_per_step, self.micro_batches = training.step_shape(accelerator.num_processes)
         # accelerator.backward divides by the micro-batches and DDP by the ranks; the loss is already divided by the
         # labels of the whole step, so both are taken back.
         self.undo_averaging = self.micro_batches * accelerator.num_processes
@@ -79,8 +80,10 @@ class FinetuningTrainer:
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(accelerator.device)
+        self.model = model  # the bare one, for export
         student = self.build_student(model)
-        self.student, self.optimizer = accelerator.prepare(student, build_optimizer(student, training))
+        self.weights = trained_weights(model, loaded.below)
+        self.student, self.optimizer = prepare(accelerator, student, build_optimizer(student, training))
         # From here on every rank draws its own dropout.
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
 
@@ -101,7 +104,6 @@ class FinetuningTrainer:
         self._note_total()
         self.meter = StepMeter(accelerator)
         self.vote = StopVote(accelerator, stop)
-        self.weights = trained_weights(model, loaded.below)
         self.parts = Training(accelerator, self.weights, self.optimizer, training.seed, student.projections)
         facts = RunFacts(
             ranks=accelerator.num_processes,
@@ -204,8 +206,7 @@ class FinetuningTrainer:
                 losses = self.student(batch, self.teacher_outputs(batch))
                 self.accelerator.backward(losses["loss_sum"] / divisor * self.undo_averaging)
             sums = {name: value.detach().float() + sums.get(name, 0.0) for name, value in losses.items()}
-        max_norm = self.config.training.max_grad_norm
-        grad_norm = self.accelerator.clip_grad_norm_(self.student.parameters(), max_norm or float("inf"))
+        grad_norm = clip_grad_norm(self.accelerator, self.student, self.config.training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.meter.add(sums, label_count, grad_norm, counts)
@@ -248,11 +249,6 @@ class FinetuningTrainer:
         """The last step's weights are on the disk, also where no checkpoint was asked for: there is more to come."""
         self._save(must=True)
         self.checkpoints.finish(self.state)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The bare model, for export."""
-        return self.accelerator.unwrap_model(self.student).model
 
     def build_student(self, model: PreTrainedModel) -> Student:
         """The model with its loss; on its device, and not yet prepared."""
@@ -402,7 +398,7 @@ class FinetuningTrainer:
 
 def world_facts(accelerator: Accelerator, training: TrainingConfig) -> dict[str, Any]:
     """What run_metadata.json tells of the ranks, and of how a step is spread over them."""
-    rows_per_step, micro_batches = step_shape(training, accelerator.num_processes)
+    rows_per_step, micro_batches = training.step_shape(accelerator.num_processes)
     return {
         "ranks": accelerator.num_processes,
         "device": accelerator.device.type,

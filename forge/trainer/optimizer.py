@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups, the size of a step, and the learning rate as a pure function of the step."""
+"""AdamW with its parameter groups, and the learning rate as a pure function of the step."""
 
 import math
 
@@ -22,14 +22,6 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         eps=config.adam_epsilon,
         fused=True,  # one pass over the weights, on CPU too: a fifth of MiniLM's step there
     )
-
-
-def step_shape(config: TrainingConfig, ranks: int) -> tuple[int, int]:
-    """Rows of one optimizer step over all ranks, and micro-batches of it on each rank."""
-    if config.batch_size is None:
-        micro_batches = config.gradient_accumulation_steps
-        return config.per_device_batch_size * micro_batches * ranks, micro_batches
-    return config.batch_size, math.ceil(config.batch_size / (config.per_device_batch_size * ranks))
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:

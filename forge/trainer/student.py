@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from forge.cluster.sharding import Gathering
 from forge.losses.cross_entropy import IGNORE, cross_entropy_sum
 from forge.losses.linear_kd import Parts
 from forge.model.attention import listening
@@ -34,6 +35,7 @@ class Student(nn.Module):
         self.model = model
         self.forward_options = forward_options or {}
         self.head = head
+        self.at_head = Gathering(*(() if head is None else head.linear.parameters(recurse=False)))
         self.objective = objective
         self.features = features
 
@@ -66,7 +68,7 @@ class Student(nn.Module):
         if self.training:
             return self._loss(result, batch, positions, teacher)
         values = result.logits if self.head is None else result.last_hidden_state
-        return self._judged(values.flatten(0, -2)[positions], labels, positions, teacher)
+        return self.at_head(lambda: self._judged(values.flatten(0, -2)[positions], labels, positions, teacher))
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         """The model's output; where the student has a head, that of the model below it."""
@@ -82,11 +84,13 @@ class Student(nn.Module):
         at_labels = values[positions], labels.flatten()[positions]  # only what carries a label goes through the head
         if teacher is None:
             assert self.head is not None
-            return {"loss_sum": linear_ce(self.head, *at_labels)}
+            head = self.head
+            return self.at_head(lambda: {"loss_sum": linear_ce(head, *at_labels)})
         aligned = values[batch["aligned"]] if self._objective.is_universal else None
         if self.head is None:
             return _sums(*self._objective.from_logits(*at_labels, teacher, aligned))
-        return _sums(*self._objective.from_hidden(self.head, *at_labels, teacher, aligned))
+        head, objective = self.head, self._objective
+        return self.at_head(lambda: _sums(*objective.from_hidden(head, *at_labels, teacher, aligned)))
 
     def _judged(
         self, values: Tensor, labels: Tensor, positions: Tensor, teacher: TeacherOutputs | None

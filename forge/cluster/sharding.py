@@ -1,0 +1,195 @@
+"""DeepSpeed: the ranks joined under the plans of a config, and what a sharded model needs from those who use it."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from forge.cluster.launch import free_port
+from forge.cluster.ranks import build_accelerator, check_started_ranks, resolve_precision, trains_on_cpu
+from forge.config.plans import filled, read_plan
+from forge.config.schema import Config
+
+logger = logging.getLogger(__name__)
+
+STUDENT, TEACHER = "student", "teacher"
+
+
+def accelerator_of(config: Config) -> Accelerator:
+    """Joins the ranks as the config wants the models sharded. Raises UsageError as build_accelerator does."""
+    training = config.training
+    options: dict[str, Any] = {}
+    if config.deepspeed.student is not None:
+        options = _deepspeed(config)
+    found = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic, **options)
+    _load_whole()
+    return found
+
+
+def prepare(accelerator: Accelerator, student: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
+    """Both as training uses them, on their device. optimizer: of the student's parameters."""
+    plans = plans_of(accelerator)
+    if _stage(plans.get(STUDENT)) == 3:
+        _partition(student, plans[STUDENT])
+    prepared, optimizer = accelerator.prepare(student, optimizer)
+    for module in student.modules():
+        if isinstance(module, Gathering):
+            module.tell()
+    return prepared, optimizer
+
+
+def prepare_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
+    """A frozen model spread over the ranks by the teacher's plan, for forwards alone."""
+    with _plan_of_teacher(accelerator):
+        _partition(teacher, plans_of(accelerator)[TEACHER])
+        engine = accelerator.prepare(teacher)
+    # accelerate holds what it has prepared, to save it; a teacher is no part of any checkpoint.
+    accelerator._models.remove(engine)
+    accelerator.deepspeed_engine_wrapped = None  # backward is the student's, which is prepared next
+    return engine
+
+
+def bare(prepared: nn.Module) -> Any:
+    """The module that was prepared. accelerate's unwrap_model imports DeepSpeed to tell, which takes seconds."""
+    return getattr(prepared, "module", prepared)
+
+
+def clip_grad_norm(accelerator: Accelerator, student: nn.Module, max_norm: float | None) -> Tensor:
+    """The norm of the step's gradients, before they are clipped to max_norm: () on the device; NaN where DeepSpeed
+    found one that is not finite. DeepSpeed has clipped by its plan, in backward."""
+    if not plans_of(accelerator):
+        return accelerator.clip_grad_norm_(student.parameters(), max_norm or float("inf"))
+    norm = torch.as_tensor(accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm())
+    return torch.where(norm < 0, torch.nan, norm)
+
+
+def plans_of(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+    """DeepSpeed's configs as they were given to it, by model; empty without it."""
+    plugins = accelerator.state.deepspeed_plugins or {}
+    return {name: dict(plugin.hf_ds_config.config) for name, plugin in plugins.items()}
+
+
+@contextmanager
+def _plan_of_teacher(accelerator: Accelerator) -> Iterator[None]:
+    """What is prepared inside is sharded by the teacher's plan."""
+    accelerator.state.select_deepspeed_plugin(TEACHER)
+    try:
+        yield
+    finally:
+        accelerator.state.select_deepspeed_plugin(STUDENT)
+        _load_whole()
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Does each rank hold a part of it only (ZeRO-3)?"""
+    return hasattr(parameter, "ds_id")
+
+
+def any_partitioned(module: nn.Module) -> bool:
+    return any(is_partitioned(parameter) for parameter in module.parameters())
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, every rank has these parameters whole, to be read. On every rank at once."""
+    parts = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not parts:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(parts):
+        yield
+
+
+class Gathering(nn.Module):
+    """Runs what reads weights outside their own module's forward: as a forward of this module, so that whoever shards
+    weights gathers them for it, forwards and backwards."""
+
+    def __init__(self, *parameters: nn.Parameter | None):
+        """parameters: which `work` reads, of other modules."""
+        super().__init__()
+        self._read = [parameter for parameter in parameters if parameter is not None]
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def tell(self) -> None:
+        """After the model was partitioned."""
+        for parameter in filter(is_partitioned, self._read):
+            from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+            register_external_parameter(self, parameter)
+
+
+def _stage(plan: dict[str, Any] | None) -> int:
+    return 0 if plan is None else int(plan["zero_optimization"]["stage"])
+
+
+def _load_whole() -> None:
+    """from_pretrained must not shard what it reads, as it does once a plan of stage 3 is selected: forge looks at a
+    model, and changes it, before that is done."""
+    unset_hf_deepspeed_config()
+
+
+def _partition(module: nn.Module, plan: dict[str, Any]) -> None:
+    """Leaves each rank its part of every weight; only one weight at a time is whole on the device.
+
+    DeepSpeed would do so itself, with all of the model on the device before.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    if plan["bf16"]["enabled"]:
+        module.to(torch.bfloat16)
+    Init(module=module, config_dict_or_path=plan)
+
+
+def _deepspeed(config: Config) -> dict[str, Any]:
+    """Options of the Accelerator. Changes the environment into the one that DeepSpeed expects."""
+    training, plans = config.training, {STUDENT: config.deepspeed.student}
+    if config.teacher.placement == "zero3" and config.wants_teacher:
+        plans[TEACHER] = config.deepspeed.teacher
+    check_started_ranks()
+    if AcceleratorState._shared_state.get("deepspeed_plugins"):  # the control of a run: its ranks and plans are those of the run
+        AcceleratorState().select_deepspeed_plugin(STUDENT)
+        return {}
+    bf16 = resolve_precision(training.mixed_precision) == "bf16"
+    backend = None
+    if trains_on_cpu():
+        # ACCELERATE_USE_CPU would keep accelerate from DeepSpeed, which has a word of its own for it.
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+        backend = "gloo"
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for minutes
+    if "LOCAL_RANK" not in os.environ:  # DeepSpeed knows no process that is alone
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for noisy in ("DeepSpeed", "compilers"):  # it tries the compiler as it is imported
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
+    ranks = int(os.environ["WORLD_SIZE"])
+    _, micro_batches = training.step_shape(ranks)
+    plugins = {}
+    for name, plan in plans.items():
+        assert plan is not None
+        values = filled(
+            read_plan(plan),
+            ranks=ranks,
+            micro_batches=micro_batches,
+            rows=training.per_device_batch_size,
+            max_grad_norm=(training.max_grad_norm or 0.0) if name == STUDENT else 0.0,
+            bf16=bf16,
+        )
+        plugins[name] = DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
+    return {"deepspeed_plugins": plugins, "kwargs_handlers": [InitProcessGroupKwargs(backend=backend)]}
