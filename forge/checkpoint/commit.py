@@ -103,10 +103,12 @@ class Checkpoints:
             snapshot, problem = take_snapshot(self._training, state, progress, copy=asynchronous), None
         except (RuntimeError, MemoryError) as error:  # the host has no room for a copy
             snapshot, problem = None, f"{type(error).__name__}: {error}"
-        problem = next((found for found in gather_values(problem) if found is not None), None)
+        of_all = gather_values((problem, 0 if snapshot is None else snapshot.bytes))
+        problem = next((found for found, _ in of_all if found is not None), None)
         if problem is not None or snapshot is None:
             return self._failed(state, str(problem), must)
-        staging, problem = on_rank_0(self._training.accelerator, lambda: self._stage(state, snapshot.bytes, must))
+        size = sum(size for _, size in of_all)
+        staging, problem = on_rank_0(self._training.accelerator, lambda: self._stage(state, size, must))
         if problem is not None:
             return self._failed(state, problem, must)
         writing = _Writing(staging, replace(state), started, 0.0)

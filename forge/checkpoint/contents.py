@@ -18,8 +18,29 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from forge.checkpoint.manifest import OPTIMIZER_FILE, PROJECTIONS_FILE, STATE_FILE, StoredFile, rng_file, store
+from forge.checkpoint.manifest import (
+    OPTIMIZER_FILE,
+    PROJECTIONS_FILE,
+    STATE_FILE,
+    StoredFile,
+    model_shard,
+    optimizer_shard,
+    rng_file,
+    store,
+)
+from forge.checkpoint.shards import (
+    PROJECTIONS,
+    Named,
+    SavedTensors,
+    is_sharded,
+    load_parts,
+    optimizer_state,
+    shards,
+    whole_tensors,
+)
+from forge.cluster.partitions import Partitions
 from forge.cluster.ranks import rank_seed
+from forge.cluster.sharding import gathered
 from forge.errors import UsageError
 from forge.run.state import TrainingState
 
@@ -54,6 +75,8 @@ class Training:
     optimizer: Optimizer  # of the trained parameters only
     seed: int
     projections: nn.Module | None = None  # trained beside the model: no part of what is exported
+    named: Named | None = None  # of a training that may be sharded, or go on from a sharded one
+    partitions: Partitions | None = None  # of a training that is sharded
 
 
 @dataclass(frozen=True)
@@ -68,6 +91,7 @@ class Snapshot:
     texts: dict[str, str] | None
     optimizer: dict[str, Any] | None
     projections: dict[str, Tensor] | None = None  # None also where nothing is trained beside the model
+    header: dict[str, str] | None = None  # of a rank's parts: weights and optimizer are these, flat
 
     @property
     def bytes(self) -> int:
@@ -82,6 +106,8 @@ def take_snapshot(training: Training, state: TrainingState, progress: dict[str, 
     """
     accelerator, weights = training.accelerator, training.weights
     rng = _rng_state()
+    if training.partitions is not None:
+        return _snapshot_of_parts(training, rng, {"state": asdict(state), "progress": progress}, copy=copy)
     if not accelerator.is_main_process:
         return Snapshot(accelerator.process_index, rng, None, weights.file, None, None, None)
     scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
@@ -98,10 +124,38 @@ def take_snapshot(training: Training, state: TrainingState, progress: dict[str, 
     )
 
 
+def _snapshot_of_parts(training: Training, rng: dict[str, Any], state: dict[str, Any], *, copy: bool) -> Snapshot:
+    assert training.named is not None
+    assert training.partitions is not None
+    named, rank, is_main = training.named, training.accelerator.process_index, training.accelerator.is_main_process
+    weights, moments, header = shards(named, training.partitions)
+    for name, tensor in named.constant.items():  # on every rank at once: it may be spread too
+        with gathered([tensor]):
+            if is_main:
+                weights[name] = tensor.detach().clone()
+    return Snapshot(
+        rank,
+        rng,
+        state if is_main else None,
+        model_shard(rank),
+        _on_cpu(weights, copy=copy),
+        training.weights.texts() if is_main else None,
+        _on_cpu(moments, copy=copy),
+        header=header,
+    )
+
+
 def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, StoredFile]:
     """Writes this rank's files and tells what they are. Raises OSError; what was written then is worth nothing."""
     writers: dict[str, Callable[[IO[bytes]], None]] = {rng_file(snapshot.rank): _saves(snapshot.rng)}
-    if snapshot.weights is not None and snapshot.texts is not None:
+    if snapshot.header is not None:
+        weights, moments, header = snapshot.weights or {}, snapshot.optimizer or {}, snapshot.header
+        writers[snapshot.weights_file] = lambda file: write_safetensors(weights, file, header)
+        writers[optimizer_shard(snapshot.rank)] = lambda file: write_safetensors(moments, file, header)
+        if snapshot.texts is not None:
+            texts = {**snapshot.texts, STATE_FILE: json.dumps(snapshot.state, indent=2) + "\n"}
+            writers |= {name: _writes(text) for name, text in texts.items()}
+    elif snapshot.weights is not None and snapshot.texts is not None:
         weights = snapshot.weights
         beside = snapshot.projections
         if beside is not None:
@@ -122,12 +176,15 @@ def restore(training: Training, folder: Path) -> tuple[TrainingState, dict[str, 
     where it was saved with other projections than are trained now.
     """
     accelerator = training.accelerator
-    _restore_projections(training.projections, folder)
-    training.weights.load(load_file(folder / training.weights.file))
-    states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    training.optimizer.load_state_dict(states["optimizer"])
-    if accelerator.scaler is not None and states["scaler"] is not None:
-        accelerator.scaler.load_state_dict(states["scaler"])
+    if training.partitions is not None or is_sharded(folder):
+        _restore_parts(training, folder)
+    else:
+        _restore_projections(training.projections, folder)
+        training.weights.load(load_file(folder / training.weights.file))
+        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        training.optimizer.load_state_dict(states["optimizer"])
+        if accelerator.scaler is not None and states["scaler"] is not None:
+            accelerator.scaler.load_state_dict(states["scaler"])
     values = json.loads((folder / STATE_FILE).read_bytes())
     state = TrainingState.from_values(values["state"], folder / STATE_FILE)
     own_rng = folder / rng_file(accelerator.process_index)
@@ -136,6 +193,31 @@ def restore(training: Training, folder: Path) -> tuple[TrainingState, dict[str, 
     else:
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index * 2**32 + state.step))
     return state, values["progress"]
+
+
+def _restore_parts(training: Training, folder: Path) -> None:
+    """Where the checkpoint, or the training that goes on from it, or both are in parts."""
+    named, partitions = training.named, training.partitions
+    assert named is not None
+    with SavedTensors(folder, training.weights.file, list(named.trained)) as saved:
+        if lacking := sorted({*named.trained} ^ {*saved.weights}):
+            raise UsageError(
+                f"{folder} was saved with other tensors than are trained now (the first is {lacking[0]}); set model, "
+                "teacher and distillation.hidden back to what the run had, or start a new run"
+            )
+        if partitions is not None:
+            load_parts(saved, named, partitions)
+            for name, tensor in named.constant.items():
+                if name in saved.constant:
+                    with gathered([tensor], modified=True):
+                        tensor.data.copy_(saved.constant[name])
+            return
+        tensors = whole_tensors(saved, named)
+        beside = {name.removeprefix(PROJECTIONS): t for name, t in tensors.items() if name.startswith(PROJECTIONS)}
+        if training.projections is not None:
+            training.projections.load_state_dict(beside)
+        training.weights.load({name: t for name, t in tensors.items() if not name.startswith(PROJECTIONS)})
+        training.optimizer.load_state_dict(optimizer_state(saved, named, training.optimizer))
 
 
 def _restore_projections(projections: nn.Module | None, folder: Path) -> None:
@@ -157,12 +239,14 @@ def _restore_projections(projections: nn.Module | None, folder: Path) -> None:
         raise UsageError(f"{file} does not fit the projections that are trained now ({reason}); {back}") from error
 
 
-def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
-    """Streams CPU tensors in the safetensors format, with no second copy of them in memory.
+def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes], more: dict[str, str] | None = None) -> None:
+    """Streams CPU tensors in the safetensors format, with no second copy of them in memory. more: of its metadata.
 
     The format: https://huggingface.co/docs/safetensors/index#format
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it from_pretrained refuses the file
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", **(more or {})}
+    }  # without it from_pretrained refuses the file
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes

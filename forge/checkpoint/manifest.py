@@ -12,7 +12,7 @@ from typing import IO, Any, Self
 from forge.errors import TrainingError
 from forge.run.files import write_atomically
 
-FORMAT = 2  # 1 knew of no adapters, and is read as it was
+FORMAT = 3  # 1 knew of no adapters, and 2 of no shards; both are read as they were
 MANIFEST_FILE = "manifest.json"
 MODEL_FILES = ("model.safetensors", "config.json")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json")
@@ -79,6 +79,8 @@ class Manifest:
             raise BadCheckpoint(f"its {MANIFEST_FILE} is not as it was written: its own hash does not fit it")
         if values.get("format") == 1:
             values |= {"format": FORMAT, "base": None}
+        if values.get("format") == 2:
+            values["format"] = FORMAT
         if values.get("format") != FORMAT:
             raise TrainingError(
                 f"{folder} is of format {values.get('format')}, and this forge reads format {FORMAT}; use the forge "
@@ -92,8 +94,12 @@ class Manifest:
 
 def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
     """Raises BadCheckpoint, or TrainingError as verify does, where the files are not those that the manifest lists."""
-    of_model = MODEL_FILES if manifest.base is None else ADAPTER_FILES
-    required = {*of_model, OPTIMIZER_FILE, STATE_FILE, *map(rng_file, range(manifest.ranks))}
+    weights, *beside = MODEL_FILES if manifest.base is None else ADAPTER_FILES
+    ranks = range(manifest.ranks)
+    states = {weights, OPTIMIZER_FILE}
+    if model_shard(0) in manifest.files:
+        states = {file(rank) for rank in ranks for file in (model_shard, optimizer_shard)}
+    required = {*states, *beside, STATE_FILE, *map(rng_file, ranks)}
     if absent := sorted(required - set(manifest.files)):
         raise BadCheckpoint(f"its {MANIFEST_FILE} names no {', '.join(absent)}")
     for name, expected in manifest.files.items():
@@ -107,6 +113,16 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
             raise BadCheckpoint(f"{name} is missing") from None
         except OSError as error:
             raise _unreadable(folder / name, error) from None
+
+
+def model_shard(rank: int) -> str:
+    """The file with one rank's parts of the weights."""
+    return f"model-{rank:05d}.safetensors"
+
+
+def optimizer_shard(rank: int) -> str:
+    """The file with one rank's parts of the optimizer's moments."""
+    return f"optimizer-{rank:05d}.safetensors"
 
 
 def rng_file(rank: int) -> str:

@@ -25,9 +25,7 @@ T = TypeVar("T")
 WAIT_FOR_RANK_0 = timedelta(hours=2)
 
 
-def build_accelerator(
-    mixed_precision: str, seed: int, *, deterministic: bool = False, **options: Any
-) -> Accelerator:
+def build_accelerator(mixed_precision: str, seed: int, *, deterministic: bool = False, **options: Any) -> Accelerator:
     """Joins the ranks. Raises UsageError for ranks that did not start and a precision this device has not.
 
     options: more of the Accelerator's.

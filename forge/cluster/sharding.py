@@ -99,15 +99,16 @@ def any_partitioned(module: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, every rank has these parameters whole, to be read. On every rank at once."""
-    parts = [parameter for parameter in parameters if is_partitioned(parameter)]
+def gathered(tensors: Sequence[Tensor], *, modified: bool = False) -> Iterator[None]:
+    """Inside, every rank has these weights whole, to be read; with modified, those that rank 0 leaves count then. On
+    every rank at once."""
+    parts = [tensor for tensor in tensors if is_partitioned(tensor)]
     if not parts:
         yield
         return
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    with GatheredParameters(parts):
+    with GatheredParameters(parts, modifier_rank=0 if modified else None):
         yield
 
 
@@ -159,7 +160,9 @@ def _deepspeed(config: Config) -> dict[str, Any]:
     if config.teacher.placement == "zero3" and config.wants_teacher:
         plans[TEACHER] = config.deepspeed.teacher
     check_started_ranks()
-    if AcceleratorState._shared_state.get("deepspeed_plugins"):  # the control of a run: its ranks and plans are those of the run
+    if AcceleratorState._shared_state.get(
+        "deepspeed_plugins"
+    ):  # the control of a run: its ranks and plans are those of the run
         AcceleratorState().select_deepspeed_plugin(STUDENT)
         return {}
     bf16 = resolve_precision(training.mixed_precision) == "bf16"

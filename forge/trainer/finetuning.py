@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from forge.checkpoint.commit import Checkpoints, RunFacts, Saved
 from forge.checkpoint.contents import Training, restore
+from forge.checkpoint.shards import Named
+from forge.cluster.partitions import Partitions
 from forge.cluster.ranks import StopVote, on_rank_0, rank_seed
-from forge.cluster.sharding import clip_grad_norm, prepare
+from forge.cluster.sharding import clip_grad_norm, plans_of, prepare
 from forge.cluster.signals import StopRequest, in_loader_worker
 from forge.config.explain import effective
 from forge.config.placing import located
@@ -83,7 +85,9 @@ class FinetuningTrainer:
         self.model = model  # the bare one, for export
         student = self.build_student(model)
         self.weights = trained_weights(model, loaded.below)
-        self.student, self.optimizer = prepare(accelerator, student, build_optimizer(student, training))
+        optimizer = build_optimizer(student, training)
+        named = Named.of(self.weights.tensors(), model, student.projections, optimizer)
+        self.student, self.optimizer = prepare(accelerator, student, optimizer)
         # From here on every rank draws its own dropout.
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
 
@@ -104,7 +108,15 @@ class FinetuningTrainer:
         self._note_total()
         self.meter = StepMeter(accelerator)
         self.vote = StopVote(accelerator, stop)
-        self.parts = Training(accelerator, self.weights, self.optimizer, training.seed, student.projections)
+        self.parts = Training(
+            accelerator,
+            self.weights,
+            self.optimizer,
+            training.seed,
+            student.projections,
+            named,
+            Partitions(self.optimizer) if plans_of(accelerator) else None,
+        )
         facts = RunFacts(
             ranks=accelerator.num_processes,
             rows_per_step=self.rows_per_step,
