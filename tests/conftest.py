@@ -189,7 +189,7 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
     """The trainer of a config in this process, with its run in the folder; mutate: what becomes of the student."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from forge.cluster.ranks import build_accelerator
+    from forge.cluster.sharding import accelerator_of
     from forge.cluster.signals import StopRequest
     from forge.config.loader import LoadedConfig
     from forge.run.directory import create_run_directory
@@ -215,8 +215,7 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    training = config.training
-    accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
+    accelerator = accelerator_of(config)
     stop = StopRequest()
     parts = load_parts(LoadedConfig(config, Path("c.yaml"), {}, []), accelerator, stop, [])
     if mutate is not None:

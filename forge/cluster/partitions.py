@@ -91,3 +91,11 @@ class Partitions:
 def shape_of(parameter: Any) -> tuple[int, ...]:
     """Of the whole parameter, also where this rank has a part."""
     return tuple(parameter.ds_shape) if is_partitioned(parameter) else tuple(parameter.shape)
+
+
+def whole_float32(parameter: Any) -> Tensor:
+    """A trained parameter as the optimizer has it, in float32, on the device of every rank. On every rank at once."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found: Tensor = safe_get_full_fp32_param(parameter)
+    return found.view(shape_of(parameter))

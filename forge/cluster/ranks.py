@@ -35,6 +35,8 @@ def build_accelerator(mixed_precision: str, seed: int, *, deterministic: bool = 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     precision = resolve_precision(mixed_precision)
+    if trains_on_cpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which tells of what it misses
     accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False, **options)
     set_seed(seed)  # the same on every rank, so that new weights are; the trainer tells the ranks' dropout apart
     logger.info(

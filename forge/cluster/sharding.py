@@ -41,9 +41,7 @@ def prepare(accelerator: Accelerator, student: nn.Module, optimizer: Optimizer) 
     if _stage(plans.get(STUDENT)) == 3:
         _partition(student, plans[STUDENT])
     prepared, optimizer = accelerator.prepare(student, optimizer)
-    for module in student.modules():
-        if isinstance(module, Gathering):
-            module.tell()
+    _tell(student)
     return prepared, optimizer
 
 
@@ -55,6 +53,7 @@ def prepare_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
     # accelerate holds what it has prepared, to save it; a teacher is no part of any checkpoint.
     accelerator._models.remove(engine)
     accelerator.deepspeed_engine_wrapped = None  # backward is the student's, which is prepared next
+    _tell(teacher)
     return engine
 
 
@@ -132,6 +131,12 @@ class Gathering(nn.Module):
             register_external_parameter(self, parameter)
 
 
+def _tell(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, Gathering):
+            part.tell()
+
+
 def _stage(plan: dict[str, Any] | None) -> int:
     return 0 if plan is None else int(plan["zero_optimization"]["stage"])
 
@@ -192,7 +197,7 @@ def _deepspeed(config: Config) -> dict[str, Any]:
             micro_batches=micro_batches,
             rows=training.per_device_batch_size,
             max_grad_norm=(training.max_grad_norm or 0.0) if name == STUDENT else 0.0,
-            bf16=bf16,
+            bf16=bf16 if name == STUDENT or config.teacher.dtype == "auto" else config.teacher.dtype == "bfloat16",
         )
         plugins[name] = DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
     return {"deepspeed_plugins": plugins, "kwargs_handlers": [InitProcessGroupKwargs(backend=backend)]}

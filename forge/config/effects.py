@@ -134,6 +134,10 @@ def _not_sharded(config: Config) -> dict[str, str]:
             f"training.mixed_precision is fp16, and deepspeed.student is {plan}; set it to bf16 or to no, or "
             "deepspeed.student to null"
         )
+    if ("deepspeed.teacher", config.deepspeed.teacher) in named and config.teacher.dtype == "float16":
+        problems["teacher.dtype"] = (
+            "teacher.dtype is float16, and teacher.placement is zero3; set it to bfloat16, or to auto"
+        )
     if config.model.load_in_4bit:
         problems["model.load_in_4bit"] = (
             f"model.load_in_4bit is true, and deepspeed.student is {plan}, which shards no 4-bit weights; set "

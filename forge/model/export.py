@@ -44,8 +44,13 @@ class Merge:
     before_rounding: float  # the same in float32, before the weights took their dtype
 
 
-def export_model(model: PreTrainedModel, folder: Path, dtype: str) -> None:
-    """Saves all weights as safetensors of that dtype, and the model's config, into a new folder."""
+def export_model(model: PreTrainedModel, folder: Path, dtype: str, state: dict[str, Tensor] | None = None) -> None:
+    """Saves all weights as safetensors of that dtype, and the model's config, into a new folder. state: whole weights
+    on the CPU, in that dtype, of a model that is sharded."""
+    if state is not None:
+        model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+        _say_dtype(folder / MODEL_CONFIG, dtype)
+        return
     wanted = getattr(torch, dtype)
     if model.dtype == wanted:
         model.save_pretrained(folder, max_shard_size=SHARD)
@@ -55,16 +60,18 @@ def export_model(model: PreTrainedModel, folder: Path, dtype: str) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in rounded:
             on_cpu = tensor.cpu()
-            rounded[tensor.data_ptr()] = _in(on_cpu, dtype, name) if tensor.is_floating_point() else on_cpu
+            rounded[tensor.data_ptr()] = in_dtype(on_cpu, dtype, name) if tensor.is_floating_point() else on_cpu
         state[name] = rounded[tensor.data_ptr()]
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     _say_dtype(folder / MODEL_CONFIG, dtype)
 
 
-def export_adapter(weights: AdapterWeights, folder: Path) -> None:
-    """Saves the adapter as peft does, with the configs of the whole model and with base.json, into a new folder."""
+def export_adapter(weights: AdapterWeights, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Saves the adapter as peft does, with the configs of the whole model and with base.json, into a new folder. state:
+    its whole weights on the CPU, of a model that is sharded."""
     folder.mkdir()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.tensors().items()}
+    whole = weights.tensors() if state is None else state
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
     save_file(tensors, folder / weights.file, metadata={"format": "pt"})
     for name, text in weights.texts().items():
         (folder / name).write_text(text)
@@ -80,23 +87,26 @@ def export_merged(
     dtype: str,
     inputs: dict[str, Any],
     counted: Tensor | None = None,
+    logits_of_trained: Tensor | None = None,
 ) -> Merge:
     """Merges the adapter in the folder `adapter` into its base, and writes a whole model into `merged` within it.
 
     The base is read anew from its own files, on the CPU, and what comes of it is compared with `trained`, the model
     that the training ended with. inputs: of a few rows, for the model's forward. counted: which of their logits are
-    learned, a mask over all dimensions but the last; None: all. Raises TrainingError where the model that was written
-    does not compute what the trained model does.
+    learned, a mask over all dimensions but the last; None: all. logits_of_trained: as model_logits gives them, of a
+    model that one rank cannot run alone. Raises TrainingError where the model that was written does not compute what
+    the trained model does.
     """
 
     def logits(model: PreTrainedModel) -> Tensor:  # (N, V) f32
-        return _logits(model, inputs, counted)
+        return model_logits(model, inputs, counted)
 
     folder = adapter / MERGED
     handle = _unmerged(below, auto_model, trained, adapter)
     model = cast(PreTrainedModel, handle.get_base_model())
     if not getattr(trained, "is_quantized", False):  # 4 bits are far from the base's own weights
-        _check(logits(model), logits(trained), "reading base and adapter anew", _rounding_on(trained))
+        wanted = logits(trained) if logits_of_trained is None else logits_of_trained
+        _check(logits(model), wanted, "reading base and adapter anew", _rounding_on(trained))
     wanted = logits(model)
     merge(handle)
     merged = logits(model)
@@ -123,6 +133,29 @@ def export_merged(
         found.largest_logit,
     )
     return found
+
+
+@torch.no_grad()
+def model_logits(model: PreTrainedModel, inputs: dict[str, Any], counted: Tensor | None) -> Tensor:
+    """(N, V) f32, on the CPU; the model's mode stays as it was."""
+    was_training = model.training
+    model.eval()
+    placed = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    logits = model(**placed).logits.float().cpu()
+    model.train(was_training)
+    # What is padded, or only read, may hold anything: NaN where it attends to nothing.
+    return logits.flatten(0, -2) if counted is None else logits[counted.cpu()]
+
+
+def in_dtype(tensor: Tensor, dtype: str, name: str) -> Tensor:
+    """The weight in that dtype. Raises TrainingError where it does not fit in: float16 ends at 65504."""
+    rounded = tensor.to(getattr(torch, dtype))
+    if not torch.equal(rounded.isfinite(), tensor.isfinite()):
+        raise TrainingError(
+            f"{name} holds {tensor.abs().max().item():.3g}, which is beyond {dtype}; nothing was exported: resume with "
+            "--set export.dtype=bfloat16, or float32"
+        )
+    return rounded
 
 
 def push_to_hub(folder: Path, name: str, api: HfApi | None = None) -> bool:
@@ -162,19 +195,9 @@ def _unmerged(below: Origin, auto_model: Any, trained: PreTrainedModel, adapter:
     return handle
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel, inputs: dict[str, Any], counted: Tensor | None) -> Tensor:
-    """(N, V) f32, on the CPU; the model's mode stays as it was."""
-    was_training = model.training
-    model.eval()
-    placed = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    logits = model(**placed).logits.float().cpu()
-    model.train(was_training)
-    # What is padded, or only read, may hold anything: NaN where it attends to nothing.
-    return logits.flatten(0, -2) if counted is None else logits[counted.cpu()]
-
-
 def _rounding_on(trained: PreTrainedModel) -> float:
+    if trained.dtype == torch.bfloat16:  # of DeepSpeed, whose plans compute in it
+        return ROUNDING["bfloat16"]
     return ROUNDING["float32"] if trained.device.type == "cpu" and trained.dtype == torch.float32 else ROUNDING_OF_GPU
 
 
@@ -193,18 +216,7 @@ def _round(model: PreTrainedModel, dtype: str) -> None:
     """Gives every weight the value that it has in the dtype, in place."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            tensor.copy_(_in(tensor, dtype, name))
-
-
-def _in(tensor: Tensor, dtype: str, name: str) -> Tensor:
-    """The weight in that dtype. Raises TrainingError where it does not fit in: float16 ends at 65504."""
-    rounded = tensor.to(getattr(torch, dtype))
-    if not torch.equal(rounded.isfinite(), tensor.isfinite()):
-        raise TrainingError(
-            f"{name} holds {tensor.abs().max().item():.3g}, which is beyond {dtype}; nothing was exported: resume with "
-            "--set export.dtype=bfloat16, or float32"
-        )
-    return rounded
+            tensor.copy_(in_dtype(tensor, dtype, name))
 
 
 def _say_dtype(file: Path, dtype: str) -> None:

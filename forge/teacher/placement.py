@@ -8,10 +8,11 @@ from accelerate import Accelerator, cpu_offload
 from torch import nn
 from transformers import PreTrainedModel
 
+from forge.cluster.sharding import prepare_teacher
 from forge.config.distilling import TeacherConfig
 from forge.model.head import LinearHead, find_head
 from forge.task.task import Task
-from forge.teacher.teacher import ModelTeacher, Teacher
+from forge.teacher.teacher import ModelTeacher, Teacher, TeacherModule
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ def place(
     offload: accelerate brings each layer's weights to the device for its forward and drops them after it, so that the
     device holds one layer of them at a time.
     """
+    if config.placement == "zero3":
+        return _sharded(model, config, accelerator, task, columns)
     device = accelerator.device if config.placement == "replicated" else torch.device("cpu")
     cast(nn.Module, model).to(device, teacher_dtype(config, accelerator))
     # Before its weights are taken away: the head is tried out.
@@ -43,6 +46,25 @@ def place(
     # Made once: from a list each batch would bring it to the device, and wait.
     index = None if columns is None else torch.tensor(columns, device=accelerator.device)
     return ModelTeacher(model, task.forward_options, head=found, columns=index)
+
+
+def _sharded(
+    model: PreTrainedModel, config: TeacherConfig, accelerator: Accelerator, task: Task, columns: list[int] | None
+) -> Teacher:
+    """Each rank keeps a part of every weight; a layer is whole for its forward alone."""
+    dtype = teacher_dtype(config, accelerator)
+    cast(nn.Module, model).to(dtype)
+    head = find_head(model, task.forward_options) if task.has_language_head else None
+    found = head if isinstance(head, LinearHead) else None
+    millions = model.num_parameters() / 1e6
+    module = prepare_teacher(accelerator, TeacherModule(model, found).eval())
+    held = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())  # type: ignore[attr-defined]
+    logger.info(
+        "teacher: %s, zero3, %s, %.1f M parameters, of which this rank holds %.1f MiB",
+        *(config.path, str(dtype).removeprefix("torch."), millions, held / 2**20),
+    )
+    index = None if columns is None else torch.tensor(columns, device=accelerator.device)
+    return ModelTeacher(model, task.forward_options, head=found, columns=index, module=module)
 
 
 def teacher_dtype(config: TeacherConfig, accelerator: Accelerator) -> torch.dtype:

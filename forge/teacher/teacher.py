@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from forge.cluster.sharding import Gathering
 from forge.errors import UsageError
 from forge.model.attention import attention_modules, listening, width_of
 from forge.model.head import LinearHead
@@ -49,6 +50,27 @@ class Teacher(ABC):
         raise UsageError("distillation.relations: this teacher tells none; set teacher.placement: replicated")
 
 
+class TeacherModule(nn.Module):
+    """The forward of a teacher's model, whole or below its head: what is prepared where the weights are sharded."""
+
+    def __init__(self, model: PreTrainedModel, head: LinearHead | None):
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.at_head = Gathering(*(() if head is None else head.linear.parameters(recurse=False)))
+
+    def forward(self, inputs: Batch, options: dict[str, Any], whole: bool) -> tuple[Any, list[Tensor]]:
+        """The model's output, or, where it has a head and whole is false, that of the model below it, with the head's
+        weight and bias; those of a sharded head are gathered, once, and live as long as somebody holds them."""
+        if self.head is None or whole:
+            return self.model(**inputs, **options), []
+        result = self.head.body(**inputs, **options)
+        linear = self.head.linear
+        with align_module_device(linear):  # offloaded: outside its forward it has no weight
+            weights = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+            return result, self.at_head(lambda: [weight.detach() for weight in weights])
+
+
 class ModelTeacher(Teacher):
     """A teacher that is computed, from a model in memory."""
 
@@ -59,10 +81,13 @@ class ModelTeacher(Teacher):
         *,
         head: LinearHead | None = None,
         columns: Tensor | None = None,
+        module: nn.Module | None = None,
     ):
         """model: placed, in its dtype. head: of this model, where it is known to be one matrix. columns: of a
-        classifier, the teacher's output for each of the student's, int64 on the device; None: the same ones."""
+        classifier, the teacher's output for each of the student's, int64 on the device; None: the same ones. module:
+        a TeacherModule of the two, as it was prepared; None: nothing is sharded."""
         self.model = model.eval()
+        self.module = TeacherModule(model, head) if module is None else module
         self.forward_options = forward_options
         self.head, self.columns = head, columns
         self._attention: dict[str, str] = {}  # the modules whose outputs are relations.{…}
@@ -83,7 +108,9 @@ class ModelTeacher(Teacher):
 
     @torch.no_grad()
     def hidden_widths(self, batch: Batch) -> tuple[int, ...]:
-        return hidden_widths(self.model, as_dtype(teacher_inputs(batch), self.model.dtype), self.forward_options)
+        inputs = as_dtype(teacher_inputs(batch), self.model.dtype)
+        result, _ = self.module(inputs, {**self.forward_options, "output_hidden_states": True}, True)
+        return tuple(states.shape[-1] for states in hidden_states_of(result))
 
     def want_relations(self, layer: int | None, kinds: Sequence[str]) -> dict[str, int]:
         found = attention_modules(self.model, layer, "teacher")
@@ -94,15 +121,11 @@ class ModelTeacher(Teacher):
         """The outputs at the label positions, and the model's own output with what else the options ask for."""
         inputs = as_dtype(teacher_inputs(batch), self.model.dtype)
         positions = batch.get("teacher_aligned", batch["positions"])
-        if self.head is not None and not self.whole_logits:
-            result = self.head.body(**inputs, **options)
-            hidden = result.last_hidden_state.flatten(0, -2)[positions].to(self.head.linear.weight.dtype)  # (N, Ht)
-            with align_module_device(self.head.linear):  # offloaded: outside its forward it has no weight
-                outputs = {"hidden": hidden, "head": self.head.linear.weight.detach()}
-                if self.head.linear.bias is not None:
-                    outputs["head_bias"] = self.head.linear.bias.detach()
+        result, weights = self.module(inputs, options, self.whole_logits)
+        if weights:
+            hidden = result.last_hidden_state.flatten(0, -2)[positions].to(weights[0].dtype)  # (N, Ht)
+            outputs = {"hidden": hidden, **dict(zip(("head", "head_bias"), weights, strict=False))}
         else:
-            result = self.model(**inputs, **options)
             logits = result.logits.flatten(0, -2)[positions]  # (N, Vt)
             outputs = {"logits": logits if self.columns is None else logits.index_select(1, self.columns)}
         return outputs, result

@@ -8,10 +8,13 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from forge.checkpoint.shards import PROJECTIONS
+from forge.cluster.partitions import whole_float32
 from forge.cluster.ranks import on_rank_0
+from forge.cluster.sharding import any_partitioned, gathered
 from forge.errors import TrainingError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.export import MERGED, export_adapter, export_merged, export_model
+from forge.model.export import MERGED, export_adapter, export_merged, export_model, in_dtype, model_logits
 from forge.model.trained import AdapterWeights
 from forge.run.files import publish_folder, read_json, write_json
 from forge.task.batches import model_inputs
@@ -27,14 +30,20 @@ def export(trainer: FinetuningTrainer) -> None:
     """Publishes the folder final/, on rank 0. Raises TrainingError where it cannot be written."""
     wanted, weights, task = trainer.config.export, trainer.weights, trainer.task
     merged: dict[str, Any] = {}
+    is_adapter = isinstance(weights, AdapterWeights)
+    state = _whole_state(trainer, "float32" if is_adapter else wanted.dtype)
+    proof: tuple[Any, ...] = ()
+    if is_adapter and wanted.merge:
+        proof = (*_few_inputs(task), None)
+        if any_partitioned(trainer.model):  # all ranks run it, or none
+            proof = (*proof[:2], model_logits(trainer.model, *proof[:2]))
 
     def write(folder: Path) -> None:
         if not isinstance(weights, AdapterWeights):
-            export_model(trainer.model, folder, wanted.dtype)
+            export_model(trainer.model, folder, wanted.dtype, state)
         else:
-            export_adapter(weights, folder)
+            export_adapter(weights, folder, state)
             if wanted.merge:
-                proof = _few_inputs(task)
                 merged.update(
                     asdict(export_merged(folder, weights.below, task.auto_model, trainer.model, wanted.dtype, *proof))
                 )
@@ -57,6 +66,41 @@ def export(trainer: FinetuningTrainer) -> None:
 
     on_rank_0(trainer.accelerator, publish)
     logger.info("final model in %s", trainer.run.final)
+
+
+def _whole_state(trainer: FinetuningTrainer, dtype: str) -> dict[str, Tensor] | None:
+    """On rank 0 the weights by the names of their file, whole, on the CPU and in that dtype, of a training that is
+    sharded; one weight at a time is whole elsewhere. None on the other ranks, and where nothing is sharded. On every
+    rank at once; what does not fit in the dtype is an error on all of them."""
+    named, is_main = trainer.parts.named, trainer.accelerator.is_main_process
+    if trainer.parts.partitions is None or named is None:
+        return None
+    state: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        if is_main:
+            on_cpu = tensor.detach().cpu()
+            state[name] = in_dtype(on_cpu, dtype, name).clone() if on_cpu.is_floating_point() else on_cpu.clone()
+
+    problem: TrainingError | None = None
+    for name, parameter in named.trained.items():
+        if name.startswith(PROJECTIONS):
+            continue
+        whole = whole_float32(parameter)
+        try:
+            keep(name, whole)
+        except TrainingError as error:  # raised when no rank waits for another
+            problem = problem or error
+    for name, tensor in named.constant.items():
+        with gathered([tensor]):
+            keep(name, tensor)
+    on_rank_0(trainer.accelerator, lambda: _raise(problem))
+    return state if is_main else None
+
+
+def _raise(problem: TrainingError | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _few_inputs(task: Task) -> tuple[dict[str, Any], Tensor | None]:

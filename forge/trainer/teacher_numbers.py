@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 
 from forge.cluster.ranks import StopVote, on_rank_0
+from forge.cluster.sharding import gathered
 from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError
@@ -138,7 +139,9 @@ class _Taught(Student):
 
     def forward(self, batch: Batch, teacher: TeacherOutputs | None = None) -> dict[str, Tensor]:
         # Offloaded, the head has its weight in its own forward only, and the loss wants it outside.
-        with nullcontext() if self.head is None else align_module_device(self.head.linear):
+        linear = None if self.head is None else self.head.linear
+        weights = [] if linear is None else [*linear.parameters(recurse=False)]
+        with nullcontext() if linear is None else align_module_device(linear), gathered(weights):
             return super().forward(as_teacher_reads(batch), teacher)
 
 

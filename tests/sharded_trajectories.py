@@ -1,0 +1,50 @@
+"""On each of two ranks: trains once for every list of settings, and leaves what it saw of each to the test.
+
+Its arguments: the config, a JSON list of lists of settings, and a folder for what each rank has seen.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import trainer_of
+
+from forge.cluster.ranks import gather_values
+from forge.config.loader import load_config
+
+
+def main() -> None:
+    """Losses, norms, final weights, and the bytes of the teacher that this rank holds."""
+    file, scenarios, folder = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
+    rank, found = os.environ["RANK"], []
+    environment = dict(os.environ)
+    for number, settings in enumerate(scenarios):
+        os.environ.clear()
+        os.environ |= environment  # of a plan before this one
+        trainer = trainer_of(load_config(file, settings).config, folder / rank / str(number))
+        trainer.train()
+        found.append({"reports": trainer.callbacks.reports, "weights": weights(trainer), "held": held(trainer)})
+        trainer.close()
+        gather_values(None)
+        trainer.accelerator.free_memory()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def weights(trainer: Any) -> list[float]:
+    from forge.cluster.partitions import whole_float32
+
+    trained = trainer.parts.named.trained.values()
+    return [x for p in trained for x in (whole_float32(p) if trainer.parts.partitions else p).flatten().tolist()]
+
+
+def held(trainer: Any) -> int:
+    teacher = getattr(trainer, "teacher", None)
+    if teacher is None:
+        return 0
+    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in teacher.model.parameters())
+
+
+if __name__ == "__main__":
+    main()

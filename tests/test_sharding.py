@@ -1,0 +1,93 @@
+"""Under every plan of DeepSpeed a training takes the steps of one process with the same batch, and goes on anywhere."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY, forge_on_two_ranks, trainer_of
+from conversations import config_on, conversation
+from teachers import write_chat_teacher, write_classifier
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from forge.config.loader import load_config
+
+pytestmark = pytest.mark.multiprocess
+STEPS = ("training.max_steps=4", "training.per_device_batch_size=2", "evaluation.baseline=false")  # 2 micro-batches
+
+
+def seen_by_both(file: Path, scenarios: list[list[str]], folder: Path) -> list[list[dict[str, Any]]]:
+    """What each rank has seen of each scenario."""
+    script = REPOSITORY / "tests" / "sharded_trajectories.py"
+    done = forge_on_two_ranks(file, json.dumps(scenarios), folder, script=script, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def alone(file: Path, settings: list[str], folder: Path) -> tuple[list[dict[str, Any]], list[float]]:
+    """The reports and the final weights of one process without a plan."""
+    trainer = trainer_of(load_config(file, settings).config, folder)
+    trainer.train()
+    weights = [x for p in trainer.parts.named.trained.values() for x in p.flatten().tolist()]
+    return trainer.callbacks.reports, weights
+
+
+def assert_same(seen: dict[str, Any], wanted: tuple[list[dict[str, Any]], list[float]], rel: float) -> None:
+    reports, weights = wanted
+    for name in ("loss", "grad_norm") if seen["reports"] else ():  # rank 0's
+        assert [r[name] for r in seen["reports"]] == pytest.approx([r[name] for r in reports], rel=rel)
+    assert seen["weights"] == pytest.approx(weights, abs=rel)
+
+
+def test_a_classifier_takes_the_steps_of_one_process(config_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+    teacher = write_classifier(tmp_path / "teacher", tiny_model)
+    kd = [*STEPS, f"teacher.path={teacher}", "distillation.alpha=0.6"]
+    plans = [f"deepspeed.student=zero{stage}" for stage in (1, 2, 3)]
+    scenarios = [[*STEPS, plan] for plan in plans] + [[*kd, plan] for plan in plans]
+    scenarios += [[*kd, plans[1], "teacher.placement=zero3"], [*kd, plans[2], "teacher.placement=zero3"]]
+    found = seen_by_both(config_file, scenarios, tmp_path / "seen")
+    sft, distilled = alone(config_file, [*STEPS], tmp_path / "sft"), alone(config_file, kd, tmp_path / "kd")
+    assert [len(seen["reports"]) for seen in found[0]] == [4] * 8
+    for rank in range(2):
+        for number, seen in enumerate(found[rank]):
+            assert_same(seen, sft if number < 3 else distilled, 1e-5)
+    for number in (6, 7):  # each rank holds half of the teacher
+        whole = found[0][3]["held"]
+        assert sum(found[rank][number]["held"] for rank in range(2)) == pytest.approx(whole, rel=0.01)
+        assert found[0][number]["held"] == found[1][number]["held"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_language_model_takes_them_too(chat_model: Path, tmp_path: Path, tied: bool) -> None:
+    student = chat_model
+    if tied:
+        student = write_tied(tmp_path / "tied", chat_model)
+    teacher = write_chat_teacher(tmp_path / "teacher", chat_model)
+    rows = [conversation(i, turns=1 + i % 3) for i in range(24)]
+    config_on(tmp_path, student, rows, rows[:5])
+    file = tmp_path / "c.yaml"
+    same = [*STEPS, "training.adam_epsilon=1e-3"]
+    kd = [*same, f"teacher.path={teacher}", "distillation.alpha=0.6"]
+    scenarios = [
+        [*same, "deepspeed.student=zero3"],
+        [*kd, "deepspeed.student=zero2", "teacher.placement=zero3"],
+        [*kd, "deepspeed.student=zero3"],
+        [*kd, "deepspeed.student=zero3", "teacher.placement=zero3"],
+    ]
+    found = seen_by_both(file, scenarios, tmp_path / "seen")
+    sft, distilled = alone(file, same, tmp_path / "sft"), alone(file, kd, tmp_path / "kd")
+    assert [len(seen["reports"]) for seen in found[0]] == [4] * 4
+    for rank in range(2):
+        for number, seen in enumerate(found[rank]):
+            assert_same(seen, sft if number == 0 else distilled, 2e-5)
+
+
+def write_tied(folder: Path, chat_model: Path) -> Path:
+    """The chat model with one matrix for embeddings and head."""
+    shutil.copytree(chat_model, folder)
+    config = LlamaConfig.from_pretrained(chat_model, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
