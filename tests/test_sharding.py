@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, forge_on_two_ranks, trainer_of
+from conftest import REPOSITORY, forge, forge_on_two_ranks, trainer_of
 from conversations import config_on, conversation
 from teachers import write_chat_teacher, write_classifier
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from forge.config.loader import load_config
+from forge.run.files import read_json, read_json_lines, write_json
 
 pytestmark = pytest.mark.multiprocess
 STEPS = ("training.max_steps=4", "training.per_device_batch_size=2", "evaluation.baseline=false")  # 2 micro-batches
@@ -91,3 +92,39 @@ def write_tied(folder: Path, chat_model: Path) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_json_lines(run / "metrics.jsonl") if "learning_rate" in row]
+
+
+def test_a_run_goes_on_under_other_plans_and_on_other_ranks(config_file: Path, tmp_path: Path) -> None:
+    """Two ranks with ZeRO-2, two with ZeRO-3, one without a plan, one with ZeRO-1: one curve, and one final model."""
+    same = ["training.schedule=constant", "training.warmup_steps=0", "evaluation.baseline=false"]
+    settings = [word for setting in same for word in ("--set", setting)]
+    started = forge_on_two_ranks(
+        *("--config", config_file, "--run_name", "moving", *settings, "--max_steps", 2),
+        *("--set", "deepspeed.student=zero2"),
+    )
+    assert started.returncode == 0, started.stderr
+    run = tmp_path / "outputs" / "tiny" / "moving"
+    assert {file.name for file in (run / "checkpoint-2").glob("*.safetensors")} == {
+        f"{what}-0000{rank}.safetensors" for what in ("model", "optimizer") for rank in range(2)
+    }
+    steps = [
+        (forge_on_two_ranks, 4, "zero3", "model-00001.safetensors"),
+        (forge, 5, "null", "optimizer.pt"),
+        (forge, 6, "zero1", "model-00000.safetensors"),
+    ]
+    for command, step, plan, file in steps:
+        state = read_json(run / "training_state.json")  # as of a run that was to be longer, and was stopped
+        write_json(run / "training_state.json", state | {"pipeline_complete": False, "stage": "training"})
+        done = command("--resume", run, "--max_steps", step, "--set", f"deepspeed.student={plan}")
+        assert done.returncode == 0, done.stderr
+        assert (run / f"checkpoint-{step}" / file).is_file()
+    unbroken = trainer_of(load_config(config_file, same).config, tmp_path / "unbroken")
+    unbroken.train()
+    assert losses(run) == pytest.approx([report["loss"] for report in unbroken.callbacks.reports], rel=1e-5)
+    final = AutoModelForSequenceClassification.from_pretrained(run / "final").state_dict()
+    for name, tensor in unbroken.model.state_dict().items():
+        torch.testing.assert_close(final[name], tensor, rtol=0, atol=1e-5)
