@@ -18,6 +18,7 @@ from forge.cluster.launch import free_port
 from forge.cluster.ranks import build_accelerator, check_started_ranks, resolve_precision, trains_on_cpu
 from forge.config.plans import filled, read_plan
 from forge.config.schema import Config
+from forge.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def accelerator_of(config: Config) -> Accelerator:
     options: dict[str, Any] = {}
     if config.deepspeed.student is not None:
         options = _deepspeed(config)
+    else:
+        _refuse_plans_of_the_launcher()
     found = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic, **options)
     _load_whole()
     return found
@@ -129,6 +132,18 @@ class Gathering(nn.Module):
             from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
             register_external_parameter(self, parameter)
+
+
+def _refuse_plans_of_the_launcher() -> None:
+    """accelerate takes plans from the environment too, where its own config file was made with one."""
+    plans = {"ACCELERATE_USE_DEEPSPEED": "zero2", "ACCELERATE_USE_FSDP": "zero3"}
+    for variable, plan in plans.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise UsageError(
+                f"{variable} is set: accelerate's launcher, or its config file, asks for a plan, and forge's config "
+                f"decides that; set deepspeed.student: {plan}, and launch with `forge launch`, or with "
+                "`accelerate launch --multi_gpu`"
+            )
 
 
 def _tell(module: nn.Module) -> None:

@@ -61,12 +61,21 @@ def task_type_of(section: type[Section]) -> str:
     return str(get_args(section.model_fields["type"].annotation)[0])
 
 
+# What users of other toolkits look for, and why it is not here.
+ABSENT = {
+    "fsdp": "forge shards by DeepSpeed alone: FSDP2 gives a model other parameters, for which checkpoints and the "
+    "gathered head would need a second path; set deepspeed.student: zero3, which shards the same",
+}
+
+
 def unknown_key(path: tuple[str, ...], task_type: str | None = None) -> str:
     """One sentence for a key that forge does not know, or that another type of task has."""
     dotted = ".".join(path)
     owners = [name for name in task_types() if dotted in all_keys(name)]
     if path[0] == "task" and owners:
         return f"{dotted} is a key of task.type {' and '.join(owners)}, and this task is of type {task_type}"
+    if path[0] in ABSENT:
+        return f"{dotted} is not a config key: {ABSENT[path[0]]}"
     if "." in path[-1]:
         first, rest = path[-1].split(".", 1)
         return f"{dotted} is written as one key; in a file it is a key in a map: `{first}: {{{rest}: …}}`"

@@ -109,11 +109,12 @@ def contradictions(plan: Plan, config: Any, key: str) -> list[str]:
         if said not in (AUTO, ours):
             found.append(f"{plan.file} has {name} {said}, and {of_config[name]} is {ours}; set it to auto in the file")
     bf16 = plan.values.get("bf16", {}).get("enabled", AUTO)
-    precision = training.mixed_precision
-    if bf16 != AUTO and precision != AUTO and bool(bf16) != (precision == "bf16") and not teacher:
+    name, precision = "training.mixed_precision", training.mixed_precision
+    if teacher and config.teacher.dtype != AUTO:
+        name, precision = "teacher.dtype", config.teacher.dtype
+    if bf16 != AUTO and precision != AUTO and bool(bf16) != (precision in ("bf16", "bfloat16")):
         found.append(
-            f"{plan.file} has bf16.enabled {str(bf16).lower()}, and training.mixed_precision is {precision}; set it to "
-            "auto in the file"
+            f"{plan.file} has bf16.enabled {str(bf16).lower()}, and {name} is {precision}; set it to auto in the file"
         )
     return found
 

@@ -417,6 +417,7 @@ def world_facts(accelerator: Accelerator, training: TrainingConfig) -> dict[str,
         "mixed_precision": accelerator.mixed_precision,
         "rows_per_step": rows_per_step,
         "micro_batches_per_rank": micro_batches,
+        "deepspeed": plans_of(accelerator) or None,
     }
 
 
