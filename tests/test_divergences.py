@@ -6,7 +6,8 @@ import torch
 from loss_oracle import DIVERGENCES, SMOOTH
 from torch import Tensor
 
-from forge.losses.kd_settings import EQUAL, Settings, check_settings, teacher_share
+from forge.losses.checks import check_settings
+from forge.losses.kd_settings import EQUAL, Settings, teacher_share
 from forge.losses.linear_kd_plain import divergence_rows, sparse_rows
 
 MISSING_MASS = ["tail", "renormalise", "zero"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from forge.losses import linear_kd as module
-from forge.losses.kd_settings import Chunks, plan_chunks, row_pitch
+from forge.losses.kd_settings import Chunks, plain_rows, plan_chunks, row_pitch
 from forge.losses.linear_kd import linear_kd
 
 
@@ -201,8 +201,8 @@ def test_what_makes_no_sense_is_refused_in_one_sentence() -> None:
         ({"labels": x["labels"].float()}, "must be int64"),
         ({"student_head": x["student_head"][:, :4]}, r"student_hidden \(12, 8\) and student_head \(37, 4\)"),
         ({"student_bias": torch.zeros(3)}, r"student_bias \(3,\) must have one element for each of 37 columns"),
-        ({"teacher_hidden": None}, "teacher_hidden and teacher_head must both be given"),
-        ({"teacher_hidden": x["teacher_hidden"][:5]}, "teacher_hidden has 5 rows, and student_hidden has 12"),
+        ({"teacher_hidden": None}, r"teacher_hidden None and teacher_head \(37, 16\) must both be given"),
+        ({"teacher_hidden": x["teacher_hidden"][:5]}, r"teacher_hidden \(5, 16\) must be .* student_hidden \(12, 8\)"),
         ({"teacher_hidden": None, "teacher_head": None}, "alpha > 0 needs one teacher"),
         ({"teacher_log_probs": log_q, "teacher_indices": indices}, "alpha > 0 needs one teacher"),
         ({"student_head": x["student_head"].bfloat16()}, "cast one, or autocast"),
@@ -226,9 +226,31 @@ def test_the_plain_path_says_once_why_it_is_taken(
     with caplog.at_level(logging.INFO, logger=module.__name__):
         for _ in range(3):
             linear_kd(**x)
+        linear_kd(**x, precision="fp32")
+        linear_kd(**x, alpha=0.0, precision="difference")  # of one model there is none, and nothing is worse
+        for _ in range(2):
+            linear_kd(**x, precision="bf16")
+    reason = "its kernels need a CUDA device, and the tensors are on cpu"
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("INFO", "linear_kd takes the plain path: its kernels need a CUDA device, and the tensors are on cpu.")
+        ("INFO", f"linear_kd takes the plain path: {reason}."),
+        ("WARNING", f"linear_kd takes the plain path, with fp32 logits where precision bf16 was asked for: {reason}."),
     ]
+
+
+def test_plain_torch_keeps_its_budget_too() -> None:
+    assert plain_rows(128256, 4) == 87  # 256 MiB
+    assert plain_rows(128256, 4, 2**30) == 348
+    assert plain_rows(128256, 4, low_memory=True) == 21
+    assert plain_rows(128256, 4, 2**30, low_memory=True) == 21
+    assert plain_rows(128256, 4, 1) == 16  # the least there is
+    assert plain_rows(3, 4) == 1024
+    x, rows = cast(problem(N=60, V=4000), torch.float32), []
+    real = module.plain_linear_kd
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plain_linear_kd", lambda *args: rows.append(args[-1]) or real(*args))
+        for options in ({}, {"memory_budget": 2**22}, {"low_memory": True}, {"chunks": Chunks(7, 9)}):
+            linear_kd(**x, **options)
+    assert rows == [1024, 43, 699, 7]
 
 
 def test_the_plan_keeps_its_budget_and_does_not_grow_with_the_batch() -> None:
