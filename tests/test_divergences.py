@@ -210,6 +210,18 @@ def test_a_top_k_teacher_is_its_formula(missing_mass: str) -> None:
     assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), student)[0], rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("missing_mass", MISSING_MASS)
+def test_a_row_without_any_entry_says_nothing(missing_mass: str) -> None:
+    student, teacher = logits()
+    log_q, indices = (teacher / 2.0).log_softmax(-1).topk(4)
+    log_q[2] = -torch.inf
+    value, gradient = sparse_rows(student, log_q, indices, Settings(1.0, 2.0, missing_mass=missing_mass))
+    assert (value[2].item(), gradient[2].abs().max().item()) == (0.0, 0.0)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    assert (value != 0).sum() == 5
+
+
 def test_the_tail_never_says_more_than_all_of_the_teacher_and_tends_to_it() -> None:
     """Merging the other tokens into one event can only lose divergence."""
     student, teacher = logits(V=40, spread=1.0)  # every token above the floor of the tail

@@ -1,5 +1,6 @@
 """The distillation loss in a training step: gradients, frozen heads, autocast, compilation, and what it refuses."""
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 from test_linear_kd import IGNORE, cast, error, gradients, oracle, problem, top_k
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from forge.losses import linear_kd as module
-from forge.losses.kd_settings import Chunks, plain_rows, plan_chunks, row_pitch
+from forge.losses.kd_settings import Chunks, Inputs, Needs, Settings, plain_rows, plan_chunks, row_pitch
 from forge.losses.linear_kd import linear_kd
+from forge.losses.linear_kd_plain import plain_linear_kd
 
 
 def test_the_incoming_gradient_is_not_rounded_to_the_weights_dtype() -> None:
@@ -235,6 +238,29 @@ def test_the_plain_path_says_once_why_it_is_taken(
         ("INFO", f"linear_kd takes the plain path: {reason}."),
         ("WARNING", f"linear_kd takes the plain path, with fp32 logits where precision bf16 was asked for: {reason}."),
     ]
+
+
+def test_what_the_plain_path_allocates_does_not_grow_with_the_batch() -> None:
+    class Widest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    widest = []
+    for N in (64, 256):
+        x = cast(problem(N=N, V=500), torch.bfloat16)
+        wanted, settings = Needs(True, True, False), Settings(0.5, 2.0)
+        given = Inputs(*(x[name].detach() for name in ("student_hidden", "student_head", "labels")))
+        given = dataclasses.replace(given, teacher_hidden=x["teacher_hidden"], teacher_head=x["teacher_head"])
+        with Widest() as seen:
+            plain_linear_kd(given, settings, wanted, 16)
+        widest.append(seen.elements)
+    assert widest == [16 * 500, 16 * 500]
 
 
 def test_plain_torch_keeps_its_budget_too() -> None:
