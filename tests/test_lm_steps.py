@@ -132,6 +132,22 @@ def test_the_trainers_hand_the_configs_loss_on(
     assert trainer.student.objective.config.alpha == (0.6 if distilled else 0.0)
 
 
+@pytest.mark.parametrize("setting", ["", "training.loss.low_memory=true"])
+def test_keys_without_effect_on_whole_logits_are_told(
+    setting: str, tmp_path: Path, chat_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ["model.lora.rank=4", "model.lora.target=[lm_head]", *([setting] if setting else [])]
+    rows = [conversation(i) for i in range(8)]
+    trainer = trainer_of(config_on(tmp_path, chat_model, rows, rows, *given), tmp_path)
+    assert trainer.student.head is None
+    (told,) = (record.message for record in caplog.records if "whole logits" in record.message)
+    no_effect = ", and training.loss has no effect" if setting else ""
+    assert told == (
+        f"the loss is computed from whole logits, which takes more memory{no_effect}: its head is "
+        "peft.tuners.lora.layer.Linear"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["a tied head", "an adapter and a trained head"])
