@@ -152,6 +152,8 @@ def test_the_teacher_gets_no_graph_and_an_evaluation_has_none() -> None:
     loss.backward()
     assert x["teacher_hidden"].grad is None
     assert x["teacher_head"].grad is None
+    frozen = {name: t.detach() if name.startswith("student") else t for name, t in x.items()}
+    assert not linear_kd(**frozen, alpha=0.5)[0].requires_grad
     with torch.no_grad():
         evaluated, _ = linear_kd(**x, alpha=0.5)
     assert not evaluated.requires_grad
