@@ -123,7 +123,7 @@ def test_every_key_is_judged_and_every_rule_is_about_a_key() -> None:
         "task.dataset.shuffle_buffer",  # of a stream, and so without effect here
         *("model.config", "output_root"),
         *(key for key in keys if key.startswith(("tracking.wandb.", "model.lora.", "model.new_tokenizer."))),
-        *(key for key in keys if key.startswith(("teacher.", "distillation."))),  # without effect here
+        *(key for key in keys if key.startswith(("teacher.", "distillation.", "training.loss."))),  # no effect here
     }
     new = keys - parts - tried - elsewhere - {"tracking.wandb", "model.lora", "model.new_tokenizer"}
     new -= {"distillation.hidden", "distillation.relations"}
@@ -132,6 +132,26 @@ def test_every_key_is_judged_and_every_rule_is_about_a_key() -> None:
     assert harmless == {key for key in new if key.startswith(("checkpoint.", "export."))} | {
         *("evaluation.samples", "evaluation.teacher", "evaluation.control", "model.base")
     }
+
+
+def test_of_how_a_loss_is_computed_the_precision_alone_has_a_meaning() -> None:
+    def lm(*settings: str) -> LoadedConfig:
+        Path("lm.yaml").write_text("task: {type: causal_lm, dataset: {path: data}}\nmodel: {path: m}\n")
+        return load_config(Path("lm.yaml"), settings)
+
+    old = effective(located(lm().config))
+    kinds = {}
+    for setting in ("memory_budget_gib=2", "low_memory=true", "precision=bf16"):
+        new = lm(f"training.loss.{setting}").config
+        (change,) = changes(old, new, rows_per_step_old=32, rows_per_step_new=32)
+        kinds[change.key] = change.kind
+    assert kinds == {
+        "training.loss.memory_budget_gib": Kind.HARMLESS,
+        "training.loss.low_memory": Kind.HARMLESS,
+        "training.loss.precision": Kind.MEANING,
+    }
+    del old["training"]["loss"]  # a checkpoint of a forge without the keys
+    assert changes(old, lm().config, rows_per_step_old=32, rows_per_step_new=32) == []
 
 
 def test_every_key_of_the_teacher_changes_the_meaning_but_the_place_of_its_cache() -> None:

@@ -8,7 +8,7 @@ from forge.config.distilling import DistillationConfig, TeacherConfig
 from forge.config.effects import inert_keys, unsupported
 from forge.config.explain import effective
 from forge.config.loader import LoadedConfig, load_config
-from forge.config.schema import Config
+from forge.config.schema import Config, LossConfig
 from forge.errors import ConfigError
 
 WHOLE = "task: {type: classification, dataset: {path: data}}\nmodel: {path: m}\n"  # two lines
@@ -135,7 +135,8 @@ def test_each_mode_has_its_keys_without_effect(text: str, expected: set[str]) ->
     config = load(text).config
     inert = inert_keys(config)
     best = {"checkpoint.keep_best", "checkpoint.best_metric"}  # nothing is evaluated beside the checkpoints
-    always = {"evaluation.control", "task.dataset.shuffle_buffer", "export.merge"}
+    always = {f"training.loss.{name}" for name in LossConfig.model_fields}
+    always |= {"evaluation.control", "task.dataset.shuffle_buffer", "export.merge"}
     always |= {f"teacher.{name}" for name in TeacherConfig.model_fields}
     always |= {f"distillation.{name}" for name in DistillationConfig.model_fields if name != "alpha"}
     assert set(inert) == always | (expected - WITH_EVALUATIONS if expected >= WITH_EVALUATIONS else expected | best)
@@ -205,6 +206,26 @@ def test_what_does_not_go_together_with_a_teacher_is_refused(text: str, setting:
     found = problems(text + KD + "training: {max_steps: 5}\n", setting, "teacher.placement=cached")
     assert len(found) == 1
     assert found[0].startswith(f"--set {setting}: {problem}") or f": {problem}" in found[0]
+
+
+def test_how_a_loss_is_computed_is_for_language_models() -> None:
+    loss = "training: {loss: {memory_budget_gib: 1.5, precision: fp32, low_memory: yes}}\n"
+    config = load(LM + loss).config
+    assert not any(key.startswith("training.loss") for key in inert_keys(config))
+    assert effective(config)["training"]["loss"] == {"memory_budget_gib": 1.5, "low_memory": True, "precision": "fp32"}
+    Path("b.yaml").write_text("training: {loss: {precision: fp32, low_memory: yes}}\n")
+    (notice,) = load("inherits: b.yaml\n" + WHOLE).notices
+    reason = "b.yaml:1: task.type is classification, whose loss is computed from logits"
+    assert notice == (
+        f"without effect in this run: training.loss.low_memory ({reason}), training.loss.precision ({reason})"
+    )
+    assert problems(WHOLE + "training: {loss: {low_memory: yes}}\n") == [
+        "c.yaml:3: training.loss.low_memory has no effect, since task.type is classification, whose loss is computed "
+        "from logits (c.yaml:1); take one of them out"
+    ]
+    assert problems(LM + "training: {loss: {memory_budget_gib: 0}}\n")[0].startswith(
+        "c.yaml:3: training.loss.memory_budget_gib is 0"
+    )
 
 
 STREAM = "task: {type: causal_lm, dataset: {path: data, streaming: yes}}\nmodel: {path: m}\ntraining: {max_steps: 5}\n"

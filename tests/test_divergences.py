@@ -6,7 +6,8 @@ import torch
 from loss_oracle import DIVERGENCES, SMOOTH
 from torch import Tensor
 
-from forge.losses.kd_settings import EQUAL, Settings, check_settings, teacher_share
+from forge.losses.checks import check_settings
+from forge.losses.kd_settings import EQUAL, Settings, teacher_share
 from forge.losses.linear_kd_plain import divergence_rows, sparse_rows
 
 MISSING_MASS = ["tail", "renormalise", "zero"]
@@ -207,6 +208,18 @@ def test_a_top_k_teacher_is_its_formula(missing_mass: str) -> None:
     expected = torch.stack([loss_oracle.sparse_kl(s, q, i, 2.0, missing_mass) for s, q, i in rows])
     assert torch.allclose(value, expected, rtol=1e-10)
     assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), student)[0], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("missing_mass", MISSING_MASS)
+def test_a_row_without_any_entry_says_nothing(missing_mass: str) -> None:
+    student, teacher = logits()
+    log_q, indices = (teacher / 2.0).log_softmax(-1).topk(4)
+    log_q[2] = -torch.inf
+    value, gradient = sparse_rows(student, log_q, indices, Settings(1.0, 2.0, missing_mass=missing_mass))
+    assert (value[2].item(), gradient[2].abs().max().item()) == (0.0, 0.0)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    assert (value != 0).sum() == 5
 
 
 def test_the_tail_never_says_more_than_all_of_the_teacher_and_tends_to_it() -> None:

@@ -203,6 +203,15 @@ def test_the_size_of_the_chunks_changes_nothing(N: int, rows: int) -> None:
     assert all(error(g, expected_gradients[name]) < 1e-12 for name, g in gradients(loss, x).items())
 
 
+@pytest.mark.parametrize("V", [32001, 50257])
+def test_the_odd_vocabularies_of_true_models(V: int) -> None:
+    x = cast(problem(N=2, V=V, ignored=0), torch.float32)
+    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0)
+    expected, _, _, expected_gradients = oracle(x, 0.5, 2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert all(error(g, expected_gradients[name]) < 1e-5 for name, g in gradients(loss, x).items())
+
+
 @pytest.mark.parametrize("Vt", [30, 50])
 @pytest.mark.parametrize(("divergence", "mix"), DIVERGENCES)
 def test_padding_of_the_wider_head_is_left_out_of_the_divergence(Vt: int, divergence: str, mix: float) -> None:
@@ -270,6 +279,25 @@ def test_half_precision_inputs_are_rounded_only_where_they_enter_and_leave(dtype
         assert error(gradient, expected_gradients[name]) < 4e-3
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.5])
+def test_the_gradient_holds_near_convergence_where_bf16_logits_would_lose_it(temperature: float) -> None:
+    """Logits of standard deviation 10 that differ by 0.1: rounded to bfloat16, the loss would hardly tell."""
+    g = torch.Generator().manual_seed(0)
+    N, V, H = 32, 500, 64
+    hidden, teacher = torch.randn(N, H, generator=g), torch.randn(V, H, generator=g) * (10 / H**0.5)
+    near = teacher.bfloat16().float() + torch.randn(V, H, generator=g) * (0.1 / H**0.5)
+    x = {"student_hidden": hidden, "student_head": near, "labels": torch.arange(N)}
+    x = cast({**x, "teacher_hidden": hidden, "teacher_head": teacher}, torch.bfloat16)
+    loss, _ = linear_kd(**x, alpha=1.0, temperature=temperature)
+    expected = oracle(x, 1.0, temperature)[3]
+    assert all(error(found, expected[name]) < 3e-3 for name, found in gradients(loss, x).items())
+
+    z, y = (x[f"{whose}_hidden"].detach() @ x[f"{whose}_head"].detach().T for whose in ("student", "teacher"))
+    difference = (z.float() / temperature).softmax(-1) - (y.float() / temperature).softmax(-1)
+    lost = temperature / N * difference @ x["student_head"].detach().float()
+    assert error(lost, expected["student_hidden"]) > 0.2
+
+
 def test_leaving_ignored_rows_out_of_the_products_changes_nothing() -> None:
     x = cast(problem(), torch.float64)
     both = [linear_kd(**x, alpha=0.5, temperature=2.0, compact=compact) for compact in (False, True)]
@@ -328,13 +356,14 @@ def test_all_of_a_teachers_tokens_are_the_dense_teacher(missing_mass: str) -> No
 
 
 @pytest.mark.slow
-def test_the_kernels_in_tritons_interpreter() -> None:
-    """test_linear_kd_triton.py in a process of its own: triton decides at its import whether it interprets."""
+@pytest.mark.parametrize("name", ["test_linear_kd_triton.py", "test_linear_kd_kernels.py"])
+def test_the_kernels_in_tritons_interpreter(name: str) -> None:
+    """In a process of its own: triton decides at its import whether it interprets."""
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("test_linear_kd_triton.py runs by itself")
+        pytest.skip(f"{name} runs by itself")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed, so the kernels cannot even be interpreted")
-    file = Path(__file__).with_name("test_linear_kd_triton.py")
+    file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=file.parents[1], capture_output=True, text=True)

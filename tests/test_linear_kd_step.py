@@ -1,5 +1,6 @@
 """The distillation loss in a training step: gradients, frozen heads, autocast, compilation, and what it refuses."""
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 from test_linear_kd import IGNORE, cast, error, gradients, oracle, problem, top_k
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from forge.losses import linear_kd as module
-from forge.losses.kd_settings import Chunks, plan_chunks, row_pitch
+from forge.losses.kd_settings import Chunks, Inputs, Needs, Settings, plain_rows, plan_chunks, row_pitch
 from forge.losses.linear_kd import linear_kd
+from forge.losses.linear_kd_plain import plain_linear_kd
 
 
 def test_the_incoming_gradient_is_not_rounded_to_the_weights_dtype() -> None:
@@ -201,8 +204,8 @@ def test_what_makes_no_sense_is_refused_in_one_sentence() -> None:
         ({"labels": x["labels"].float()}, "must be int64"),
         ({"student_head": x["student_head"][:, :4]}, r"student_hidden \(12, 8\) and student_head \(37, 4\)"),
         ({"student_bias": torch.zeros(3)}, r"student_bias \(3,\) must have one element for each of 37 columns"),
-        ({"teacher_hidden": None}, "teacher_hidden and teacher_head must both be given"),
-        ({"teacher_hidden": x["teacher_hidden"][:5]}, "teacher_hidden has 5 rows, and student_hidden has 12"),
+        ({"teacher_hidden": None}, r"teacher_hidden None and teacher_head \(37, 16\) must both be given"),
+        ({"teacher_hidden": x["teacher_hidden"][:5]}, r"teacher_hidden \(5, 16\) must be .* student_hidden \(12, 8\)"),
         ({"teacher_hidden": None, "teacher_head": None}, "alpha > 0 needs one teacher"),
         ({"teacher_log_probs": log_q, "teacher_indices": indices}, "alpha > 0 needs one teacher"),
         ({"student_head": x["student_head"].bfloat16()}, "cast one, or autocast"),
@@ -226,9 +229,54 @@ def test_the_plain_path_says_once_why_it_is_taken(
     with caplog.at_level(logging.INFO, logger=module.__name__):
         for _ in range(3):
             linear_kd(**x)
+        linear_kd(**x, precision="fp32")
+        linear_kd(**x, alpha=0.0, precision="difference")  # of one model there is none, and nothing is worse
+        for _ in range(2):
+            linear_kd(**x, precision="bf16")
+    reason = "its kernels need a CUDA device, and the tensors are on cpu"
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("INFO", "linear_kd takes the plain path: its kernels need a CUDA device, and the tensors are on cpu.")
+        ("INFO", f"linear_kd takes the plain path: {reason}."),
+        ("WARNING", f"linear_kd takes the plain path, with fp32 logits where precision bf16 was asked for: {reason}."),
     ]
+
+
+def test_what_the_plain_path_allocates_does_not_grow_with_the_batch() -> None:
+    class Widest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    widest = []
+    for N in (64, 256):
+        x = cast(problem(N=N, V=500), torch.bfloat16)
+        wanted, settings = Needs(True, True, False), Settings(0.5, 2.0)
+        given = Inputs(*(x[name].detach() for name in ("student_hidden", "student_head", "labels")))
+        given = dataclasses.replace(given, teacher_hidden=x["teacher_hidden"], teacher_head=x["teacher_head"])
+        with Widest() as seen:
+            plain_linear_kd(given, settings, wanted, 16)
+        widest.append(seen.elements)
+    assert widest == [16 * 500, 16 * 500]
+
+
+def test_plain_torch_keeps_its_budget_too() -> None:
+    assert plain_rows(128256, 4) == 87  # 256 MiB
+    assert plain_rows(128256, 4, 2**30) == 348
+    assert plain_rows(128256, 4, low_memory=True) == 21
+    assert plain_rows(128256, 4, 2**30, low_memory=True) == 21
+    assert plain_rows(128256, 4, 1) == 16  # the least there is
+    assert plain_rows(3, 4) == 1024
+    x, rows = cast(problem(N=60, V=4000), torch.float32), []
+    real = module.plain_linear_kd
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plain_linear_kd", lambda *args: rows.append(args[-1]) or real(*args))
+        for options in ({}, {"memory_budget": 2**22}, {"low_memory": True}, {"chunks": Chunks(7, 9)}):
+            linear_kd(**x, **options)
+    assert rows == [1024, 43, 699, 7]
 
 
 def test_the_plan_keeps_its_budget_and_does_not_grow_with_the_batch() -> None:

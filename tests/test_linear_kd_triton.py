@@ -21,6 +21,7 @@ GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 BF16 = torch.bfloat16
 needs_gpu = pytest.mark.skipif(not GPU, reason="there is no CUDA device")
+pytestmark = [pytest.mark.gpu] if GPU else []
 
 
 if not (GPU or INTERPRETED):

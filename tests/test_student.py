@@ -1,6 +1,7 @@
 """The loss of a student is the model's own, with its head fused or not; its predictions are the likeliest labels."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from transformers import (
 )
 
 from forge.config.distilling import DistillationConfig
+from forge.config.schema import LossConfig
 from forge.losses.cross_entropy import IGNORE
+from forge.losses.linear_kd import linear_kd
 from forge.model.adapter import put_on
 from forge.model.head import LinearHead, find_head
 from forge.teacher.teacher import ModelTeacher
@@ -307,6 +310,34 @@ def test_kl_of_evaluations_does_not_depend_on_what_is_trained_with() -> None:
         values.append(apart)
     assert values[0] > 1
     assert values == [values[0]] * 3
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize(("precision", "in_evaluation"), [("bf16", None), ("fp32", "fp32"), (None, None)])
+def test_the_loss_is_computed_as_the_config_says_and_never_evaluated_in_bf16(
+    precision: str | None, in_evaluation: str | None, teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.append({name: options[name] for name in ("precision", "memory_budget", "low_memory", "alpha")})
+        return linear_kd(*args, **options)
+
+    monkeypatch.setattr("forge.trainer.objective.linear_kd", spy)
+    linear = torch.nn.Linear(64, 500)
+    given = {"labels": torch.zeros(1, 7, dtype=torch.int64), "hidden": torch.randn(1, 7, 64)}
+    told = {"hidden": torch.randn(7, 64), "head": torch.randn(500, 64)} if teacher else None
+    computing = LossConfig(memory_budget_gib=0.5, low_memory=True, precision=precision)
+    objective = Objective(DistillationConfig(alpha=0.3 if teacher else 0.0), computing=computing)
+    student = Student(torch.nn.Identity(), {}, LinearHead(OneHead(linear), linear), objective)
+    student.train()(given, told)
+    student.eval()(given, told)
+    same = {"memory_budget": 2**29, "low_memory": True}
+    alphas = (0.3, 0.5) if teacher else (0.0, 0.0)  # an evaluation's divergence has one weight for all
+    assert seen == [
+        {**same, "precision": precision, "alpha": alphas[0]},
+        {**same, "precision": in_evaluation, "alpha": alphas[1]},
+    ]
 
 
 def test_what_a_top_k_lacks_is_treated_as_the_config_says() -> None:

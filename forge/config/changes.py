@@ -38,6 +38,7 @@ class Change:
 
 
 LENGTH = "how long the run goes on; the rate of the steps to come follows the new length"
+PIECES = "how many rows the loss takes at a time; its sums stay the same but for their rounding"
 SPREAD = "how a step is spread over devices and time; its rows stay the same"
 
 # The longest key that fits counts, and stands for all keys below it. What is not here changes the meaning.
@@ -49,6 +50,9 @@ RULES: dict[str, tuple[Kind, str]] = {
     "training.batch_size": (Kind.HARMLESS, SPREAD),  # a step of another size is found by its rows, not by this key
     "training.num_workers": (Kind.HARMLESS, "who prepares the batches; what is in them stays the same"),
     "training.gradient_checkpointing": (Kind.HARMLESS, "memory against time; the gradients stay the same"),
+    "training.loss.memory_budget_gib": (Kind.HARMLESS, PIECES),
+    "training.loss.low_memory": (Kind.HARMLESS, PIECES),
+    "training.loss.precision": (Kind.MEANING, "the gradients of the steps to come would be rounded in another way"),
     "deepspeed": (Kind.HARMLESS, "how weights and moments are spread over devices; their values stay the same"),
     "evaluation": (Kind.HARMLESS, "when the model is measured; the steps of training stay the same"),
     "evaluation.max_samples": (

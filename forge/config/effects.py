@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from forge.config.distilling import WHOLE_LOGITS_COLUMNS, DistillationConfig, TeacherConfig
 from forge.config.plans import PlanError, contradictions, read_plan
-from forge.config.schema import CausalLmTask, ClassificationTask, Config
+from forge.config.schema import CausalLmTask, ClassificationTask, Config, LossConfig
 
 
 class Inert(NamedTuple):
@@ -56,6 +56,9 @@ def inert_keys(config: Config) -> dict[str, Inert]:
         add("training.warmup_ratio", "training.warmup_steps is set", "training.warmup_steps")
     if training.batch_size is not None:
         add("training.gradient_accumulation_steps", "training.batch_size is set", "training.batch_size")
+    if not isinstance(config.task, CausalLmTask):
+        of_loss = " ".join(f"training.loss.{name}" for name in LossConfig.model_fields)
+        add(of_loss, f"task.type is {config.task.type}, whose loss is computed from logits", "task.type")
     if not evaluation.baseline and not evaluation.final and evaluation.every_steps is None:
         reason = "evaluation.baseline and evaluation.final are false"
         add("evaluation.max_samples evaluation.per_device_batch_size", reason, "evaluation.final")

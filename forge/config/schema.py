@@ -273,6 +273,20 @@ class ModelConfig(Section):
         return self
 
 
+class LossConfig(Section):
+    """How the loss of a causal LM is computed from its hidden states and head; docs/kernels.md has what each costs."""
+
+    memory_budget_gib: Annotated[float, Field(gt=0)] | None = None
+    """GiB of scratch memory that it may take beside its gradients: the fastest plan that fits, or the smallest there
+    is; null: 3 on a GPU, and 0.25 where plain torch computes it."""
+    low_memory: Bool = False
+    """A smaller plan than the fastest, whatever fits: some 30 % less memory at its peak, a little more time."""
+    precision: Literal["difference", "fp32", "bf16"] | None = None
+    """Of the logits between product and loss, on a GPU: difference, of the two models' logits, as exact as fp32 at half
+    of its memory; fp32; bf16, whose gradient is wrong where student and teacher are near each other, and which training
+    alone takes: an evaluation never does. null: difference where it can run, else fp32."""
+
+
 class TrainingConfig(Section):
     """The optimizer, its schedule and the size of a step."""
 
@@ -318,6 +332,7 @@ class TrainingConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that prepare batches, per rank; 0: the training process itself; null: 2 where images are decoded,
     else 0."""
+    loss: LossConfig = LossConfig()
 
     def step_shape(self, ranks: int) -> tuple[int, int]:
         """Rows of one optimizer step over all ranks, and micro-batches of it on each rank."""

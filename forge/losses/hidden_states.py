@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from forge.losses.checks import check_mask
+
 KINDS = ("mse", "cosine")
 PER = ("row", "position")
 
@@ -43,12 +45,6 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor, *, kind: s
     if per == "position":
         return distance.sum()
     return (distance.sum(1) / mask.sum(1).clamp(min=1)).sum()
-
-
-def check_mask(mask: Tensor, vectors: Tensor) -> None:
-    """Raises ValueError unless mask is (B, T) bool for vectors (B, T, D)."""
-    if mask.shape != vectors.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must be bool {tuple(vectors.shape[:2])}.")
 
 
 def unit(x: Tensor) -> Tensor:

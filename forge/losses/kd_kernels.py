@@ -253,7 +253,7 @@ def loss_rows(
         x_k = head_logit(raw_k, bias, column_k, present, scale, cap, BIAS, SCALE, CAP)
         log_p_k = x_k * inv_t - log_s
         p_k = tl.exp(log_p_k)
-        q_k = tl.exp(log_q)
+        q_k = tl.where(present, tl.exp(log_q), 0.0)  # also in a row without any
         mass = tl.sum(q_k, 0)
         row_kl = tl.sum(tl.where(q_k > 0.0, q_k * (log_q - log_p_k), 0.0), 0)
         rest = mass  # what p is multiplied by in the gradient of the other columns

@@ -9,14 +9,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from forge.losses.checks import (
+    check_head,
+    check_labels,
+    check_one_teacher,
+    check_precision,
+    check_same_rows,
+    check_settings,
+    own_dtype,
+    product_dtype,
+)
 from forge.losses.kd_settings import (
-    PRECISIONS,
     Chunks,
     Inputs,
     Needs,
     Outputs,
     Settings,
-    check_settings,
     plain_rows,
     plan_chunks,
     teacher_share,
@@ -110,15 +118,18 @@ def linear_kd(
         ignore_index=ignore_index,
     )
     check_settings(settings)
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or None, and it is {precision!r}.")
+    check_precision(precision)
     if settings.alpha == 0.0:
         teacher_hidden = teacher_head = teacher_bias = teacher_log_probs = teacher_indices = None
-    check_student(student_hidden, student_head, student_bias, labels)
+    check_head(student_hidden, student_head, student_bias, "student")
+    check_labels(labels, student_hidden, "student_hidden")
     if settings.alpha > 0.0:
-        check_teacher(student_hidden, teacher_hidden, teacher_head, teacher_bias, teacher_log_probs, teacher_indices)
-        if teacher_log_probs is not None and divergence != "forward_kl":
-            raise ValueError(f"A top-k teacher knows forward_kl only, and divergence is {divergence!r}.")
+        dense = teacher_hidden is not None or teacher_head is not None
+        check_one_teacher(dense, teacher_log_probs, teacher_indices, divergence, student_hidden, "hidden")
+        if dense:
+            check_head(teacher_hidden, teacher_head, teacher_bias, "teacher")
+        if teacher_hidden is not None:
+            check_same_rows(student_hidden, teacher_hidden, "hidden")
     student_dtype = product_dtype(student_hidden, student_head)
     teacher_dtype = student_dtype
     if teacher_hidden is not None and teacher_head is not None:
@@ -164,69 +175,6 @@ def linear_kd(
     if normalizer is None:
         normalizer = count.clamp(min=1)
     return total / normalizer.to(total.dtype), Parts(ce_sum.detach(), kl_sum.detach(), count)
-
-
-def check_student(hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor) -> None:
-    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(
-            f"student_hidden {tuple(hidden.shape)} and student_head {tuple(head.shape)} must be (N, Hs) and (V, Hs)."
-        )
-    if labels.dim() != 1 or labels.shape[0] != hidden.shape[0] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} {labels.dtype} must be int64 with one label for each row of student_hidden "
-            f"{tuple(hidden.shape)}."
-        )
-    if bias is not None and tuple(bias.shape) != (head.shape[0],):
-        raise ValueError(f"student_bias {tuple(bias.shape)} must have one element for each of {head.shape[0]} columns.")
-
-
-def check_teacher(
-    student_hidden: Tensor,
-    hidden: Tensor | None,
-    head: Tensor | None,
-    bias: Tensor | None,
-    log_probs: Tensor | None,
-    indices: Tensor | None,
-) -> None:
-    dense, sparse = hidden is not None or head is not None, log_probs is not None or indices is not None
-    if dense == sparse:
-        raise ValueError("alpha > 0 needs one teacher: teacher_hidden and teacher_head, or log-probs and indices.")
-    N = student_hidden.shape[0]
-    if sparse:
-        check_sparse(log_probs, indices, N, "student_hidden")
-        return
-    if hidden is None or head is None or hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError("teacher_hidden and teacher_head must both be given, as (N, Ht) and (Vt, Ht).")
-    if hidden.shape[0] != N:
-        raise ValueError(f"teacher_hidden has {hidden.shape[0]} rows, and student_hidden has {N}.")
-    if bias is not None and tuple(bias.shape) != (head.shape[0],):
-        raise ValueError(f"teacher_bias {tuple(bias.shape)} must have one element for each of {head.shape[0]} columns.")
-
-
-def check_sparse(log_probs: Tensor | None, indices: Tensor | None, N: int, beside: str) -> None:
-    if log_probs is None or indices is None or log_probs.dim() != 2 or log_probs.shape != indices.shape:
-        raise ValueError("teacher_log_probs and teacher_indices must both be given, with one shape (N, K).")
-    if log_probs.shape[0] != N or log_probs.shape[1] == 0 or indices.dtype != torch.int64:
-        raise ValueError(
-            f"teacher_log_probs {tuple(log_probs.shape)} and int64 teacher_indices need one row for each of the {N} "
-            f"rows of {beside}, and at least one column."
-        )
-
-
-def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
-    """The dtype that the student's hidden and head are multiplied in: autocast's where it is on, else their own."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return own_dtype(hidden, head, "student")
-
-
-def own_dtype(hidden: Tensor, head: Tensor, whose: str) -> torch.dtype:
-    """The dtype that hidden and head have. A teacher is multiplied in its own: autocast is the student's training."""
-    if hidden.dtype != head.dtype:
-        way_out = "cast one, or autocast" if whose == "student" else "cast one"
-        raise ValueError(f"{whose}_hidden is {hidden.dtype} and {whose}_head is {head.dtype}: {way_out}.")
-    return hidden.dtype
 
 
 @torch.library.custom_op("forge::linear_kd", mutates_args=())
@@ -366,12 +314,14 @@ def computed(
     refusal = refusal_of_kernels(inputs.hidden.device, inputs.dtype)
     if refusal is not None or N == 0:
         if refusal is not None:
-            # On a CPU that is the way it goes, and nothing to warn of.
-            level = logging.INFO if inputs.hidden.device.type == "cpu" else logging.WARNING
-            say_once(f"linear_kd takes the plain path: {refusal}.", level)
+            # On a CPU that is the way it goes, and nothing to warn of, unless somebody asked for something else.
+            asked = precision == "bf16" or (precision == "difference" and settings.alpha > 0.0)
+            level = logging.INFO if inputs.hidden.device.type == "cpu" and not asked else logging.WARNING
+            but = f", with fp32 logits where precision {precision} was asked for" if asked else ""
+            say_once(f"linear_kd takes the plain path{but}: {refusal}.", level)
         itemsize = torch.promote_types(inputs.dtype, torch.float32).itemsize
         if chunks is None:
-            chunks = Chunks(rows := plain_rows(V, itemsize, memory_budget), rows)
+            chunks = Chunks(rows := plain_rows(V, itemsize, memory_budget, low_memory), rows)
         return plain_linear_kd(inputs, settings, needs, chunks.rows)
 
     from forge.losses.linear_kd_triton import fused_linear_kd, refusal_of_difference

@@ -164,12 +164,14 @@ def sparse_rows(
         tail         one more event, whose student probability P is that of all other tokens:  + Q log(Q / P)
         renormalise  spread over the k entries in proportion
         zero         left out: sum q log(q / p) over the k entries
+
+    A row without any entry says nothing: its value and its gradient are 0.
     """
     T = settings.temperature
     log_p = (student / T).log_softmax(-1)
     log_q = log_q.to(log_p.dtype)
     if settings.missing_mass == "renormalise":
-        log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+        log_q = log_q - log_q.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(log_q.dtype).min)
     q = log_q.exp()
     top_log_p = log_p.gather(1, indices)
     top_p = torch.where(q > 0, top_log_p.exp(), 0.0)

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from forge.losses.checks import check_labels, check_one_teacher, check_same_rows, check_settings
 from forge.losses.cross_entropy import IGNORE, cross_entropy_sum
 from forge.losses.given_gradients import wants_gradient, with_gradients
-from forge.losses.kd_settings import Settings, check_settings, plain_rows, teacher_share
-from forge.losses.linear_kd import Parts, check_sparse
+from forge.losses.kd_settings import Settings, plain_rows, teacher_share
+from forge.losses.linear_kd import Parts
 from forge.losses.linear_kd_plain import cross_entropy_rows, divergence_rows, sparse_rows, stored
 
 
@@ -47,17 +48,16 @@ def logits_kd(
     mix = teacher_share(divergence, beta, skew)
     settings = Settings(float(alpha), float(temperature), divergence, mix, missing_mass, ignore_index=ignore_index)
     check_settings(settings)
-    if student_logits.dim() != 2 or labels.shape != student_logits.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"student_logits {tuple(student_logits.shape)} and labels {tuple(labels.shape)} {labels.dtype} do not "
-            "agree: they must be (N, V) and int64 (N,)."
-        )
+    check_labels(labels, student_logits, "student_logits")
     counted = labels != ignore_index
     if settings.alpha == 0.0:
         total = cross_entropy_sum(student_logits, torch.where(counted, labels, IGNORE))
         ce_sum, kl_sum = total.detach(), torch.zeros_like(total)
     else:
-        _check_teacher(student_logits, teacher_logits, teacher_log_probs, teacher_indices, divergence)
+        top = teacher_log_probs, teacher_indices
+        check_one_teacher(teacher_logits is not None, *top, divergence, student_logits, "logits")
+        if teacher_logits is not None:
+            check_same_rows(student_logits, teacher_logits, "logits")
         teacher = tuple(None if x is None else x.detach() for x in (teacher_logits, teacher_log_probs, teacher_indices))
         wanted = wants_gradient(student_logits)
         with torch.no_grad():
@@ -67,23 +67,6 @@ def logits_kd(
     count = counted.sum()
     normalizer = count.clamp(min=1) if normalizer is None else normalizer
     return total / normalizer.to(total.dtype), Parts(ce_sum, kl_sum, count)
-
-
-def _check_teacher(
-    student: Tensor, logits: Tensor | None, log_probs: Tensor | None, indices: Tensor | None, divergence: str
-) -> None:
-    sparse = log_probs is not None or indices is not None
-    if (logits is not None) == sparse:
-        raise ValueError("alpha > 0 needs one teacher: teacher_logits, or teacher_log_probs and teacher_indices.")
-    if sparse:
-        check_sparse(log_probs, indices, student.shape[0], "student_logits")
-        if divergence != "forward_kl":
-            raise ValueError(f"A top-k teacher knows forward_kl only, and divergence is {divergence!r}.")
-    elif logits is not None and (logits.dim() != 2 or logits.shape[0] != student.shape[0]):
-        raise ValueError(
-            f"teacher_logits {tuple(logits.shape)} must be (N, Vt) with one row for each of the {student.shape[0]} "
-            "rows of student_logits."
-        )
 
 
 def _sums_and_gradient(

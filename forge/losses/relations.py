@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from forge.losses.checks import check_mask
 from forge.losses.given_gradients import wants_gradient, with_gradients
-from forge.losses.hidden_states import check_mask
 from forge.losses.linear_kd_plain import stored, weighted
 
 RELATIONS_AT_ONCE = 2**24  # elements of the relations of one chunk: 64 MiB in float32, and some six such are alive

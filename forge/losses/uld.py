@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from forge.losses.checks import check_head, check_same_rows, check_temperature, own_dtype, product_dtype
 from forge.losses.given_gradients import wants_gradient, with_gradients
-from forge.losses.linear_kd import own_dtype, product_dtype
 from forge.losses.linear_kd_plain import head_logits, sign_of_difference, stored, weighted
 from forge.losses.products import in_range_of, operand, product, restored
 
@@ -44,14 +44,10 @@ def linear_uld(
     Returns (), float32, or float64 for float64 inputs. Raises ValueError for shapes that disagree and for a
     temperature that is not positive.
     """
-    _check(student_hidden, student_head, student_bias, "student")
-    _check(teacher_hidden, teacher_head, teacher_bias, "teacher")
-    if student_hidden.shape[0] != teacher_hidden.shape[0]:
-        raise ValueError(
-            f"student_hidden has {student_hidden.shape[0]} rows and teacher_hidden {teacher_hidden.shape[0]}: ULD "
-            "compares aligned positions."
-        )
-    _check_temperature(temperature)
+    check_head(student_hidden, student_head, student_bias, "student")
+    check_head(teacher_hidden, teacher_head, teacher_bias, "teacher")
+    check_same_rows(student_hidden, teacher_hidden, "hidden")
+    check_temperature(temperature)
     dtype = product_dtype(student_hidden, student_head)
     teacher_dtype = own_dtype(teacher_hidden, teacher_head, "teacher")
     wanted = [wants_gradient(x) for x in (student_hidden, student_head, student_bias)]
@@ -90,12 +86,8 @@ def logits_uld(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     Softmaxes are float32 (float64 stays), `rows` positions at a time; one gradient is kept, in the logits' dtype
     (float32 for float16). Returns (), float32 or float64. Raises ValueError as linear_uld does.
     """
-    if student_logits.dim() != 2 or teacher_logits.dim() != 2 or student_logits.shape[0] != teacher_logits.shape[0]:
-        raise ValueError(
-            f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} must be "
-            "(M, V) and (M, Vt): ULD compares aligned positions."
-        )
-    _check_temperature(temperature)
+    check_same_rows(student_logits, teacher_logits, "logits")
+    check_temperature(temperature)
     work = torch.promote_types(student_logits.dtype, torch.float32)
     wanted = wants_gradient(student_logits)
     with torch.no_grad():
@@ -131,17 +123,3 @@ def uld_rows(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tens
 
 def _bias_pair(bias: Tensor | None, gradient: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
     return [] if bias is None else [(bias, gradient)]
-
-
-def _check(hidden: Tensor, head: Tensor, bias: Tensor | None, whose: str) -> None:
-    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(
-            f"{whose}_hidden {tuple(hidden.shape)} and {whose}_head {tuple(head.shape)} must be (M, H) and (V, H)."
-        )
-    if bias is not None and tuple(bias.shape) != (head.shape[0],):
-        raise ValueError(f"{whose}_bias {tuple(bias.shape)} must have one element for each of {head.shape[0]} columns.")
-
-
-def _check_temperature(temperature: float) -> None:
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, and it is {temperature}.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,7 +32,7 @@ def find_head(model: PreTrainedModel, forward_options: dict[str, Any]) -> Linear
 
     Whether it is, a few tokens tell: an architecture may do more to its logits than any config says.
     """
-    linear = model.get_output_embeddings()
+    linear = _trained(model.get_output_embeddings())
     if type(linear) is not nn.Linear:  # LoRA's layers are other classes, and more than their weight
         return f"its head is {type(linear).__module__}.{type(linear).__name__}"
     text = model.config.get_text_config()
@@ -48,3 +49,10 @@ def find_head(model: PreTrainedModel, forward_options: dict[str, Any]) -> Linear
     finally:
         model.train(training)
     return head if agree else f"{type(model).__name__} does more to its logits than forge knows of"
+
+
+def _trained(head: nn.Module | None) -> nn.Module | None:
+    """The layer that is trained in full beside an adapter, where peft has put one over the head."""
+    if isinstance(head, ModulesToSaveWrapper) and len(head.active_adapters) == 1:
+        return head.modules_to_save[head.active_adapters[0]]
+    return head

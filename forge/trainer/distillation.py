@@ -39,12 +39,11 @@ class DistillationTrainer(FinetuningTrainer):
     def build_student(self, model: PreTrainedModel) -> Student:
         """A student that takes its teacher's outputs."""
         config, options = self.config, self.task.forward_options
-        objective = Objective(config.distillation, self.teacher.logit_scale, self.teacher.softcap)
-        features = build_features(
-            config.distillation, config.training.seed, model, options, self.teacher, self._any_batch()
-        )
+        teacher = self.teacher
+        objective = Objective(config.distillation, teacher.logit_scale, teacher.softcap, config.training.loss)
+        features = build_features(config.distillation, config.training.seed, model, options, teacher, self._any_batch())
         student = Student(model, options, self.language_head(model), objective, features)
-        self.teacher.whole_logits = student.head is None
+        teacher.whole_logits = student.head is None
         return student
 
     def _any_batch(self) -> Batch:

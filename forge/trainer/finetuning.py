@@ -22,7 +22,7 @@ from forge.cluster.sharding import clip_grad_norm, plans_of, prepare
 from forge.cluster.signals import StopRequest, in_loader_worker
 from forge.config.explain import effective
 from forge.config.placing import located
-from forge.config.schema import Config, TrainingConfig
+from forge.config.schema import Config, LossConfig, TrainingConfig
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
 from forge.model.head import LinearHead, find_head
@@ -40,6 +40,7 @@ from forge.teacher.teacher import TeacherOutputs
 from forge.trainer.callbacks import Callback
 from forge.trainer.evaluation import evaluate
 from forge.trainer.meter import StepMeter
+from forge.trainer.objective import Objective
 from forge.trainer.optimizer import build_optimizer, learning_rate
 from forge.trainer.student import Student
 
@@ -264,7 +265,8 @@ class FinetuningTrainer:
 
     def build_student(self, model: PreTrainedModel) -> Student:
         """The model with its loss; on its device, and not yet prepared."""
-        return Student(model, self.task.forward_options, self.language_head(model))
+        objective = Objective(computing=self.config.training.loss)
+        return Student(model, self.task.forward_options, self.language_head(model), objective)
 
     def teacher_outputs(self, batch: Batch, split: str | None = None) -> TeacherOutputs | None:
         """What the student is given beside a batch of training, or of this validation split: nothing, where there is
@@ -277,7 +279,8 @@ class FinetuningTrainer:
             return None
         head = find_head(model, self.task.forward_options)
         if isinstance(head, str):
-            logger.warning("the loss is computed from whole logits, which takes more memory: %s", head)
+            unused = "" if self.config.training.loss == LossConfig() else ", and training.loss has no effect"
+            logger.warning("the loss is computed from whole logits, which takes more memory%s: %s", unused, head)
             return None
         return head
 

@@ -1,13 +1,14 @@
 """The loss between a student and its teacher at the label positions, whatever form either gives its logits in."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from forge.config.distilling import DistillationConfig
+from forge.config.schema import LossConfig
 from forge.losses.cross_entropy import IGNORE, count_labels, cross_entropy_sum
 from forge.losses.kd_settings import plain_rows
 from forge.losses.linear_kd import Parts, linear_kd
@@ -23,15 +24,19 @@ from forge.teacher.teacher import TeacherOutputs
 class Objective:
     """loss = (1 - alpha) * CE + alpha * T^2 * D(teacher || student), as sums over the labels."""
 
-    config: DistillationConfig
+    config: DistillationConfig = field(default_factory=DistillationConfig)
     logit_scale: float = 1.0  # the teacher's, of what its hidden states and head give
     softcap: float | None = None
+    computing: LossConfig = field(default_factory=LossConfig)
 
     def of_evaluation(self) -> "Objective":
-        """Forward KL at temperature 1, and what a top k lacks as one more event, whatever is trained with: runs that
-        differ in it can then be compared, and two equal models are at 0."""
+        """Forward KL at temperature 1, what a top k lacks as one more event, and no bf16 logits, whatever is trained
+        with: runs that differ in it can then be compared, and two equal models are at 0."""
         same = {"alpha": 0.5, "temperature": 1.0, "divergence": "forward_kl", "missing_mass": "tail"}
-        return replace(self, config=self.config.model_copy(update=same))
+        exact = {"precision": None} if self.computing.precision == "bf16" else {}
+        return replace(
+            self, config=self.config.model_copy(update=same), computing=self.computing.model_copy(update=exact)
+        )
 
     @property
     def is_universal(self) -> bool:
@@ -83,7 +88,7 @@ class Objective:
                 teacher_logit_scale=self.logit_scale,
                 teacher_softcap=self.softcap,
             )
-            return self._universal(linear_ce(head, hidden, labels), distance, labels)
+            return self._universal(self.cross_entropy(head, hidden, labels), distance, labels)
         return linear_kd(
             hidden,
             head.linear.weight,
@@ -98,9 +103,26 @@ class Objective:
             softcap=head.softcap,
             **self._sparse(teacher),
             **self._formula(),
+            **self._computing(),
             ignore_index=IGNORE,
             normalizer=torch.ones((), device=hidden.device),
         )
+
+    def cross_entropy(self, head: LinearHead, hidden: Tensor, labels: Tensor) -> Tensor:
+        """CE alone, summed over labels (N,), of hidden states (N, D) and their head; no logits of all of them."""
+        ce_sum, _ = linear_kd(
+            hidden,
+            head.linear.weight,
+            labels,
+            student_bias=head.linear.bias,
+            alpha=0.0,
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            **self._computing(),
+            ignore_index=IGNORE,
+            normalizer=torch.ones((), device=hidden.device),
+        )
+        return ce_sum
 
     def _universal(self, ce_sum: Tensor, distance: Tensor, labels: Tensor) -> tuple[Tensor, Parts]:
         """distance: the sum over the aligned places, which are fewer than the labels: the others give no signal."""
@@ -113,6 +135,14 @@ class Objective:
         names = ("alpha", "temperature", "divergence", "beta", "skew")
         return {name: getattr(config, name) for name in names}
 
+    def _computing(self) -> dict[str, Any]:
+        gib = self.computing.memory_budget_gib
+        return {
+            "memory_budget": None if gib is None else int(gib * 2**30),
+            "low_memory": self.computing.low_memory,
+            "precision": self.computing.precision,
+        }
+
     def _sparse(self, teacher: TeacherOutputs) -> dict[str, Any]:
         if "top_log_probs" not in teacher:
             return {}
@@ -121,22 +151,6 @@ class Objective:
             "teacher_indices": teacher["top_indices"],
             "missing_mass": self.config.missing_mass,
         }
-
-
-def linear_ce(head: LinearHead, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy, summed over labels (N,), of hidden states (N, D) and their head; no logits of all of them."""
-    ce_sum, _ = linear_kd(
-        hidden,
-        head.linear.weight,
-        labels,
-        student_bias=head.linear.bias,
-        alpha=0.0,
-        logit_scale=head.scale,
-        softcap=head.softcap,
-        ignore_index=IGNORE,
-        normalizer=torch.ones((), device=hidden.device),
-    )
-    return ce_sum
 
 
 def likeliest(values: Tensor, head: LinearHead | None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from forge.model.head import LinearHead
 from forge.task.batches import Batch, model_inputs
 from forge.teacher.teacher import TeacherOutputs
 from forge.trainer.features import Features
-from forge.trainer.objective import Objective, among_likeliest, likeliest, linear_ce, teachers_likeliest
+from forge.trainer.objective import Objective, among_likeliest, likeliest, teachers_likeliest
 
 
 class Student(nn.Module):
@@ -25,12 +25,11 @@ class Student(nn.Module):
         model: PreTrainedModel,
         forward_options: dict[str, Any] | None = None,
         head: LinearHead | None = None,
-        objective: Objective | None = None,
+        objective: Objective = Objective(),  # noqa: B008 - frozen
         features: Features | None = None,
     ):
         """head: of this model; with it the loss is computed in pieces, and no batch of logits is ever held.
-        objective: of a student that is given a teacher's outputs. features: what of its inside is drawn to the
-        teacher's too."""
+        objective: the loss. features: what of its inside is drawn to the teacher's too."""
         super().__init__()
         self.model = model
         self.forward_options = forward_options or {}
@@ -84,12 +83,12 @@ class Student(nn.Module):
         at_labels = values[positions], labels.flatten()[positions]  # only what carries a label goes through the head
         if teacher is None:
             assert self.head is not None
-            head = self.head
-            return self.at_head(lambda: {"loss_sum": linear_ce(head, *at_labels)})
-        aligned = values[batch["aligned"]] if self._objective.is_universal else None
+            head, objective = self.head, self.objective
+            return self.at_head(lambda: {"loss_sum": objective.cross_entropy(head, *at_labels)})
+        aligned = values[batch["aligned"]] if self.objective.is_universal else None
         if self.head is None:
-            return _sums(*self._objective.from_logits(*at_labels, teacher, aligned))
-        head, objective = self.head, self._objective
+            return _sums(*self.objective.from_logits(*at_labels, teacher, aligned))
+        head, objective = self.head, self.objective
         return self.at_head(lambda: _sums(*objective.from_hidden(head, *at_labels, teacher, aligned)))
 
     def _judged(
@@ -97,20 +96,22 @@ class Student(nn.Module):
     ) -> dict[str, Tensor]:
         """values: (N, V) logits, or (N, D) hidden states where the student has a head."""
         head, counted = self.head, labels.flatten()[positions]
+        objective = self.objective.of_evaluation()
         kl: dict[str, Tensor] = {}
         if teacher is not None:
-            told = self._objective.of_evaluation()
             loss = (
-                told.from_logits(values, counted, teacher)
+                objective.from_logits(values, counted, teacher)
                 if head is None
-                else told.from_hidden(head, values, counted, teacher)
+                else objective.from_hidden(head, values, counted, teacher)
             )
             ce_sum, kl = loss[1].ce_sum, {"kl_sum": loss[1].kl_sum}
+        elif head is None:
+            ce_sum = cross_entropy_sum(values, counted)
         else:
-            ce_sum = cross_entropy_sum(values, counted) if head is None else linear_ce(head, values, counted)
+            ce_sum = objective.cross_entropy(head, values, counted)
         predictions, confidences = likeliest(values, head)
         if teacher is not None:
-            told_likeliest = teachers_likeliest(teacher, self._objective)
+            told_likeliest = teachers_likeliest(teacher, objective)
             agreed = predictions == told_likeliest
             if "logits" in teacher:
                 agreed |= among_likeliest(teacher["logits"], predictions)
@@ -119,12 +120,6 @@ class Student(nn.Module):
             kl["agreed"] = agreed.sum()
         shaped = torch.zeros_like(labels).flatten().index_copy_(0, positions, predictions).view_as(labels)
         return {"ce_sum": ce_sum, "predictions": shaped, "confidences": confidences, **kl}
-
-    @property
-    def _objective(self) -> Objective:
-        if self.objective is None:
-            raise ValueError("A teacher's outputs were given to a student without an objective.")
-        return self.objective
 
 
 def _sums(loss_sum: Tensor, parts: Parts) -> dict[str, Tensor]:

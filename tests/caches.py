@@ -1,0 +1,58 @@
+"""What the tests of teacher caches share: a cache is filled, and opened as a run opens it."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState
+from conversations import config_on, conversation
+
+from forge.cluster.ranks import build_accelerator
+from forge.cluster.signals import StopRequest
+from forge.config.schema import Config
+from forge.task.batches import Batch, for_the_loop
+from forge.task.choice import load_task
+from forge.task.task import Task
+from forge.teacher.cached import CachedTeacher, find_teacher_cache
+from forge.teacher.caching import cache_teacher
+from forge.teacher.vocabulary import for_teacher
+
+
+def reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def fill(config: Config) -> tuple[Path, dict[str, Any]]:
+    reset()
+    return cache_teacher(config, StopRequest())
+
+
+def opened(config: Config) -> tuple[Task, CachedTeacher, Any]:
+    """The task as its student has it, the teacher that a run reads, and what it knows of the cache."""
+    reset()
+    accelerator = build_accelerator("no", 0)
+    task = load_task(config)
+    student = task.load_model(config.model, config.training)
+    task = for_teacher(config, task.for_model(student))
+    found = find_teacher_cache(config, task, student, accelerator, "forge cache-teacher X.yaml")
+    placed = found.placed(accelerator, None)
+    assert isinstance(placed, CachedTeacher)
+    return task, placed, found
+
+
+def distilled(teacher: Path, *settings: str) -> list[str]:
+    return [f"teacher.path={teacher}", "distillation.alpha=0.6", *settings]
+
+
+def batch_of(task: Task, *ids: int, split: str | None = None) -> Batch:
+    rows = task.train if split is None else task.validation[split]
+    return for_the_loop(task.collate([rows[i] for i in ids]), list(ids))
+
+
+def lm_config(folder: Path, model: Path, teacher: Path, *settings: str) -> Config:
+    rows = [conversation(i, turns=1 + i % 3) for i in range(14)]
+    return config_on(folder, model, rows, rows[:5], *distilled(teacher, *settings))
+
+
+class Death(BaseException):
+    """A process that is killed; what it has not renamed is as good as not written."""
