@@ -309,8 +309,8 @@ def test_what_cannot_be_read_now_or_by_this_forge_is_not_called_bad(
         with pytest.raises(TrainingError, match=r"cannot be read now \(Stale file handle\); nothing was changed"):
             select(run, state)
     manifest = manifests.Manifest.read(run.path / "checkpoint-6")
-    replace(manifest, format=3).write(run.path / "checkpoint-6")
-    with pytest.raises(TrainingError, match="is of format 3, and this forge reads format 2"):
+    replace(manifest, format=4).write(run.path / "checkpoint-6")
+    with pytest.raises(TrainingError, match="is of format 4, and this forge reads format 3"):
         select(run, state)
     assert sorted(path.name for path in run.path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
 

@@ -14,7 +14,8 @@ TRAINING_KEYS = (
     "mixed_precision, gradient_checkpointing, deterministic, length_grouping, num_workers, loss"
 )
 TOP_KEYS = (
-    "task, model, teacher, distillation, training, evaluation, checkpoint, export, logging, tracking, output_root"
+    "task, model, teacher, distillation, training, deepspeed, evaluation, checkpoint, export, logging, tracking, "
+    "output_root"
 )
 
 

@@ -90,12 +90,14 @@ def key_hint(dotted: str, task_type: str | None = None) -> str:
         return "inherits stands at the top of a file and nowhere else"
     if leaf in OTHER_NAMES:
         return f"did you mean {OTHER_NAMES[leaf]}?"
+    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}  # the first of equal leaves wins
+    if leaf in leaves:
+        return f"did you mean {leaves[leaf]}?"
     parent = dotted.rsplit(".", 1)[0] + "." if "." in dotted else ""
     siblings = [key for key in keys if key.startswith(parent) and "." not in key[len(parent) :]]
     near = get_close_matches(leaf, [key[len(parent) :] for key in siblings], n=1, cutoff=0.6)
     if near:
         return f"did you mean {parent}{near[0]}?"
-    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}  # the first of equal leaves wins
     near = get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)
     if near:
         return f"did you mean {leaves[near[0]]}?"
