@@ -1,6 +1,6 @@
 """What forge's own bookkeeping costs on many ranks: measured with fake shards and fake ranks on one machine.
 
-    python benchmarks/scale.py [--ranks 1024] [--gloo 4 16 64] [--folder DIR] [--only checkpoint …]
+    python benchmarks/scale.py [--ranks 1024] [--gloo 8 16 32] [--folder DIR] [--only checkpoint …]
 
 Prints one table per part: the files of a checkpoint, what ranks tell each other, the registry of runs, a run's metadata
 and the rows of a step. Shards are small: the seconds are those of names, hashes and file system calls, not of bytes.
@@ -45,6 +45,7 @@ from forge.checkpoint.manifest import (
     store,
     verify,
 )
+from forge.cluster.launch import free_port
 from forge.cluster.ranks import StopVote, gather_values, on_rank_0
 from forge.cluster.signals import StopRequest
 from forge.run.directory import RunDirectory, find_runs
@@ -57,7 +58,7 @@ from forge.task.batches import epoch_steps, evaluation_batches, split_step
 RUNS = 1000
 ROWS, ROWS_PER_RANK = 1_000_000, 8
 SHARD_BYTES = 1 << 10
-REPEATS = 5
+REPEATS = 10
 HASHED_BYTES = 1 << 28
 STATE_BYTES = 12  # of a parameter under ZeRO: master, and the two moments of AdamW, in float32
 
@@ -65,7 +66,7 @@ STATE_BYTES = 12  # of a parameter under ZeRO: master, and the two moments of Ad
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1024)
-    parser.add_argument("--gloo", type=int, nargs="+", default=[4, 16, 64], help="true ranks to time, two or more")
+    parser.add_argument("--gloo", type=int, nargs="+", default=[8, 16, 32], help="true ranks to time, two or more")
     parser.add_argument("--folder", type=Path, help="where to write (a temporary folder)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
@@ -93,9 +94,10 @@ def the_files(args: argparse.Namespace, folder: Path) -> Rows:
 
     def write() -> None:
         for rank in range(args.ranks):
-            name = f"shard-{rank:05d}.safetensors"
-            files[name] = store(staging / name, lambda file: file.write(shard))
+            for name in (f"model-{rank:05d}.safetensors", f"optimizer-{rank:05d}.safetensors"):
+                files[name] = store(staging / name, lambda file: file.write(shard))
             files[rng_file(rank)] = store(staging / rng_file(rank), _saves(rng))
+        # What no rank shares: the model's config and the state of the run; and the names that a whole model would have.
         for name in (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE):
             files[name] = store(staging / name, lambda file: file.write(shard))
 
@@ -135,20 +137,19 @@ def the_files(args: argparse.Namespace, folder: Path) -> Rows:
 
 def the_talk(args: argparse.Namespace, folder: Path) -> Rows:
     """What gloo ranks tell each other, beside a training group that carries nothing."""
-    outcome = (
-        {rng_file(1023): StoredFile(6000, "0" * 64), "shard-01023.safetensors": StoredFile(10**9, "0" * 64)},
-        None,
-    )
+    names = (rng_file(1023), "model-01023.safetensors", "optimizer-01023.safetensors")
+    outcome = ({name: StoredFile(10**9, f"{number:064}") for number, name in enumerate(names)}, None)
     large = b"0" * 300_000  # about a manifest of 1,024 ranks
     counts, found = sorted(args.gloo), {}
     for ranks in counts:
-        found[ranks] = _on_gloo(ranks, outcome, large, folder)
+        found[ranks] = _on_gloo(ranks, outcome, large)
     rows = [("ranks", "".join(f"{ranks:>11}" for ranks in counts) + f"{args.ranks:>11}, extrapolated")]
     for what in found[counts[0]]:
         values = [found[ranks][what] for ranks in counts]
         (a, b), (x, y) = counts[-2:], values[-2:]
         there = y + (y - x) / (b - a) * (args.ranks - b)
-        rows.append((what, "".join(f"{value:11.4g}" for value in [*values, there])))
+        known = f"{there:11.4g}" if there > y else f"{'noise':>11}"
+        rows.append((what, "".join(f"{value:11.4g}" for value in values) + known))
     pickled = len(pickle.dumps(outcome))
     rows += [
         ("the outcome of one rank's save (pickle)", size(pickled)),
@@ -160,12 +161,12 @@ def the_talk(args: argparse.Namespace, folder: Path) -> Rows:
     return rows
 
 
-def _on_gloo(ranks: int, outcome: Any, large: bytes, folder: Path) -> dict[str, float]:
+def _on_gloo(ranks: int, outcome: Any, large: bytes) -> dict[str, float]:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    store = folder / f"store-{ranks}"
+    port = free_port()
     processes = [
-        context.Process(target=_rank, args=(rank, ranks, store, outcome, large, theirs)) for rank in range(ranks)
+        context.Process(target=_rank, args=(rank, ranks, port, outcome, large, theirs)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -176,19 +177,15 @@ def _on_gloo(ranks: int, outcome: Any, large: bytes, folder: Path) -> dict[str, 
     return found
 
 
-def _rank(rank: int, ranks: int, store: Path, outcome: Any, large: bytes, answers: Any) -> None:
+def _rank(rank: int, ranks: int, port: int, outcome: Any, large: bytes, answers: Any) -> None:
     warnings.simplefilter("ignore")
     # Stands for NCCL: it joins the ranks and carries nothing.
     import torch.testing._internal.distributed.fake_pg
 
     distributed = torch.distributed
-    distributed.init_process_group(
-        "fake",
-        store=distributed.FileStore(str(store), ranks),
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(minutes=9),
-    )
+    minutes = timedelta(minutes=5)
+    store = distributed.TCPStore("127.0.0.1", port, ranks, rank == 0, minutes, wait_for_workers=False)
+    distributed.init_process_group("fake", store=store, rank=rank, world_size=ranks)
     open_before = len(os.listdir("/proc/self/fd"))
     accelerator: Any = SimpleNamespace(is_main_process=rank == 0, num_processes=ranks)
     found: dict[str, float] = {"group built (s)": seconds(lambda: gather_values(None))}
@@ -204,13 +201,12 @@ def _rank(rank: int, ranks: int, store: Path, outcome: Any, large: bytes, answer
     for what, call in work:
         call()
         gather_values(None)
-        times = [seconds(lambda: (call(), gather_values(None))) for _ in range(REPEATS)]  # noqa: B023
-        found[what] = 1000 * statistics.median(times)
-    # Each was timed with a gather behind it, which waits for all ranks.
-    base = found["one value gathered (ms)"] = found["one value gathered (ms)"] / 2
-    for what, _ in work[1:]:
-        found[what] = max(0.0, found[what] - base)
-    if rank == 0:
+        found[what] = 1000 * seconds(lambda: [*(call() for _ in range(REPEATS)), gather_values(None)]) / REPEATS  # noqa: B023
+    # A gather stands behind each, which waits for all ranks.
+    waits = found["one value gathered (ms)"] / (REPEATS + 1)
+    for what, _ in work:
+        found[what] -= waits
+    if rank == ranks - 1:  # not rank 0, to which all are connected by the store too: a launcher has it else
         answers.send(found)
     gather_values(None)
     os._exit(0)
@@ -277,7 +273,8 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def took(work: Callable[[], Any]) -> str:
     """The median of some times."""
-    return f"{1000 * statistics.median(seconds(work) for _ in range(REPEATS)):.2f} ms"
+    median_s = statistics.median(seconds(work) for _ in range(REPEATS))
+    return f"{1e3 * median_s:.2f} ms" if median_s > 1e-4 else f"{1e6 * median_s:.1f} us"
 
 
 def size(count: int) -> str:

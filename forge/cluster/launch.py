@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,13 @@ def _kill(pid: int) -> None:
     for child in below:
         with suppress(psutil.NoSuchProcess):
             child.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _cores() -> int:
