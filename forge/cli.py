@@ -1,4 +1,4 @@
-"""The `forge` command: train, resume, prove-resume, cache-teacher, runs, compare, config."""
+"""The `forge` command: train, launch, resume, prove-resume, cache-teacher, runs, compare, config."""
 
 import argparse
 import json
@@ -13,10 +13,13 @@ from forge.command import (
     EPILOG,
     Parser,
     add_config_arguments,
+    add_launch_arguments,
     add_override_arguments,
     add_resume_arguments,
     add_train_arguments,
     cache_teacher,
+    launch,
+    process_count,
     train,
 )
 from forge.errors import (
@@ -63,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     add_train_arguments(command)
     command.set_defaults(run=train)
 
+    command = commands.add_parser("launch", help="train in many processes of this machine", epilog=EPILOG)
+    add_launch_arguments(command)
+    command.set_defaults(run=launch)
+
     command = commands.add_parser(
         "resume", help="go on with a run, or with all that are incomplete, on this machine", epilog=EPILOG
     )
@@ -70,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("which", metavar="RUN", nargs="?", help="a run's directory, or its name if there is one such")
     what.add_argument("--all", action="store_true", help="every incomplete run, the oldest first, one after the other")
     command.add_argument(
-        "--processes", type=_count, metavar="N", help="ranks to train with (as many as the last attempt had)"
+        "--processes", type=process_count, metavar="N", help="ranks to train with (as many as the last attempt had)"
     )
     add_override_arguments(command)
     add_resume_arguments(command)
@@ -150,12 +157,6 @@ def _add_output_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_root", metavar="DIR", default="outputs", help="the folder that holds all runs (outputs)"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; give 1 or more")
-    return int(text)
 
 
 def _print_error(error: ForgeError) -> None:

@@ -89,12 +89,46 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of training."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="X.yaml", help="start a new run from this config")
-    what.add_argument(
-        "--resume", metavar="RUN", help="go on with a run: its directory, or its name if there is one such"
-    )
-    parser.add_argument("--run_name", metavar="NAME", help="the run directory's name (the time of the start)")
+    _add_resume(what)
+    _add_run_name(parser)
     add_config_arguments(parser)
     add_resume_arguments(parser)
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training in many processes of this machine."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", metavar="X.yaml", nargs="?", help="start a new run from this config")
+    _add_resume(what)
+    parser.add_argument(
+        "--processes", type=process_count, required=True, metavar="N", help="one for each GPU, or so many on the CPU"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        metavar="PLAN",
+        help="the plan by which DeepSpeed shards the student, such as zero2 or a path.json; null for none "
+        "(--set deepspeed.student=PLAN)",
+    )
+    _add_run_name(parser)
+    add_config_arguments(parser)
+    add_resume_arguments(parser)
+
+
+def process_count(text: str) -> int:
+    """For argparse: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; give 1 or more")
+    return int(text)
+
+
+def _add_resume(parser: argparse._MutuallyExclusiveGroup) -> None:
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with a run: its directory, or its name if there is one such"
+    )
+
+
+def _add_run_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run_name", metavar="NAME", help="the run directory's name (the time of the start)")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -109,10 +143,13 @@ def train(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     """The heavy imports wait until the config holds."""
+    from forge.cluster.launch import write_outcome
     from forge.run.directory import complete_message
     from forge.run.state import TrainingState
 
     def work(log: "RunLog", stop: "StopRequest") -> int:
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_outcome(EXIT_FAILED)  # until the end says otherwise: from here on a signal is heard
         loaded, resumed = _loaded(args)
         if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
             asked = " (what else the command line asks for was not done)" if _overrides(args) else ""
@@ -128,6 +165,33 @@ def _train(args: argparse.Namespace) -> int:
         return EXIT_COMPLETE
 
     return _with_outcome(work)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Trains in args.processes processes of this machine, and returns forge's own exit code.
+
+    Config, overrides and the run's name are checked here first: what is wrong is told before any process is started.
+    """
+    from forge.cluster.launch import run_training
+    from forge.run.directory import complete_message
+    from forge.run.state import TrainingState
+
+    if args.deepspeed is not None:
+        args.set = [*args.set, f"deepspeed.student={args.deepspeed}"]
+    _, resumed = _loaded(args)
+    if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
+        print(complete_message(resumed), flush=True)
+        return EXIT_COMPLETE
+    return run_training(training_arguments(args), args.processes)
+
+
+def training_arguments(args: argparse.Namespace) -> list[str]:
+    """The command line of `forge train` that asks for the same as parsed arguments of it do."""
+    arguments = [f"--set={setting}" for setting in args.set]
+    for name in ("config", "resume", "run_name", "max_steps", "epochs", "output_root"):
+        arguments += [f"--{name}={getattr(args, name)}"] if getattr(args, name) is not None else []
+    arguments += [f"--allow-change={key}" for key in args.allow_change]
+    return arguments + [flag for flag, on in (("--debug", args.debug), ("--take-over", args.take_over)) if on]
 
 
 def cache_teacher(args: argparse.Namespace) -> int:

@@ -44,14 +44,23 @@ def test_grouping_by_length_leaves_little_padding_and_still_shuffles() -> None:
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 8), (2, 4), (3, 2)])
 def test_a_step_is_dealt_out_without_loss_whatever_the_ranks(ranks: int, micro_batches: int) -> None:
     rows = np.arange(100, 116)
-    dealt = split_step(rows, ranks, micro_batches)
+    dealt = [split_step(rows, ranks, micro_batches, rank) for rank in range(ranks)]
 
     assert [len(rank) for rank in dealt] == [micro_batches] * ranks
     assert sorted(row for rank in dealt for batch in rank for row in batch) == list(range(100, 116))
 
 
+@pytest.mark.parametrize("count", [1, 5, 16, 23, 24, 100])
+def test_a_rank_works_out_its_own_part_of_what_numpy_deals_out_to_all(count: int) -> None:
+    rows = np.arange(count)
+    places = [part.tolist() or [FILLER] for part in np.array_split(rows, 6 * 4)]
+    for rank in range(6):
+        assert split_step(rows, 6, 4, rank) == places[rank::6]
+
+
 def test_a_short_step_fills_empty_places_so_that_every_rank_takes_part() -> None:
-    assert split_step(np.array([7, 8, 9]), ranks=2, micro_batches=2) == [[[7], [9]], [[8], [FILLER]]]
+    dealt = [split_step(np.array([7, 8, 9]), ranks=2, micro_batches=2, rank=rank) for rank in (0, 1)]
+    assert dealt == [[[7], [9]], [[8], [FILLER]]]
 
 
 def test_evaluation_covers_every_row_once_with_as_many_batches_on_each_rank() -> None:

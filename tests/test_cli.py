@@ -106,8 +106,8 @@ def test_a_resumed_run_keeps_its_name_and_its_size_and_must_exist(tmp_path: Path
         ([*FORGE_PY, "--config", "a", "--max", "3"], "error: unrecognized arguments: --max 3; see `forge.py --help`\n"),
         (
             [*CLI, "run"],
-            "error: argument COMMAND: invalid choice: 'run' (choose from 'train', 'resume', 'config', 'prove-resume', "
-            "'cache-teacher', 'runs', 'compare'); see `forge --help`\n",
+            "error: argument COMMAND: invalid choice: 'run' (choose from 'train', 'launch', 'resume', 'config', "
+            "'prove-resume', 'cache-teacher', 'runs', 'compare'); see `forge --help`\n",
         ),
         (
             [*CLI, "train", "--config", "a", "--max", "3"],

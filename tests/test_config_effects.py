@@ -136,7 +136,7 @@ def test_each_mode_has_its_keys_without_effect(text: str, expected: set[str]) ->
     inert = inert_keys(config)
     best = {"checkpoint.keep_best", "checkpoint.best_metric"}  # nothing is evaluated beside the checkpoints
     always = {f"training.loss.{name}" for name in LossConfig.model_fields}
-    always |= {"evaluation.control", "task.dataset.shuffle_buffer", "export.merge"}
+    always |= {"evaluation.control", "task.dataset.shuffle_buffer", "export.merge", "deepspeed.teacher"}
     always |= {f"teacher.{name}" for name in TeacherConfig.model_fields}
     always |= {f"distillation.{name}" for name in DistillationConfig.model_fields if name != "alpha"}
     assert set(inert) == always | (expected - WITH_EVALUATIONS if expected >= WITH_EVALUATIONS else expected | best)

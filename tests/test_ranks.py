@@ -1,12 +1,16 @@
 """What the ranks do one after the other is told once."""
 
 import logging
+import resource
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from forge.cluster.ranks import rank_0_first
-from forge.errors import UsageError
+from forge.cluster import ranks
+from forge.cluster.ranks import on_rank_0, rank_0_first
+from forge.errors import ForgeError, Stopped, UsageError
 
 logger = logging.getLogger("forge.somewhere")
 
@@ -29,3 +33,85 @@ def test_a_warning_that_rank_0_has_given_is_not_repeated(
         rank_0_first(accelerator, lambda: work(UsageError("bad rows")))  # type: ignore[arg-type]
     logger.warning("one more")
     assert caplog.records[-1].message == "one more"
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What rank 0 has sent to the others: each broadcast puts a value there, or takes it where this is another rank."""
+    sent: list[Any] = []
+
+    def broadcast(values: list[Any], src: int, group: object) -> None:
+        assert (src, group) == (0, "the patient one")
+        if values[0] == (None, None):
+            values[0] = sent.pop()
+        else:
+            sent.append(values[0])
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(ranks, "_agreement_group", lambda: "the patient one")
+    # Gathered, a value would come back from every rank, padded to the largest: ranks times ranks of it on the wire.
+    monkeypatch.setattr(torch.distributed, "all_gather_object", None)
+    return sent
+
+
+def test_what_rank_0_did_is_sent_once_to_each_rank(wire: list[Any]) -> None:
+    done = []
+    assert on_rank_0(rank(0), lambda: done.append(1) or "a manifest") == "a manifest"
+    assert len(wire) == 1
+    assert on_rank_0(rank(1), lambda: done.append(2) or "never") == "a manifest"
+    assert done == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (UsageError("no rows"), UsageError, "no rows"),
+        (Stopped("by TERM"), Stopped, "by TERM"),
+        (ZeroDivisionError("by zero"), ForgeError, "another rank failed with ZeroDivisionError: by zero"),
+    ],
+)
+def test_an_error_of_rank_0_is_raised_on_every_rank(
+    error: Exception, kind: type[Exception], text: str, wire: list[Any]
+) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as own:
+        on_rank_0(rank(0), work)
+    assert own.value is error
+    with pytest.raises(kind) as told:
+        on_rank_0(rank(1), work)
+    assert (type(told.value), str(told.value)) == (kind, text)
+
+
+@pytest.mark.parametrize(
+    ("limits", "count", "asked", "warned"),
+    [
+        ((1024, 20000), 1, None, False),
+        ((1024, 20000), 1024, (2560, 20000), False),
+        ((1024, 2000), 1024, (2000, 2000), True),
+        ((1024, resource.RLIM_INFINITY), 1024, (2560, resource.RLIM_INFINITY), False),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1024, None, False),
+    ],
+)
+def test_many_ranks_may_open_a_connection_to_each(
+    limits: tuple[int, int],
+    count: int,
+    asked: tuple[int, int] | None,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = []
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda what, to: given.append(to))
+    ranks._let_files_open(count)
+    assert given == ([] if asked is None else [asked])
+    assert ["1024 ranks may need 2560 open files each" in record.message for record in caplog.records] == [
+        True
+    ] * warned
+
+
+def rank(number: int) -> Any:
+    return SimpleNamespace(is_main_process=number == 0)

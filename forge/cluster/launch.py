@@ -22,6 +22,16 @@ from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, UsageError
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 LAUNCHER = Path(__file__).resolve().with_name("launcher.py")
 OUTCOME = "FORGE_OUTCOME"  # the file that takes forge's exit code: accelerate's launcher returns 1 for every failure
+# What the surroundings may say of another start: a process alone would wait for ranks that nobody starts.
+OF_ANOTHER_START = (
+    OUTCOME,
+    PARENT_VARIABLE,
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+)
 HANDLED_BY_LAUNCHER = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # its own four, and those that would end it
 SAVE_TIMEOUT_S = 120  # the launcher kills ranks that take longer to stop; its own 30 s is short for a large checkpoint
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -34,22 +44,22 @@ def training_command(arguments: Sequence[str], processes: int) -> tuple[list[str
     """
     if processes < 1:
         raise ValueError(f"{processes} processes cannot train")
-    environment = {name: value for name, value in os.environ.items() if name not in (OUTCOME, PARENT_VARIABLE)}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_ANOTHER_START}
     environment[PARENT_VARIABLE] = str(os.getpid())
+    on_cpu = _trains_on_cpu(environment)
+    if on_cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"
     if processes == 1:
         return [sys.executable, str(ENTRY), *arguments], environment
-    if _trains_on_cpu(environment):
-        environment["ACCELERATE_USE_CPU"] = "true"
-    elif (gpus := visible_gpus(environment)) < processes:
+    if not on_cpu and (gpus := visible_gpus(environment)) < processes:
         raise UsageError(
             f"{processes} processes need as many GPUs, and {gpus} can be seen here; give --processes {gpus}"
         )
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     environment.setdefault("PET_SIGNALS_TO_HANDLE", HANDLED_BY_LAUNCHER)
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
     launcher = [sys.executable, str(LAUNCHER), "--multi_gpu", "--num_machines", "1"]
-    launcher += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
+    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]  # 0: a free one, sought as it is bound
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # only quiets it: the config says what counts
     return [*launcher, str(ENTRY), *arguments], environment
 
@@ -109,6 +119,8 @@ def run_training(
         with SignalRelay() as own:
             return run_training(arguments, processes, output, own)
     command, environment = training_command(arguments, processes)
+    if processes > _cores() and environment.get("ACCELERATE_USE_CPU") == "true":
+        print(f"warning: {processes} processes share {_cores()} CPU cores, and wait for each other", file=sys.stderr)
     if relay.received:
         return EXIT_STOPPED
     with tempfile.TemporaryDirectory(prefix="forge-") as folder:
@@ -125,23 +137,35 @@ def run_training(
             preexec_fn=_EndWithParent(os.getpid()),
         )
         returned = relay.wait(child)
-        written = _read_outcome(outcome)
+        written = read_outcome(outcome)
     if written is not None:
         return written
-    if -returned in relay.received:  # it came before the child was ready for it: nothing was done, and nothing lost
+    # Nothing was written: forge did not come so far as to hear signals. Where one came, nothing was done, and nothing
+    # lost; the launcher says 1 then. Else it failed, and the launcher's own code tells no more than that.
+    if relay.received and (-returned in relay.received or (processes > 1 and returned == EXIT_FAILED)):
         return EXIT_STOPPED
-    # Nothing was written: forge did not come so far, or was killed. The launcher's own code tells no more than that.
     return returned if processes == 1 and returned >= 0 else EXIT_COMPLETE if returned == 0 else EXIT_FAILED
 
 
 def write_outcome(code: int) -> None:
-    """Leaves forge's exit code to the process that started it, if that wants to know. On rank 0, as its last act."""
+    """Leaves forge's exit code to the process that started it, if that wants to know.
+
+    On rank 0, as its last act; and as the first after it hears signals, so that one that is killed has failed.
+    """
     name = os.environ.get(OUTCOME)
     if name is None or not Path(name).parent.is_dir():  # whoever asked has ended
         return
     temporary = Path(f"{name}.tmp")
     temporary.write_text(str(code))
     temporary.replace(name)
+
+
+def read_outcome(path: Path) -> int | None:
+    """What write_outcome left there."""
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return None
 
 
 def visible_gpus(environment: dict[str, str]) -> int:
@@ -179,6 +203,10 @@ def free_port() -> int:
     return port
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 class _EndWithParent:
     """Runs in the child before it becomes forge: the kernel sends it TERM when its parent ends."""
 
@@ -190,10 +218,3 @@ class _EndWithParent:
         self.libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != self.parent:  # it has ended already
             os._exit(EXIT_FAILED)
-
-
-def _read_outcome(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except FileNotFoundError:
-        return None

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,7 @@ T = TypeVar("T")
 # Rank 0 downloads and tokenizes while the others wait, which can take longer than the ten minutes of NCCL. Only the
 # agreements wait so long: the collectives of training keep the usual timeout.
 WAIT_FOR_RANK_0 = timedelta(hours=2)
+OTHER_FILES = 512  # open ones of a rank, beside its connections: libraries, data, sockets of a hub
 
 
 def build_accelerator(mixed_precision: str, seed: int, *, deterministic: bool = False, **options: Any) -> Accelerator:
@@ -31,6 +33,7 @@ def build_accelerator(mixed_precision: str, seed: int, *, deterministic: bool = 
     options: more of the Accelerator's.
     """
     check_started_ranks()
+    _let_files_open(int(os.environ.get("WORLD_SIZE", "1")))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
@@ -81,10 +84,10 @@ def on_every_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 def on_rank_0(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Runs work on rank 0 only and gives its result, or its error, to every rank."""
-    outcome = _attempt(work) if accelerator.is_main_process else (None, None)
-    _raise_agreed(outcome[1])
-    results = gather_values(outcome[0])
-    return results[0]
+    result, error = _attempt(work) if accelerator.is_main_process else (None, None)
+    result, told = _from_rank_0((result, _as_value(error)))
+    _raise(error, told)
+    return result  # type: ignore[return-value]
 
 
 def gather_values(value: Any) -> list[Any]:
@@ -94,6 +97,15 @@ def gather_values(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value, group=_agreement_group())
     return values
+
+
+def _from_rank_0(value: T) -> T:
+    """Rank 0's value, on every rank. Sent once to each: gathered, each rank would be given one that large by each."""
+    if not torch.distributed.is_initialized():
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, group=_agreement_group())
+    return values[0]
 
 
 class StopVote:
@@ -160,16 +172,44 @@ def _no_warnings() -> Iterator[None]:
 
 def _raise_agreed(error: Exception | None) -> None:
     """Raises on every rank the first error that any rank has; its own, with its traceback, where it has one."""
-    mine = (type(error).__name__, str(error), getattr(error, "exit_code", None)) if error else None
-    first = next((item for item in gather_values(mine) if item is not None), None)
+    _raise(error, next((told for told in gather_values(_as_value(error)) if told is not None), None))
+
+
+def _as_value(error: Exception | None) -> tuple[str, str, int | None] | None:
+    """Its kind, text and exit code, for the other ranks."""
+    return None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", None))
+
+
+def _raise(error: Exception | None, told: tuple[str, str, int | None] | None) -> None:
+    """The rank's own error if it has one, else what it was told of another's."""
     if error is not None:
         raise error
-    if first is not None:
-        name, text, exit_code = first
+    if told is not None:
+        name, text, exit_code = told
         for kind in (UsageError, AlreadyComplete, Stopped, Superseded):
             if name == kind.__name__ or (kind is UsageError and exit_code == UsageError.exit_code):
                 raise kind(text)
         raise ForgeError(f"another rank failed with {name}: {text}")
+
+
+def _let_files_open(ranks: int) -> None:
+    """A gloo group holds a connection to every rank open, of which a CPU run has two; many systems grant 1,024 files
+    until they are asked for more."""
+    needed = 2 * ranks + OTHER_FILES
+    granted, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if granted == unlimited or granted >= needed:
+        return
+    asked = needed if most == unlimited else min(needed, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(granted, asked), most))
+    if asked < needed:
+        logger.warning(
+            "%d ranks may need %d open files each, and the system grants %d; ask for more (ulimit -Hn) if the ranks "
+            "fail to connect",
+            ranks,
+            needed,
+            asked,
+        )
 
 
 @cache

@@ -49,14 +49,18 @@ def epoch_steps(
     return whole + [step for step in steps if len(step) < rows_per_step]
 
 
-def split_step(rows: np.ndarray, ranks: int, micro_batches: int) -> list[list[list[int]]]:
-    """Deals the rows of a step out as [rank][micro_batch]; a place without rows gets one filler.
+def split_step(rows: np.ndarray, ranks: int, micro_batches: int, rank: int) -> list[list[int]]:
+    """One rank's micro-batches of a step, whose rows are dealt out to all; a place without rows gets one filler.
 
     Neighbouring rows, which are of similar length, go to the same micro-batch of neighbouring ranks, so that no
-    rank waits for another's longer rows.
+    rank waits for another's longer rows. Of ranks * micro_batches places only the rank's own are looked at: this is
+    done at every step.
     """
-    places = [part.tolist() or [FILLER] for part in np.array_split(rows, ranks * micro_batches)]
-    return [places[rank::ranks] for rank in range(ranks)]
+    size, longer = divmod(len(rows), ranks * micro_batches)  # the first so many places have one row more
+    places = range(rank, ranks * micro_batches, ranks)
+    starts = [place * size + min(place, longer) for place in places]
+    ends = [start + size + (place < longer) for place, start in zip(places, starts, strict=True)]
+    return [rows[start:end].tolist() or [FILLER] for start, end in zip(starts, ends, strict=True)]
 
 
 def evaluation_batches(lengths: np.ndarray, rows: np.ndarray, batch_size: int, ranks: int) -> list[list[list[int]]]:
@@ -201,7 +205,7 @@ class StepBatches:
         place = self._place(step)
         while True:
             for rows in self._deal(place)[place.steps :]:
-                yield from split_step(rows, self._ranks, self.micro_batches)[self._rank]
+                yield from split_step(rows, self._ranks, self.micro_batches, self._rank)
             place = _Place(place.epoch + 1, np.arange(len(self._rows)), 0, 0, place.rows_per_step)
 
 

@@ -109,7 +109,7 @@ class StreamBatches:
         for later in itertools.count(step):
             rows_per_step = next(size[1] for size in reversed(self.step_sizes) if size[0] <= later)
             taken = list(itertools.islice(stream, rows_per_step))
-            for places in split_step(np.arange(rows_per_step), self._ranks, self.micro_batches)[self._rank]:
+            for places in split_step(np.arange(rows_per_step), self._ranks, self.micro_batches, self._rank):
                 yield self._batch([taken[max(place, 0)] for place in places], filler=places == [FILLER])
 
     def _batch(self, taken: list[tuple[int, Row]], *, filler: bool) -> Batch:
