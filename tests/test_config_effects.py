@@ -150,7 +150,6 @@ def test_with_a_teacher_its_keys_have_their_effect() -> None:
     inert = set(inert_keys(config))
     assert {key for key in inert if key.startswith(("teacher.", "distillation."))} == {
         *("distillation.beta", "distillation.skew", "distillation.missing_mass", "teacher.cache"),
-        "deepspeed.teacher",
     }
     assert "evaluation.control" not in inert
     assert unsupported(config) == {}
