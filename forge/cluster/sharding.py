@@ -77,7 +77,11 @@ def clip_grad_norm(accelerator: Accelerator, student: nn.Module, max_norm: float
 def plans_of(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
     """DeepSpeed's configs as they were given to it, by model; empty without it."""
     plugins = accelerator.state.deepspeed_plugins or {}
-    return {name: dict(plugin.hf_ds_config.config) for name, plugin in plugins.items()}
+    # accelerate's own way of never printing is an infinite number of steps, which is no JSON.
+    return {
+        name: {key: value for key, value in plugin.hf_ds_config.config.items() if key != "steps_per_print"}
+        for name, plugin in plugins.items()
+    }
 
 
 @contextmanager
@@ -152,6 +156,20 @@ def _tell(module: nn.Module) -> None:
             part.tell()
 
 
+def _import_deepspeed() -> None:
+    """Without what it tells of itself meanwhile: it tries the compiler, whose command setuptools logs as the root."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it is compiled first, for minutes
+    finally:
+        logging.disable(before)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
+
+
 def _stage(plan: dict[str, Any] | None) -> int:
     return 0 if plan is None else int(plan["zero_optimization"]["stage"])
 
@@ -192,15 +210,10 @@ def _deepspeed(config: Config) -> dict[str, Any]:
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
         backend = "gloo"
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first, for minutes
+    _import_deepspeed()
     if "LOCAL_RANK" not in os.environ:  # DeepSpeed knows no process that is alone
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for noisy in ("DeepSpeed", "compilers"):  # it tries the compiler as it is imported
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
     ranks = int(os.environ["WORLD_SIZE"])
     _, micro_batches = training.step_shape(ranks)
     plugins = {}
