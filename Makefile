@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python forge.py --config configs/quickstart/kd.yaml
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # FAULTS="--quick", FAULTS="--only 'random kills'", FAULTS=--help
 faults: $(INSTALLED)

@@ -1,5 +1,6 @@
 """On each of two ranks: trains once for every list of settings, and leaves what it saw of each to the test.
 
+
 Its arguments: the config, a JSON list of lists of settings, and a folder for what each rank has seen.
 """
 
@@ -24,8 +25,10 @@ def main() -> None:
         os.environ.clear()
         os.environ |= environment  # of a plan before this one
         trainer = trainer_of(load_config(file, settings).config, folder / rank / str(number))
+        live = watch_teacher(trainer)
         trainer.train()
-        found.append({"reports": trainer.callbacks.reports, "weights": weights(trainer), "held": held(trainer)})
+        seen = {"reports": trainer.callbacks.reports, "weights": weights(trainer), "held": held(trainer)}
+        found.append({**seen, "live": max(live, default=0)})
         trainer.close()
         gather_values(None)
         trainer.accelerator.free_memory()
@@ -37,6 +40,21 @@ def weights(trainer: Any) -> list[float]:
 
     trained = trainer.parts.named.trained.values()
     return [x for p in trained for x in (whole_float32(p) if trainer.parts.partitions else p).flatten().tolist()]
+
+
+def watch_teacher(trainer: Any) -> list[int]:
+    """What becomes of it: the elements of the teacher's weights that are whole on this rank, as each module begins."""
+    live: list[int] = []
+    model = trainer.teacher.model if hasattr(trainer, "teacher") else None
+
+    def look(*_: Any) -> None:
+        assert model is not None
+        whole = [p for p in model.parameters() if hasattr(p, "ds_id") and p.numel() == p.ds_numel]
+        live.append(sum(p.ds_numel for p in whole))
+
+    for module in model.modules() if model is not None else ():
+        module.register_forward_pre_hook(look)
+    return live
 
 
 def held(trainer: Any) -> int:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, forge, forge_on_two_ranks, trainer_of
+from conftest import REPOSITORY, forge, forge_on_two_ranks, python, trainer_of
 from conversations import config_on, conversation
 from teachers import write_chat_teacher, write_classifier
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from forge.config.loader import load_config
+from forge.config.plans import read_plan
 from forge.run.files import read_json, read_json_lines, write_json
 
 pytestmark = pytest.mark.multiprocess
@@ -128,3 +129,36 @@ def test_a_run_goes_on_under_other_plans_and_on_other_ranks(config_file: Path, t
     final = AutoModelForSequenceClassification.from_pretrained(run / "final").state_dict()
     for name, tensor in unbroken.model.state_dict().items():
         torch.testing.assert_close(final[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_layer_of_the_teacher_is_whole_for_its_forward_alone(chat_model: Path, tmp_path: Path) -> None:
+    """Beside its half each rank holds one layer at a time: here nothing is kept, and nothing fetched ahead."""
+    plan = read_plan("teacher_zero3").values
+    plan["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    plan["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    (tmp_path / "bare.json").write_text(json.dumps(plan))
+    teacher = write_chat_teacher(tmp_path / "teacher", chat_model)
+    rows = [conversation(i, turns=1 + i % 3) for i in range(24)]
+    config_on(tmp_path, chat_model, rows, rows[:5])
+    settings = [*STEPS, f"teacher.path={teacher}", "distillation.alpha=0.6", "deepspeed.student=zero2"]
+    settings += ["teacher.placement=zero3", f"deepspeed.teacher={tmp_path / 'bare.json'}"]
+    (seen,), _ = seen_by_both(tmp_path / "c.yaml", [settings], tmp_path / "seen")
+    model = LlamaForCausalLM.from_pretrained(teacher)
+    largest = max(sum(p.numel() for p in layer.parameters(recurse=False)) for layer in model.modules())
+    whole = sum(p.numel() for p in model.parameters())
+    assert seen["held"] == pytest.approx(whole * 4 / 2, rel=0.01)
+    assert seen["live"] <= largest < whole / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["zero1", "zero2", "zero3"])
+def test_a_run_that_was_killed_in_a_save_ends_with_the_bits_of_the_unbroken_one(
+    config_file: Path, tmp_path: Path, plan: str
+) -> None:
+    settings = ("--set", f"deepspeed.student={plan}", "--set", "model.dropout=0.1", "--set", "checkpoint.every_steps=2")
+    proof = python(
+        *("-m", "forge.cli", "prove-resume", config_file, "--processes", 2, "--kills", 1, *settings),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert proof.returncode == 0, proof.stdout + proof.stderr
+    assert "identical: every bit is the unbroken run's after 1 kill on 2 processes" in proof.stdout + proof.stderr

@@ -35,6 +35,8 @@ def accelerator_of(config: Config) -> Accelerator:
         _refuse_plans_of_the_launcher()
     found = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic, **options)
     _load_whole()
+    if config.deepspeed.student is not None:
+        logger.info("DeepSpeed: %s", ", ".join(f"{name} {_told(plan)}" for name, plan in plans_of(found).items()))
     return found
 
 
@@ -168,6 +170,12 @@ def _import_deepspeed() -> None:
         logging.disable(before)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
+
+
+def _told(plan: dict[str, Any]) -> str:
+    zero = plan["zero_optimization"]
+    offloaded = [what for what in ("optimizer", "param") if zero.get(f"offload_{what}", {}).get("device") == "cpu"]
+    return f"ZeRO-{zero['stage']}" + (f" with {' and '.join(offloaded)} on the host" if offloaded else "")
 
 
 def _stage(plan: dict[str, Any] | None) -> int:
