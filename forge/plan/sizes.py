@@ -1,5 +1,6 @@
 """Reads off a model, on the meta device or a real one, what its memory is computed from."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,24 +56,24 @@ def sizes_of(model: PreTrainedModel, shape: RowShape, *, in_4bit: bool = False) 
     head_weight = _weight(head) if head is not None else None
     linear = [module for module in model.modules() if _is_linear(module) and module is not head]
     weights = {id(weight): weight for module in linear if (weight := _weight(module)) is not None}
-    stacks, layers = [], []
-    for name, modules in layer_lists(model):
-        stacks.append(_stack(model, name, modules, shape))
-        layers += [sum(p.numel() for p in layer.parameters()) for layer in modules]
-    quantized = sum(p.numel() for p in weights.values() if not p.requires_grad) if in_4bit else 0
+    lists = dict(layer_lists(model))
+    within = {id(part) for modules in lists.values() for part in modules.modules()}
+    stacks = [_stack(model, name, modules, within, shape) for name, modules in lists.items()]
+    layers = [sum(map(_numel, layer.parameters())) for modules in lists.values() for layer in modules]
+    quantized = sum(_numel(p) for p in weights.values() if not p.requires_grad) if in_4bit else 0
     config = model.config.get_text_config(decoder=True)
-    columns = head_weight.shape[0] if head_weight is not None else int(getattr(model.config, "num_labels", 0) or 0)
+    columns = _shape(head_weight)[0] if head_weight is not None else int(getattr(model.config, "num_labels", 0) or 0)
     return ModelSizes(
         architecture=type(model).__name__,
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        linear=sum(p.numel() for p in weights.values()),
+        parameters=sum(map(_numel, model.parameters())),
+        trained=sum(_numel(p) for p in model.parameters() if p.requires_grad),
+        linear=sum(map(_numel, weights.values())),
         in_4bit=quantized,
-        largest_layer=max(layers, default=max((p.numel() for p in model.parameters()), default=0)),
-        head=0 if head_weight is None else head_weight.numel(),
+        largest_layer=max(layers, default=max(map(_numel, model.parameters()), default=0)),
+        head=0 if head_weight is None else _numel(head_weight),
         head_trained=head_weight is not None and head_weight.requires_grad,
         columns=columns,
-        width=head_weight.shape[1] if head_weight is not None else int(getattr(config, "hidden_size", 0) or 0),
+        width=_shape(head_weight)[1] if head_weight is not None else int(getattr(config, "hidden_size", 0) or 0),
         stacks=tuple(stacks),
     )
 
@@ -88,16 +89,18 @@ def layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
                 yield name, module
 
 
-def _stack(model: PreTrainedModel, name: str, layers: nn.ModuleList, shape: RowShape) -> Stack:
+def _stack(
+    model: PreTrainedModel, name: str, layers: nn.ModuleList, within: set[int], shape: RowShape
+) -> Stack:
     config = _config_of(model, name)
     sees = shape.image_tokens and _reads_images(config)
     block = _block(layers[0], config, masked=shape.masked and not sees)
     if any(word in inner for inner, _ in layers[0].named_modules() for word in CROSS):
         block = replace(block, source=shape.image_tokens)
     around = _around(model, name)
-    outside = [(path, part) for path, part in around.named_modules() if not _in_lists(model, around, path)]
-    norms = [part for _, part in outside if _is_norm(part) and _elements(part) == block.width]
-    dropouts = [part for _, part in outside if isinstance(part, nn.Dropout) and part.p > 0]
+    outside = [part for part in around.modules() if id(part) not in within]
+    norms = [part for part in outside if _is_norm(part) and _elements(part) == block.width]
+    dropouts = [part for part in outside if isinstance(part, nn.Dropout) and part.p > 0]
     tokens = shape.image_tokens if sees else shape.tokens
     return Stack(name, len(layers), block, tokens, len(norms), len(dropouts))
 
@@ -174,7 +177,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
     weight = _weight(module)
     assert weight is not None
     bare = getattr(module, "base_layer", module)
-    a, b = weight.shape
+    a, b = _shape(weight)
     return (a, b) if isinstance(bare, Conv1D) else (b, a)
 
 
@@ -207,7 +210,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _elements(module: nn.Module) -> int:
-    return next((p.numel() for p in module.parameters(recurse=False)), 0)
+    return next((_numel(p) for p in module.parameters(recurse=False)), 0)
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -239,8 +242,11 @@ def _around(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def _in_lists(model: nn.Module, around: nn.Module, path: str) -> bool:
-    """Does a module of `around` lie within a list of layers?"""
-    here = next(name for name, part in model.named_modules() if part is around)
-    whole = f"{here}.{path}".lstrip(".")
-    return any(whole.startswith(f"{name}.") for name, _ in layer_lists(model))
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Also of a weight that ZeRO-3 has taken away."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return math.prod(_shape(parameter))
