@@ -86,7 +86,7 @@ class Parts:
         return sum(asdict(self).values()) - self.host
 
     def as_gib(self) -> dict[str, float]:
-        return {f"{name}_gib": round(value / GIB, 3) for name, value in {**asdict(self), "total": self.total}.items()}
+        return {f"{name}_gib": round(value / GIB, 6) for name, value in {**asdict(self), "total": self.total}.items()}
 
 
 def form_of(job: Job, plan: Plan | None) -> Form:
