@@ -37,8 +37,8 @@ def lm(kind: str, layers: int, **more: Any) -> Any:
 
 def gpt2(layers: int) -> Any:
     config = AutoConfig.for_model(
-        "gpt2", vocab_size=97, n_embd=WIDTH, n_inner=INNER, n_layer=layers, n_head=HEADS, n_positions=64, attn_pdrop=0.0,
-        bos_token_id=1, eos_token_id=1,
+        "gpt2", vocab_size=97, n_embd=WIDTH, n_inner=INNER, n_layer=layers, n_head=HEADS, n_positions=64,
+        attn_pdrop=0.0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
 

@@ -61,7 +61,7 @@ def test_counts_of_a_model_without_weights(config_file: Path) -> None:
     assert (block.gated, block.rms, block.attention_readers, block.mlp_readers) == (True, True, 3, 2)
 
 
-# In bf16 under DeepSpeed: 2 bytes a weight, 4 a gradient that is summed up, 12 of optimizer; a quarter of what is spread.
+# In bf16 under DeepSpeed: 2 bytes a weight, 4 a gradient that is summed up, 12 of optimizer; a quarter where spread.
 STATES = {
     None: (4 * LLAMA + 2 * LINEAR, 8 * LLAMA, 8 * LLAMA, 0, 0),
     "zero1": (2 * LLAMA, 4 * LLAMA, 12 * LLAMA // 4, 0, 0),

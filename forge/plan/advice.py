@@ -114,9 +114,7 @@ def advise(job: Job, settings: dict[str, Setting], machine: Machine, *, own: str
     return None
 
 
-def _options(
-    job: Job, settings: dict[str, Setting], own: str | None
-) -> Iterator[tuple[str, Job, tuple[str, ...]]]:
+def _options(job: Job, settings: dict[str, Setting], own: str | None) -> Iterator[tuple[str, Job, tuple[str, ...]]]:
     """The plan's name, the job under it, and what is to be set."""
     in_memory = [name for name, s in settings.items() if s.plan is None or not _offloads(s.plan)]
     on_host = [name for name, s in settings.items() if s.plan is not None and _offloads(s.plan)]

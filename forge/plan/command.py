@@ -13,7 +13,7 @@ from forge.config.loader import load_config
 from forge.config.schema import Config, TrainingConfig
 from forge.errors import EXIT_COMPLETE
 from forge.plan.advice import DDP, Advice, Machine, Row, advise, as_json, read_gpus, rows_of, settings_of
-from forge.plan.memory import GIB, RESERVED, Job
+from forge.plan.memory import GIB, RESERVED, Job, ModelSizes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ def plan(args: argparse.Namespace, console: "Console") -> int:
     config = load_config(Path(args.config), args.set, debug=args.debug, **overrides).config
 
     from forge.model.source import with_run_paths
-    from forge.plan.meta import meta_job, sizes_text
+    from forge.plan.meta import meta_job
 
     config = with_run_paths(config)
     job = replace(meta_job(config), rows=micro_batch_rows(config.training, machine.ranks))
@@ -48,6 +48,16 @@ def micro_batch_rows(training: TrainingConfig, ranks: int) -> int:
 
     rows_per_step, micro_batches = step_shape(training, ranks)
     return min(training.per_device_batch_size, math.ceil(rows_per_step / (ranks * micro_batches)))
+
+
+def sizes_text(sizes: ModelSizes) -> str:
+    """One model in a few words."""
+    if sizes.trained in (0, sizes.parameters):
+        return f"{sizes.architecture}, {sizes.parameters / 1e6:,.1f} M parameters"
+    return (
+        f"{sizes.architecture}, {sizes.parameters / 1e6:,.1f} M parameters, {sizes.trained / 1e6:,.1f} M of them "
+        f"trained and {sizes.frozen / 1e6:,.1f} M frozen"
+    )
 
 
 def _facts(job: Job, machine: Machine, models: dict[str, str]) -> dict[str, object]:

@@ -1,10 +1,13 @@
 """What a training step holds on each GPU and on the host under a plan: arithmetic alone, without torch."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, TypedDict
 
 from forge.config.plans import Plan
 from forge.plan.activations import Form, Stack, activation_bytes, forward_bytes, working_bytes
+
+if TYPE_CHECKING:
+    from forge.losses.kd_settings import Chunks
 
 GIB = 2**30
 IN_4BIT = 0.516  # bytes of an NF4 weight: 0.5, and its constants quantized once more (arXiv 2305.14314, section 3)
@@ -13,38 +16,33 @@ RESERVED = 5 * GIB // 2
 MOST_ROWS = 1 << 16
 
 
-class Sizes(Protocol):
-    """Of a model; forge.plan.sizes.ModelSizes says what each is."""
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of elements, unless a name says otherwise. A weight that two layers share counts once."""
+
+    architecture: str
+    parameters: int
+    trained: int
+    linear: int  # of the weights of linear layers but the head: what autocast makes copies of
+    in_4bit: int  # of frozen weights that are kept in 4 bits
+    largest_layer: int  # the parameters of the largest layer of a stack
+    head: int  # of the matrix of the logits; 0: none is known
+    head_trained: bool
+    columns: int  # of the logits
+    width: int  # of what the head reads
+    stacks: tuple[Stack, ...]  # empty: the model's layers are not in lists, and its activations not known
 
     @property
-    def parameters(self) -> int: ...
-    @property
-    def trained(self) -> int: ...
-    @property
-    def linear(self) -> int: ...
-    @property
-    def in_4bit(self) -> int: ...
-    @property
-    def largest_layer(self) -> int: ...
-    @property
-    def head(self) -> int: ...
-    @property
-    def head_trained(self) -> bool: ...
-    @property
-    def columns(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def stacks(self) -> tuple[Stack, ...]: ...
-
+    def frozen(self) -> int:
+        return self.parameters - self.trained
 
 
 @dataclass(frozen=True)
 class Job:
     """What is trained, whatever the plan."""
 
-    student: Sizes
-    teacher: Sizes | None  # None: there is none
+    student: ModelSizes
+    teacher: ModelSizes | None  # None: there is none
     placement: str  # of the teacher
     teacher_bytes: int  # of a weight of the teacher
     teacher_layers: int  # whose hidden states the student is drawn to
@@ -109,9 +107,9 @@ def memory_of(job: Job, setting: Setting, rows: int | None = None) -> Parts:
         stage 3    w P / W                g t / W              12 t / W    w bucket, w gathered
 
     2 linear: autocast's copies of linear layers' weights; 8 t: DDP's buckets are a second copy. 4 t of stage 1:
-    DeepSpeed's BF16_Optimizer sums whole float32 gradients. 12: the float32 weights and AdamW's two moments. g: bytes of
-    grad_accum_dtype. bucket: reduce_bucket_size; gathered: stage3_max_live_parameters, or P. What is offloaded is the
-    host's, of all ranks of a node.
+    DeepSpeed's BF16_Optimizer sums whole float32 gradients. 12: the float32 weights and AdamW's two moments. g: bytes
+    of grad_accum_dtype. bucket: reduce_bucket_size; gathered: stage3_max_live_parameters, or P. What is offloaded is
+    the host's, of all ranks of a node.
     """
     rows = job.rows if rows is None else rows
     form = form_of(job, setting.plan)
@@ -145,12 +143,12 @@ def largest_rows(job: Job, setting: Setting, capacity: int) -> int:
     return low
 
 
-def loss_chunks(job: Job, form: Form, rows: int) -> Any:
+def loss_chunks(job: Job, form: Form, rows: int) -> "Chunks":
     """The chunks (rows, wide) of the fused loss of so many rows, as linear_kd takes them on a GPU."""
     from forge.losses.kd_settings import plan_chunks
 
-    options = _chunk_options(job, form)
-    return plan_chunks(rows * job.labels, job.student.columns, job.student.width, **options)
+    N, V, D = rows * job.labels, job.student.columns, job.student.width
+    return plan_chunks(N, V, D, **_chunk_options(job, form))
 
 
 def loss_bytes(job: Job, form: Form, rows: int) -> int:
@@ -176,7 +174,13 @@ def loss_bytes(job: Job, form: Form, rows: int) -> int:
     return fixed + scratch_bytes(chunks, N, V, D, **_chunk_options(job, form))
 
 
-def _chunk_options(job: Job, form: Form) -> dict[str, int]:
+class _ChunkOptions(TypedDict):
+    logit_bytes: int
+    gradient_bytes: int
+    head_gradient_bytes: int
+
+
+def _chunk_options(job: Job, form: Form) -> _ChunkOptions:
     """logit_bytes as forge.losses.linear_kd has them: the difference form for two models in half precision."""
     dense = job.distils and job.teacher is not None and job.placement != "cached"
     logits = 2 if dense and form.products == 2 and job.teacher_bytes == 2 else 8 if dense else 4
@@ -184,7 +188,7 @@ def _chunk_options(job: Job, form: Form) -> dict[str, int]:
     return {"logit_bytes": logits, "gradient_bytes": form.products, "head_gradient_bytes": head}
 
 
-def _states(sizes: Sizes, setting: Setting, form: Form) -> tuple[int, int, int, int, int]:
+def _states(sizes: ModelSizes, setting: Setting, form: Form) -> tuple[int, int, int, int, int]:
     """weights, gradients, optimizer, buffers of one GPU, and the host's bytes of one node."""
     plan, W, t = setting.plan, setting.ranks, sizes.trained
     weights = round((sizes.parameters - sizes.in_4bit) * form.weights + sizes.in_4bit * IN_4BIT)

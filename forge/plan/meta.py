@@ -16,7 +16,7 @@ from forge.model.lora import with_lora
 from forge.model.recognizer import new_recognizer_config, reads_lines
 from forge.model.source import ModelSource, load_model_config, model_source
 from forge.plan.memory import Job
-from forge.plan.sizes import ModelSizes, RowShape, sizes_of
+from forge.plan.sizes import RowShape, sizes_of
 from forge.task.causal_lm import CausalLm
 from forge.task.characters import character_tokenizer
 from forge.task.classification import Classification
@@ -170,15 +170,3 @@ def _image_tokens(config: Any, height: int | None, width: int | None) -> int:
     sides = size if isinstance(size, list | tuple) else (size, size)
     patches = patch if isinstance(patch, list | tuple) else (patch, patch)
     return ((height or sides[0]) // patches[0]) * ((width or sides[1]) // patches[1]) + 1
-
-
-
-
-def sizes_text(sizes: ModelSizes) -> str:
-    """One model in a few words."""
-    if sizes.trained in (0, sizes.parameters):
-        return f"{sizes.architecture}, {sizes.parameters / 1e6:,.1f} M parameters"
-    return (
-        f"{sizes.architecture}, {sizes.parameters / 1e6:,.1f} M parameters, {sizes.trained / 1e6:,.1f} M of them "
-        f"trained and {sizes.frozen / 1e6:,.1f} M frozen"
-    )

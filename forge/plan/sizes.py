@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from forge.plan.activations import Block, Stack
+from forge.plan.memory import ModelSizes
 
 # Parts of the names of the linear layers of an attention, and among them of those that leave it.
 ATTENTION = ("attn", "attention")
@@ -18,27 +19,6 @@ CROSS = ("encoder_attn", "crossattention", "cross_attn")
 # Tensors that an activation keeps of its input where that is not one: gelu_new is written out in Python, with a product
 # of four factors; a relu keeps its output, which the next layer keeps anyway.
 KEPT_BY = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2, "relu": 0}
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Numbers of elements, unless a name says otherwise. A weight that two layers share counts once."""
-
-    architecture: str
-    parameters: int
-    trained: int
-    linear: int  # of the weights of linear layers but the head: what autocast makes copies of
-    in_4bit: int  # of frozen weights that are kept in 4 bits
-    largest_layer: int  # the parameters of the largest layer of a stack
-    head: int  # of the matrix of the logits; 0: none is known
-    head_trained: bool
-    columns: int  # of the logits
-    width: int  # of what the head reads
-    stacks: tuple[Stack, ...]  # empty: the model's layers are not in lists, and its activations not known
-
-    @property
-    def frozen(self) -> int:
-        return self.parameters - self.trained
 
 
 @dataclass(frozen=True)
@@ -89,9 +69,7 @@ def layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
                 yield name, module
 
 
-def _stack(
-    model: PreTrainedModel, name: str, layers: nn.ModuleList, within: set[int], shape: RowShape
-) -> Stack:
+def _stack(model: PreTrainedModel, name: str, layers: nn.ModuleList, within: set[int], shape: RowShape) -> Stack:
     config = _config_of(model, name)
     sees = shape.image_tokens and _reads_images(config)
     block = _block(layers[0], config, masked=shape.masked and not sees)
@@ -156,7 +134,7 @@ def _block(layer: nn.Module, config: Any, *, masked: bool) -> Block:
         masked=masked,
         eager=getattr(config, "_attn_implementation", None) == "eager",
         cross_reads=any(name in readers for name in cross if "q" in name.rpartition(".")[2]),
-        ranks=sum(rank for part in adapters for rank in part.r.values()),  # type: ignore[operator, union-attr]
+        ranks=sum(rank for part in adapters for rank in part.r.values()),
         dropped=sum(_features(part)[0] for part in adapters if _drops(part)),
     )
 
@@ -240,7 +218,6 @@ def _around(model: nn.Module, name: str) -> nn.Module:
         if isinstance(part, PreTrainedModel):
             return part
     return model
-
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
