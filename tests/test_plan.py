@@ -160,6 +160,10 @@ def test_the_largest_micro_batch_is_the_last_that_fits(config_file: Path) -> Non
     assert all(more >= rows for more, rows in zip(recomputed, found, strict=True))
 
 
+def again_job(job: Job, rows: int) -> Job:
+    return replace(job, checkpointing=True, rows=rows)
+
+
 def test_what_is_suggested_fits_and_is_the_nearest(config_file: Path) -> None:
     config = load_config(config_file).config
     job = replace(job_on(config_file), rows=64)
@@ -175,11 +179,14 @@ def test_what_is_suggested_fits_and_is_the_nearest(config_file: Path) -> None:
     spread = advise(job, settings, one_less)
     assert spread is not None
     assert (spread.plan, spread.settings) == ("zero1", ("deepspeed.student=zero1",))
-    tight = Machine(4, memory_of(replace(job, checkpointing=True), settings["zero1"]).total + RESERVED)
+    tight = Machine(4, memory_of(again_job(job, 64), settings["zero1"]).total + RESERVED)
     again = advise(job, settings, tight)
     assert again is not None
     assert again.settings == ("deepspeed.student=zero1", "training.gradient_checkpointing=true")
     assert fits(again.parts, tight.capacity)
+    fewer = advise(job, settings, Machine(4, memory_of(again_job(job, 8), settings["zero1"]).total + RESERVED))
+    assert fewer is not None
+    assert (fewer.rows, fewer.settings) == (8, (*again.settings, "training.per_device_batch_size=8"))
     nothing = Machine(4, RESERVED)
     assert advise(job, settings, nothing) is None
     assert suggestion(job, nothing, None)[0].startswith("suggestion: nothing fits")

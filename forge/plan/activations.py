@@ -86,7 +86,8 @@ def layer_bytes(block: Block, tokens: int, form: Form) -> int:
         inputs      p D of attention and of MLP each; under autocast p D for every linear layer that reads it
         attention   p (2 A + 2 keys) + 4 heads, keys being A, or kv_heads * head_dim where rows are not padded; flash
                     kernels keep nothing of (T, T) but, of padded rows, p T for the mask as numbers. Eager attention
-                    has p heads T in place of the 4 heads, and 4 heads T more under autocast
+                    has p heads T in place of the 4 heads, and 4 heads T more under autocast; with dropout on a CPU
+                    there are three float32 matrices (heads, T), and queries, keys and values in float32
         MLP         p I (activation + 1), and p I * 2 more with a gate
         dropout     D each (p D on a CPU)
         adapters    p rank each
@@ -158,6 +159,6 @@ def _scores(block: Block, keys: int, form: Form, *, masked: bool = False) -> int
     if block.eager:
         probabilities = p + (4 if form.autocast else 0)
         return block.heads * keys * (probabilities + (p + _dropout(form) if block.attention_dropout else 0))
-    if form.on_cpu and block.attention_dropout:  # torch has no flash kernel with dropout there
-        return block.heads * keys * 3 * p + p * 2 * block.heads * block.head_dim
+    if form.on_cpu and block.attention_dropout:  # torch has no flash kernel with dropout there, and computes in float32
+        return 12 * block.heads * keys + (12 - 3 * p) * block.heads * block.head_dim
     return 4 * block.heads + (p * keys if masked else 0)

@@ -31,7 +31,7 @@ TASKS = {task.name: task for task in (Classification, Ocr, CausalLm)}
 def meta_job(config: Config) -> Job:
     """The job of a config on GPUs, its rows as long as task.max_length allows. Raises UsageError for a model that
     cannot be found, or built."""
-    student = _student(config)
+    student = student_on_meta(config)
     shape = row_shape(config, student.config)
     teacher = None
     if config.wants_teacher:
@@ -117,7 +117,7 @@ def build_on_meta(model: ModelConfig, config: Config, key: str) -> PreTrainedMod
         raise UsageError(f"{where}: no model can be built from it ({' '.join(str(error).split())[:200]})") from error
 
 
-def _student(config: Config) -> PreTrainedModel:
+def student_on_meta(config: Config) -> PreTrainedModel:
     """With the adapter that is trained on it."""
     model = build_on_meta(config.model, config, "model")
     section = config.model
