@@ -36,11 +36,13 @@ ON_CPU = (
 
 
 def train_measured(trainer: FinetuningTrainer, parts: RunParts) -> None:
-    """trainer.train(), with `memory` in run_metadata.json at its end. Raises what training raises, and then writes
-    nothing."""
-    device = trainer.accelerator.device
+    """trainer.train(), with `memory` in run_metadata.json at its end, unless no step was left to be taken. Raises what
+    training raises, and then writes nothing."""
+    device, first = trainer.accelerator.device, trainer.state.step
     start = _begin(device, _held(trainer))
     trainer.train()
+    if trainer.state.step == first:
+        return
     measured = [_gib(value) for value in gather_values(_measured(device, start))]
     predicted = _predicted(trainer, parts)
     facts = {
@@ -96,7 +98,8 @@ def _held(trainer: FinetuningTrainer) -> int:
         tensors += trainer.teacher.model.parameters()
     states: Iterable[Any] = trainer.optimizer.state.values()
     tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    here = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]  # an offloaded one is there
+    storages = {storage.data_ptr(): storage.nbytes() for storage in here}
     return sum(storages.values())
 
 
