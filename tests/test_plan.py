@@ -107,6 +107,16 @@ def test_of_an_adapter_only_its_own_weights_have_states(config_file: Path, chat_
     assert sizes.stacks[0].block.ranks == 7 * 2
 
 
+def test_a_classifiers_new_head_is_trained_beside_the_adapter(tmp_path: Path, tiny_model: Path) -> None:
+    file = tmp_path / "c.yaml"
+    task = "{type: classification, dataset: {path: .}, labels: [a, b, c], max_length: 16}"
+    file.write_text(f"task: {task}\nmodel: {{path: {tiny_model}, lora: {{rank: 2}}}}\n")
+    sizes: Any = job_on(file).student
+    adapters = 2 * (2 * (4 * (32 + 32) + 2 * (32 + 64)) + 32 + 32)  # two layers and the pooler
+    assert sizes.trained == adapters + 32 * 3 + 3
+    assert job_on(file).labels == 1
+
+
 @pytest.mark.parametrize(
     ("placement", "plan", "teacher", "held", "host"),
     [

@@ -106,9 +106,8 @@ def build_on_meta(model: ModelConfig, config: Config, key: str) -> PreTrainedMod
         if kept is not None:
             built = cut_config(built, kept)
     set_dropout(built, model.dropout)
-    labels = model.labels or getattr(task, "labels", None)
-    if isinstance(task, ClassificationTask) and labels is not None and (model.new_head or model.config is not None):
-        built.num_labels = len(labels)
+    if isinstance(task, ClassificationTask) and task.labels is not None and _head_is_new(model, built):
+        built.num_labels = len(task.labels)
     try:
         with torch.device("meta"):
             return cast(PreTrainedModel, TASKS[task.type].auto_model.from_config(built))
@@ -133,12 +132,16 @@ def student_on_meta(config: Config) -> PreTrainedModel:
     return with_lora(loaded, section, config.training.seed).model
 
 
+def _head_is_new(section: ModelConfig, model: PreTrainedConfig) -> bool:
+    """Of a classifier: does the checkpoint's config not say that it is one?"""
+    told = model.architectures or []
+    return section.new_head or not any("ForSequenceClassification" in name for name in told)
+
+
 def _new_weights(model: PreTrainedModel, source: ModelSource, section: ModelConfig, config: Config) -> list[str]:
-    """A classifier's head, where the checkpoint's config does not say that it is of a classifier."""
-    if not isinstance(config.task, ClassificationTask):
-        return []
-    told = load_model_config(source, "model.path").architectures or []
-    if not section.new_head and any("ForSequenceClassification" in name for name in told):
+    """The names of a classifier's head where it starts new: it is trained in full beside an adapter."""
+    is_classifier = isinstance(config.task, ClassificationTask)
+    if not is_classifier or not _head_is_new(section, load_model_config(source, "model.path")):
         return []
     body = f"{model.base_model_prefix}."
     return [name for name, _ in model.named_parameters() if not name.startswith(body)]
