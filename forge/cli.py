@@ -1,4 +1,4 @@
-"""The `forge` command: train, launch, resume, prove-resume, cache-teacher, runs, compare, config."""
+"""The `forge` command: train, launch, resume, prove-resume, cache-teacher, plan, runs, compare, config."""
 
 import argparse
 import json
@@ -122,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     add_config_arguments(command)
     command.set_defaults(run=cache_teacher)
 
+    command = commands.add_parser("plan", help="will it fit? memory per GPU under each plan; see docs/plan.md")
+    command.add_argument("config", metavar="X.yaml")
+    command.add_argument("--gpus", required=True, metavar="GxM", help="GPUs of a node and GiB of each, such as 8x80")
+    command.add_argument("--nodes", type=_nodes, default=1, metavar="M", help="how many such nodes (1)")
+    command.add_argument("--json", action="store_true", help="every number, for scripts")
+    add_config_arguments(command)
+    command.set_defaults(run=_plan)
+
     command = commands.add_parser("runs", help="list runs")
     command.add_argument("--incomplete", action="store_true", help="only those that can go on, with the command for it")
     command.add_argument("--json", action="store_true", help="one JSON list, for scripts")
@@ -153,10 +161,22 @@ def _prove_resume(args: argparse.Namespace) -> int:
     return prove_resume(args)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from forge.plan.command import plan
+
+    return plan(args, _console())
+
+
 def _add_output_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_root", metavar="DIR", default="outputs", help="the folder that holds all runs (outputs)"
     )
+
+
+def _nodes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of nodes; give 1 or more")
+    return int(text)
 
 
 def _print_error(error: ForgeError) -> None:

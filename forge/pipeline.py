@@ -26,6 +26,7 @@ from forge.model.card import compare, model_card
 from forge.model.export import push_to_hub
 from forge.model.load import LoadedModel
 from forge.model.source import with_run_paths
+from forge.plan.measured import train_measured
 from forge.report.evidence import Evidence, evidence, evidence_markdown
 from forge.run.control import (
     Control,
@@ -169,7 +170,7 @@ def _run_stages(trainer: FinetuningTrainer, beginning: Beginning, parts: Parts) 
 
     stages: list[tuple[Stage, Callable[[], object]]] = [
         (Stage.BASELINE_EVALUATION, baseline),
-        (Stage.TRAINING, trainer.train),
+        (Stage.TRAINING, lambda: train_measured(trainer, parts)),
         (Stage.EXPORT, lambda: export(trainer)),
         (Stage.FINAL_EVALUATION, lambda: trainer.evaluate("final") if config.evaluation.final else None),
     ]

@@ -89,6 +89,20 @@ def test_metadata_tells_where_the_numbers_come_from(finished: tuple[Path, str, s
     }
 
 
+def test_metadata_compare_predicted_with_measured_memory(finished: tuple[Path, str, str]) -> None:
+    memory = read_json(finished[0] / "run_metadata.json")["memory"]
+
+    assert memory["device"] == "cpu"
+    assert memory["measured"].startswith("peak resident set over training")
+    assert memory["measured_gib_by_rank"] == [memory["measured_gib"]]
+    parts = memory["predicted_parts"]
+    expected = {"weights_gib": 4, "gradients_gib": 4, "optimizer_gib": 8}  # float32, one rank
+    assert {name: parts[name] for name in expected} == {n: round(b * 21059 / 2**30, 6) for n, b in expected.items()}
+    assert memory["predicted_gib"] == parts["total_gib"]
+    assert 0 < memory["predicted_gib"] < 0.01  # 12 tokens a row
+    assert 0 < memory["measured_gib"] < 0.5
+
+
 def test_metrics_hold_baseline_steps_and_final_in_order(finished: tuple[Path, str, str]) -> None:
     rows = read_json_lines(finished[0] / "metrics.jsonl")
 

@@ -140,16 +140,19 @@ def plan_chunks(
     sizes += [(1024, 2048), (1024, 1024), (512, 1024), (512, 512), (256, 256), (128, 128)]
     for rows, wide in sizes:
         chunks = Chunks(min(rows, wide, N), min(wide, N))
-        if _scratch(chunks, N, V, H, logit_bytes, gradient_bytes, head_gradient_bytes) <= budget:
+        if scratch_bytes(chunks, N, V, H, logit_bytes, gradient_bytes, head_gradient_bytes) <= budget:
             return chunks
     return chunks
 
 
-def _scratch(chunks: Chunks, N: int, V: int, H: int, logit_bytes: int, gradient_bytes: int, head_bytes: int) -> int:
+def scratch_bytes(
+    chunks: Chunks, N: int, V: int, H: int, logit_bytes: int, gradient_bytes: int, head_gradient_bytes: int
+) -> int:
+    """What the chunks need beside the returned gradients; the arguments are those of plan_chunks."""
     pitch = row_pitch(V)
     one_pass = chunks.wide >= N
     logits = chunks.rows * pitch * logit_bytes
     # With one pass over dW its memory is free until the end, and holds logits until then.
-    lent = V * H * head_bytes if one_pass else 0
-    accumulator = 0 if one_pass or not head_bytes else V * H * 4
+    lent = V * H * head_gradient_bytes if one_pass else 0
+    accumulator = 0 if one_pass or not head_gradient_bytes else V * H * 4
     return max(0, logits - lent) + chunks.wide * pitch * gradient_bytes + accumulator

@@ -66,7 +66,7 @@ def keep_layers(model: PreTrainedModel, kept: KeptLayers | None, name: str, key:
         return model
     stack = _stack(model, kept, name, key)
     try:
-        cut = type(model)(_cut_config(model.config, kept))
+        cut = type(model)(cut_config(model.config, kept))
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, StrictDataclassError) as error:
         raise UsageError(
             f"{key}.keep_layers: no model of type {model.config.model_type} can be built of {kept} "
@@ -100,7 +100,7 @@ def _inside(path: str, lists: dict[str, nn.ModuleList]) -> bool:
     return any(path.startswith(f"{other}.") for other in lists)
 
 
-def _cut_config(config: PreTrainedConfig, kept: KeptLayers) -> PreTrainedConfig:
+def cut_config(config: PreTrainedConfig, kept: KeptLayers) -> PreTrainedConfig:
     """Raises ValueError where a file would not give the same config again."""
     cut = copy.deepcopy(config)
     for name, value in config.to_dict().items():

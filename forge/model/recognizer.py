@@ -34,7 +34,7 @@ def load_recognizer(
 
     end: the token that a text ends with. Raises UsageError where config, checkpoint and tokenizer do not fit.
     """
-    scratch = None if config.config is None else _scratch_config(config.config, tokenizer, key)
+    scratch = None if config.config is None else new_recognizer_config(config.config, tokenizer, key)
     what = "weights for a model that reads images"
     loaded = load_whole(AutoModelForImageTextToText, config, key, what, scratch, may_lack=".pooler.")
     model = loaded.model
@@ -117,7 +117,7 @@ def _weights_behind(output: Tensor) -> set[int]:
     return found
 
 
-def _scratch_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> PreTrainedConfig:
+def new_recognizer_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> PreTrainedConfig:
     if not reads_lines(keys):
         return scratch_config(keys, f"{key}.config")
     unknown = sorted(set(keys) - {"model_type", "encoder", "decoder"})
