@@ -1,6 +1,5 @@
 """On each of two ranks: trains once for every list of settings, and leaves what it saw of each to the test.
 
-
 Its arguments: the config, a JSON list of lists of settings, and a folder for what each rank has seen.
 """
 

@@ -107,7 +107,7 @@ def test_a_resumed_run_keeps_its_name_and_its_size_and_must_exist(tmp_path: Path
         (
             [*CLI, "run"],
             "error: argument COMMAND: invalid choice: 'run' (choose from 'train', 'launch', 'resume', 'config', "
-            "'prove-resume', 'cache-teacher', 'runs', 'compare'); see `forge --help`\n",
+            "'prove-resume', 'cache-teacher', 'plan', 'runs', 'compare'); see `forge --help`\n",
         ),
         (
             [*CLI, "train", "--config", "a", "--max", "3"],

@@ -44,9 +44,7 @@ def plan(args: argparse.Namespace, console: "Console") -> int:
 
 def micro_batch_rows(training: TrainingConfig, ranks: int) -> int:
     """The rows of the largest micro-batch on so many ranks."""
-    from forge.trainer.optimizer import step_shape
-
-    rows_per_step, micro_batches = step_shape(training, ranks)
+    rows_per_step, micro_batches = training.step_shape(ranks)
     return min(training.per_device_batch_size, math.ceil(rows_per_step / (ranks * micro_batches)))
 
 

@@ -67,8 +67,8 @@ class TeacherModule(nn.Module):
         result = self.head.body(**inputs, **options)
         linear = self.head.linear
         with align_module_device(linear):  # offloaded: outside its forward it has no weight
-            weights = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-            return result, self.at_head(lambda: [weight.detach() for weight in weights])
+            # Not before: whoever asks for a sharded weight elsewhere has it gathered there, each time, and held.
+            return result, self.at_head(lambda: [weight.detach() for weight in linear.parameters(recurse=False)])
 
 
 class ModelTeacher(Teacher):
