@@ -11,7 +11,7 @@ WHOLE = "task: {type: classification, dataset: {path: data}}\nmodel: {path: m}\n
 TRAINING_KEYS = (
     "epochs, max_steps, per_device_batch_size, gradient_accumulation_steps, batch_size, learning_rate, schedule, "
     "warmup_ratio, warmup_steps, weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm, seed, "
-    "mixed_precision, gradient_checkpointing, deterministic, length_grouping, num_workers, loss"
+    "mixed_precision, gradient_checkpointing, compile, deterministic, length_grouping, num_workers, loss"
 )
 TOP_KEYS = (
     "task, model, teacher, distillation, training, deepspeed, evaluation, checkpoint, export, logging, tracking, "

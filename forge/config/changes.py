@@ -50,6 +50,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "training.batch_size": (Kind.HARMLESS, SPREAD),  # a step of another size is found by its rows, not by this key
     "training.num_workers": (Kind.HARMLESS, "who prepares the batches; what is in them stays the same"),
     "training.gradient_checkpointing": (Kind.HARMLESS, "memory against time; the gradients stay the same"),
+    "training.compile": (Kind.MEANING, "the steps to come would be rounded in another way"),
     "training.loss.memory_budget_gib": (Kind.HARMLESS, PIECES),
     "training.loss.low_memory": (Kind.HARMLESS, PIECES),
     "training.loss.precision": (Kind.MEANING, "the gradients of the steps to come would be rounded in another way"),

@@ -107,6 +107,11 @@ def unsupported(config: Config) -> dict[str, str]:
         problems["evaluation.teacher"] = "evaluation.teacher is true, and there is no teacher; set teacher.path"
     if config.task.dataset.streaming and (reason := _not_streamed(config)):
         problems["task.dataset.streaming"] = f"task.dataset.streaming is true, and {reason}"
+    if config.training.compile and config.distillation.alpha > 0 and config.distillation.relations is not None:
+        problems["training.compile"] = (
+            "training.compile is true, and distillation.relations listens within the layers, where compiled ones are "
+            "deaf; set training.compile: false"
+        )
     return problems | _not_sharded(config)
 
 

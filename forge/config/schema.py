@@ -325,6 +325,8 @@ class TrainingConfig(Section):
     """auto: bf16 where the device computes in it, else no (float32); what was chosen stands in the log."""
     gradient_checkpointing: Bool = False
     """Recompute activations in backward: less memory, more time."""
+    compile: Bool = False
+    """Compile each layer of student and teacher with torch.compile: the first steps of each length take long."""
     deterministic: Bool = False
     """Only GPU operations that give the same bits each time: slower, and an error where there is none."""
     length_grouping: Bool = True

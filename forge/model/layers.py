@@ -82,6 +82,15 @@ def keep_layers(model: PreTrainedModel, kept: KeptLayers | None, name: str, key:
     return cut.train(model.training)
 
 
+def compile_layers(model: nn.Module) -> None:
+    """Each layer by itself, as it runs: one graph serves all of a stack, so that compiling takes as long as for one."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for path, layers in lists.items():
+        if not _inside(path, lists) and len({type(layer) for layer in layers}) == 1:
+            for layer in layers:
+                layer.compile()
+
+
 def _stack(model: PreTrainedModel, kept: KeptLayers, name: str, key: str) -> str:
     """The name of the list that holds the layers."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}

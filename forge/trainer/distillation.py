@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from forge.errors import Stopped
+from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
 from forge.task.batches import Batch, for_the_loop
@@ -35,6 +36,8 @@ class DistillationTrainer(FinetuningTrainer):
         """teacher: placed."""
         self.teacher = teacher
         super().__init__(*args, **options)
+        if self.config.training.compile and isinstance(teacher, ModelTeacher):
+            compile_layers(teacher.model)
 
     def build_student(self, model: PreTrainedModel) -> Student:
         """A student that takes its teacher's outputs."""

@@ -26,6 +26,7 @@ from forge.config.schema import Config, LossConfig, TrainingConfig
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import count_labels
 from forge.model.head import LinearHead, find_head
+from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
 from forge.model.trained import trained_weights
 from forge.report.figures import LOWER_IS_BETTER
@@ -84,6 +85,8 @@ class FinetuningTrainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(accelerator.device)
         self.model = model  # the bare one, for export
+        if training.compile:
+            compile_layers(model)
         student = self.build_student(model)
         self.weights = trained_weights(model, loaded.below)
         optimizer = build_optimizer(student, training)
