@@ -277,7 +277,8 @@ class Checkpoints:
         if must or self._failures >= FAILURES_IN_A_ROW:
             again = "" if must else f", and {self._failures} saves in a row have failed"
             raise TrainingError(f"{text}{again}. Free some space, then resume")
-        logger.error("%s; training goes on", text)
+        if self._training.accelerator.is_main_process:  # all ranks have agreed on it
+            logger.error("%s; training goes on", text)
         return False
 
 

@@ -39,7 +39,7 @@ from forge.checkpoint.shards import (
     whole_tensors,
 )
 from forge.cluster.partitions import Partitions
-from forge.cluster.ranks import rank_seed
+from forge.cluster.ranks import on_every_rank, rank_seed
 from forge.cluster.sharding import gathered
 from forge.errors import UsageError
 from forge.run.state import TrainingState
@@ -199,14 +199,17 @@ def _restore_parts(training: Training, folder: Path) -> None:
     """Where the checkpoint, or the training that goes on from it, or both are in parts."""
     named, partitions = training.named, training.partitions
     assert named is not None
-    with SavedTensors(folder, training.weights.file, list(named.trained)) as saved:
+    order = list(named.trained)
+    # No rank may be left waiting by one that could not read.
+    with on_every_rank(training.accelerator, lambda: SavedTensors(folder, training.weights.file, order)) as saved:
         if lacking := sorted({*named.trained} ^ {*saved.weights}):
             raise UsageError(
                 f"{folder} was saved with other tensors than are trained now (the first is {lacking[0]}); set model, "
                 "teacher and distillation.hidden back to what the run had, or start a new run"
             )
         if partitions is not None:
-            load_parts(saved, named, partitions)
+            on_every_rank(training.accelerator, lambda: load_parts(saved, named, partitions))
+            partitions.publish()
             for name, tensor in named.constant.items():
                 if name in saved.constant:
                     with gathered([tensor], modified=True):
@@ -244,9 +247,8 @@ def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes], more: dict[st
 
     The format: https://huggingface.co/docs/safetensors/index#format
     """
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt", **(more or {})}
-    }  # without it from_pretrained refuses the file
+    # Without a format from_pretrained refuses the file.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(more or {})}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes

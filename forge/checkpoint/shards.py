@@ -142,7 +142,8 @@ def is_sharded(folder: Path) -> bool:
 
 @torch.no_grad()
 def load_parts(saved: SavedTensors, named: Named, partitions: Partitions) -> None:
-    """Puts a checkpoint's weights and moments into this rank's parts. On every rank at once."""
+    """Puts a checkpoint's weights and moments into this rank's parts; the model computes with them once they are
+    published."""
     partitions.begin(named.trained.values(), saved.steps)
     for name, parameter in named.trained.items():
         part = partitions.of(parameter)
@@ -152,7 +153,6 @@ def load_parts(saved: SavedTensors, named: Named, partitions: Partitions) -> Non
         part.weight.copy_(saved.weight(name, part.start, length))
         for moment, tensor in part.moments.items():
             tensor.copy_(saved.moment(moment, name, part.start, length))
-    partitions.publish()
 
 
 def whole_tensors(saved: SavedTensors, named: Named) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """DeepSpeed: the ranks joined under the plans of a config, and what a sharded model needs from those who use it."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,7 @@ def prepare(accelerator: Accelerator, student: nn.Module, optimizer: Optimizer) 
     """Both as training uses them, on their device. optimizer: of the student's parameters."""
     plans = plans_of(accelerator)
     if _stage(plans.get(STUDENT)) == 3:
-        _partition(student, plans[STUDENT])
+        _partition(student, plans[STUDENT], accelerator.device)
     prepared, optimizer = accelerator.prepare(student, optimizer)
     _tell(student)
     return prepared, optimizer
@@ -53,7 +54,7 @@ def prepare(accelerator: Accelerator, student: nn.Module, optimizer: Optimizer) 
 def prepare_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
     """A frozen model spread over the ranks by the teacher's plan, for forwards alone."""
     with _plan_of_teacher(accelerator):
-        _partition(teacher, plans_of(accelerator)[TEACHER])
+        _partition(teacher, plans_of(accelerator)[TEACHER], accelerator.device)
         engine = accelerator.prepare(teacher)
     # accelerate holds what it has prepared, to save it; a teacher is no part of any checkpoint.
     accelerator._models.remove(engine)
@@ -68,12 +69,18 @@ def bare(prepared: nn.Module) -> Any:
 
 
 def clip_grad_norm(accelerator: Accelerator, student: nn.Module, max_norm: float | None) -> Tensor:
-    """The norm of the step's gradients, before they are clipped to max_norm: () on the device; NaN where DeepSpeed
-    found one that is not finite. DeepSpeed has clipped by its plan, in backward."""
+    """The norm of the step's gradients, before they are clipped to max_norm: () on the device. DeepSpeed has clipped by
+    its plan, in backward."""
     if not plans_of(accelerator):
         return accelerator.clip_grad_norm_(student.parameters(), max_norm or float("inf"))
-    norm = torch.as_tensor(accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm())
-    return torch.where(norm < 0, torch.nan, norm)
+    norm = accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()  # a number, where it is not finite
+    return torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
+
+
+def device_to_build_on(accelerator: Accelerator) -> torch.device:
+    """Where a student waits until it is prepared: under ZeRO-3 in host memory, for it may be larger than a device."""
+    stage = _stage(plans_of(accelerator).get(STUDENT))
+    return torch.device("cpu") if stage == 3 else accelerator.device
 
 
 def plans_of(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
@@ -188,7 +195,7 @@ def _load_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def _partition(module: nn.Module, plan: dict[str, Any]) -> None:
+def _partition(module: nn.Module, plan: dict[str, Any], device: torch.device) -> None:
     """Leaves each rank its part of every weight; only one weight at a time is whole on the device.
 
     DeepSpeed would do so itself, with all of the model on the device before.
@@ -196,8 +203,18 @@ def _partition(module: nn.Module, plan: dict[str, Any]) -> None:
     from deepspeed.runtime.zero.partition_parameters import Init
 
     if plan["bf16"]["enabled"]:
-        module.to(torch.bfloat16)
+        round_weights(module, torch.bfloat16)
     Init(module=module, config_dict_or_path=plan)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """In place. Not the buffers: with its frequencies rounded to bfloat16, a rotary embedding turns late tokens by a
+    third of a radian."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _deepspeed(config: Config) -> dict[str, Any]:
@@ -223,7 +240,8 @@ def _deepspeed(config: Config) -> dict[str, Any]:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = int(os.environ["WORLD_SIZE"])
-    _, micro_batches = training.step_shape(ranks)
+    rows_per_step, micro_batches = training.step_shape(ranks)
+    rows = math.ceil(rows_per_step / (ranks * micro_batches))
     plugins = {}
     for name, plan in plans.items():
         assert plan is not None
@@ -231,7 +249,7 @@ def _deepspeed(config: Config) -> dict[str, Any]:
             read_plan(plan),
             ranks=ranks,
             micro_batches=micro_batches,
-            rows=training.per_device_batch_size,
+            rows=rows,
             max_grad_norm=(training.max_grad_norm or 0.0) if name == STUDENT else 0.0,
             bf16=bf16 if name == STUDENT or config.teacher.dtype == "auto" else config.teacher.dtype == "bfloat16",
         )

@@ -179,7 +179,7 @@ def _change(
 ) -> Change | None:
     """None where nothing differs but what the two forges write down."""
     kind, reason = _rule(key)
-    if key == "teacher.placement" and all(side in ("replicated", "offload") for side in (old, new)):
+    if key == "teacher.placement" and all(side in ("replicated", "offload", "zero3") for side in (old, new)):
         kind, reason = Kind.HARMLESS, "where the teacher lies between its forwards; its outputs stay the same"
     before, after = (inline(old) if old is not ABSENT else "", inline(new) if new is not ABSENT else "")
     if new is ABSENT and key in inert_new:

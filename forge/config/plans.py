@@ -18,6 +18,27 @@ FROM_CONFIG = {
 }
 
 
+# The keys that checkpoints, export and the loop are known to go well with. Others change where DeepSpeed keeps what, as
+# round_robin_gradients does, or what it computes in, and forge would save or export other numbers without a word.
+OFFLOAD = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+SECTIONS = {
+    "bf16": {"enabled"},
+    "data_types": {"grad_accum_dtype"},
+    "zero_optimization": {
+        *("stage", "offload_param", "offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_scatter"),
+        *("reduce_bucket_size", "allgather_partitions", "allgather_bucket_size", "sub_group_size"),
+        *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+        *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold"),
+        *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "memory_efficient_linear"),
+    },
+}
+TOP = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_force_ds_cpu_optimizer"),
+    *("zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown", "comms_logger", "flops_profiler"),
+}
+
+
 class PlanError(ValueError):
     """Why a plan cannot be used, and what to do."""
 
@@ -75,12 +96,15 @@ def read_plan(name: str) -> Plan:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2, 3) or isinstance(stage, bool):
         raise PlanError(f"{file} must be a map with zero_optimization.stage 1, 2 or 3, and the stage is {stage!r}")
+    _check_keys(file, values)
     return Plan(name, file, values)
 
 
 def contradictions(plan: Plan, config: Any, key: str) -> list[str]:
     """Sentences about what the plan's file says otherwise than the config does. key: the config's, for the plan."""
     teacher, training, found = key == "deepspeed.teacher", config.training, []
+    if not teacher and plan.file.parent == FOLDER and plan.name.startswith(TEACHER_PREFIX):
+        found.append(f"{key} is {plan.name}, a plan for teachers; take one of {', '.join(plan_names())}")
     if teacher and plan.stage != 3:
         found.append(f"{key} is {plan.name}, of stage {plan.stage}: only stage 3 shards weights; take teacher_zero3")
     zero = plan.values["zero_optimization"]
@@ -104,6 +128,12 @@ def contradictions(plan: Plan, config: Any, key: str) -> list[str]:
             wanted["gradient_accumulation_steps"] = training.gradient_accumulation_steps
         else:
             wanted["train_batch_size"] = training.batch_size
+    follows = "train_batch_size" if training.batch_size is None else "gradient_accumulation_steps"
+    if not teacher and plan.values.get(follows, AUTO) != AUTO:
+        found.append(
+            f"{plan.file} has {follows} {plan.values[follows]}, which follows from the config and the number of ranks; "
+            "set it to auto in the file"
+        )
     for name, ours in wanted.items():
         said = plan.values.get(name, AUTO)
         if said not in (AUTO, ours):
@@ -117,6 +147,24 @@ def contradictions(plan: Plan, config: Any, key: str) -> list[str]:
             f"{plan.file} has bf16.enabled {str(bf16).lower()}, and {name} is {precision}; set it to auto in the file"
         )
     return found
+
+
+def _check_keys(file: Path, values: dict[str, Any]) -> None:
+    """Raises PlanError for a key that forge does not know to go well, and for a section that is no map."""
+    zero = values["zero_optimization"]
+    offloads = {
+        f"zero_optimization.{name}": (zero.get(name), OFFLOAD) for name in ("offload_param", "offload_optimizer")
+    }
+    sections = {name: (values.get(name), known) for name, known in SECTIONS.items()} | offloads
+    for name, (section, known) in sections.items():
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            raise PlanError(f"{file} has {name} {section!r}, and it is a map in DeepSpeed's own form")
+        if strange := [key for key in section if key not in known]:
+            raise PlanError(f"{file} has {name}.{strange[0]}, with which forge's checkpoints are not known to be right")
+    if strange := [key for key in values if key not in TOP and key not in SECTIONS and key not in FROM_CONFIG]:
+        raise PlanError(f"{file} has {strange[0]}, with which forge's training is not known to be right; take it out")
 
 
 def filled(

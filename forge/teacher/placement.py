@@ -8,7 +8,7 @@ from accelerate import Accelerator, cpu_offload
 from torch import nn
 from transformers import PreTrainedModel
 
-from forge.cluster.sharding import prepare_teacher
+from forge.cluster.sharding import prepare_teacher, round_weights
 from forge.config.distilling import TeacherConfig
 from forge.model.head import LinearHead, find_head
 from forge.task.task import Task
@@ -32,7 +32,8 @@ def place(
     if config.placement == "zero3":
         return _sharded(model, config, accelerator, task, columns)
     device = accelerator.device if config.placement == "replicated" else torch.device("cpu")
-    cast(nn.Module, model).to(device, teacher_dtype(config, accelerator))
+    round_weights(model, teacher_dtype(config, accelerator))
+    cast(nn.Module, model).to(device)
     # Before its weights are taken away: the head is tried out.
     head = find_head(model, task.forward_options) if task.has_language_head else None
     if config.placement == "offload":
@@ -53,7 +54,7 @@ def _sharded(
 ) -> Teacher:
     """Each rank keeps a part of every weight; a layer is whole for its forward alone."""
     dtype = teacher_dtype(config, accelerator)
-    cast(nn.Module, model).to(dtype)
+    round_weights(model, dtype)
     head = find_head(model, task.forward_options) if task.has_language_head else None
     found = head if isinstance(head, LinearHead) else None
     millions = model.num_parameters() / 1e6

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -119,8 +120,8 @@ def build_features(
 ) -> Features | None:
     """The terms that the config asks for, and the teacher asked for its share of them; None where there are none.
 
-    batch: any, on the device; model: the student's, there too. Raises UsageError where the two models have no such
-    layers, or not of widths that go together.
+    batch: any, on the device; model: the student's, there, or still in host memory. Raises UsageError where the two
+    models have no such layers, or not of widths that go together.
     """
     if config.alpha == 0 or (config.hidden is None and config.relations is None):
         return None
@@ -129,7 +130,7 @@ def build_features(
     if config.hidden is not None:
         own, theirs = _widths(model, batch, forward_options), teacher.hidden_widths(batch)
         pairs = layer_map(config.hidden.layers, len(own) - 1, len(theirs) - 1)
-        projections = _projections(pairs, own, theirs, seed).to(batch["labels"].device)
+        projections = _projections(pairs, own, theirs, seed).to(model.device)
         teacher.layers = tuple(sorted(set(pairs.values())))
         told = ", ".join(f"{layer} to {of_teacher}" for layer, of_teacher in pairs.items())
         count = sum(weight.numel() for weight in projections.parameters())
@@ -168,7 +169,7 @@ def _widths(model: PreTrainedModel, batch: Batch, forward_options: dict[str, Any
     model.eval()
     try:
         with torch.no_grad():
-            return hidden_widths(model, model_inputs(batch), forward_options)
+            return hidden_widths(model, send_to_device(model_inputs(batch), model.device), forward_options)
     finally:
         model.train(training)
 

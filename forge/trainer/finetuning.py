@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forge.checkpoint.commit import Checkpoints, RunFacts, Saved
@@ -18,7 +18,7 @@ from forge.checkpoint.contents import Training, restore
 from forge.checkpoint.shards import Named
 from forge.cluster.partitions import Partitions
 from forge.cluster.ranks import StopVote, on_rank_0, rank_seed
-from forge.cluster.sharding import clip_grad_norm, plans_of, prepare
+from forge.cluster.sharding import clip_grad_norm, device_to_build_on, plans_of, prepare
 from forge.cluster.signals import StopRequest, in_loader_worker
 from forge.config.explain import effective
 from forge.config.placing import located
@@ -83,7 +83,7 @@ class FinetuningTrainer:
         model = loaded.model
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.to(accelerator.device)
+        cast(nn.Module, model).to(device_to_build_on(accelerator))
         self.model = model  # the bare one, for export
         if training.compile:
             compile_layers(model)
