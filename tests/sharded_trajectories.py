@@ -12,6 +12,7 @@ from typing import Any
 from conftest import trainer_of
 
 from forge.cluster.ranks import gather_values
+from forge.cluster.sharding import bare
 from forge.config.loader import load_config
 
 
@@ -25,9 +26,11 @@ def main() -> None:
         os.environ |= environment  # of a plan before this one
         trainer = trainer_of(load_config(file, settings).config, folder / rank / str(number))
         live = watch_teacher(trainer)
+        at_head = bare(trainer.student).at_head
+        registered = len(list(at_head.ds_external_parameters())) if hasattr(at_head, "ds_external_parameters") else 0
         trainer.train()
         seen = {"reports": trainer.callbacks.reports, "weights": weights(trainer), "held": held(trainer)}
-        found.append({**seen, "live": max(live, default=0)})
+        found.append({**seen, "live": max(live, default=0), "gathered": registered})
         trainer.close()
         gather_values(None)
         trainer.accelerator.free_memory()

@@ -132,7 +132,7 @@ def _snapshot_of_parts(training: Training, rng: dict[str, Any], state: dict[str,
     for name, tensor in named.constant.items():  # on every rank at once: it may be spread too
         with gathered([tensor]):
             if is_main:
-                weights[name] = tensor.detach().clone()
+                weights[name] = tensor.detach().to("cpu", copy=True)  # at once: all of them may be more than fits
     return Snapshot(
         rank,
         rng,

@@ -85,6 +85,10 @@ class SavedTensors:
     def moment(self, moment: str, name: str, start: int, length: int) -> Tensor:
         return self._piece(f"{moment}/{name}", start, length)
 
+    def has_moments(self, name: str) -> bool:
+        """Not where no step has had a gradient for it: an optimizer that is not sharded makes none then."""
+        return f"{MOMENTS[0]}/{name}" in self._sources
+
     @property
     def weights(self) -> list[str]:
         return [name for name in self._sources if not name.startswith(tuple(f"{moment}/" for moment in MOMENTS))]
@@ -105,7 +109,12 @@ class SavedTensors:
             for file in (model_shard(rank), optimizer_shard(rank)):
                 opened = self._files.enter_context(safe_open(self._folder / file, "pt"))
                 header = opened.metadata()
-                starts, self.steps = json.loads(header[STARTS]), int(header[STEPS])
+                starts, steps = json.loads(header[STARTS]), int(header[STEPS])
+                if rank and steps != self.steps:
+                    raise TrainingError(
+                        f"{self._folder / file} is of optimizer step {steps}, and others of {self.steps}"
+                    )
+                self.steps = steps
                 for key in opened.keys():  # noqa: SIM118 - no dict
                     name = key.split("/", 1)[1] if key.startswith(tuple(f"{moment}/" for moment in MOMENTS)) else key
                     if name not in starts:
@@ -144,14 +153,14 @@ def is_sharded(folder: Path) -> bool:
 def load_parts(saved: SavedTensors, named: Named, partitions: Partitions) -> None:
     """Puts a checkpoint's weights and moments into this rank's parts; the model computes with them once they are
     published."""
-    partitions.begin(named.trained.values(), saved.steps)
+    partitions.begin(saved.steps)
     for name, parameter in named.trained.items():
         part = partitions.of(parameter)
         if part is None:
             continue
         length = part.weight.numel()
         part.weight.copy_(saved.weight(name, part.start, length))
-        for moment, tensor in part.moments.items():
+        for moment, tensor in part.moments.items() if saved.has_moments(name) else ():
             tensor.copy_(saved.moment(moment, name, part.start, length))
 
 
@@ -163,7 +172,9 @@ def whole_tensors(saved: SavedTensors, named: Named) -> dict[str, Tensor]:
 def optimizer_state(saved: SavedTensors, named: Named, optimizer: Optimizer) -> dict[str, Any]:
     """What optimizer.load_state_dict takes, for an optimizer that is not sharded."""
     state: dict[int, Any] = {}
-    for index, (name, parameter) in enumerate(named.trained.items() if saved.steps else ()):
+    for index, (name, parameter) in enumerate(named.trained.items()):
+        if not saved.has_moments(name):
+            continue
         moments = {moment: _whole(saved, f"{moment}/{name}", parameter) for moment in MOMENTS}
         state[index] = {"step": torch.tensor(float(saved.steps)), **moments}
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

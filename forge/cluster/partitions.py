@@ -4,7 +4,7 @@ DeepSpeed keeps, for every group of parameters, one flat float32 tensor on each 
 optimizer's moments are as long. Where a parameter lies in it, DeepSpeed knows since it was prepared.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,17 +47,21 @@ class Partitions:
         """How many the optimizer has taken, which its bias correction goes by."""
         return max((int(state["step"]) for state in self._zero.optimizer.state.values() if "step" in state), default=0)
 
-    def begin(self, parameters: Iterable[Tensor], steps: int) -> None:
+    def begin(self, steps: int) -> None:
         """Makes room for the moments, at zero, as if so many steps had been taken; 0: as before the first one."""
         state = self._zero.optimizer.state
         state.clear()
-        if not steps:
-            return
-        for parameter in parameters:
-            flat = self._place(parameter)[0]
-            if flat is not None and flat not in state:
-                step = torch.tensor(float(steps), device=flat.device)
-                state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
+        for flat in self._flat if steps else ():  # also where all of it is padding
+            step = torch.tensor(float(steps), device=flat.device)
+            state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
+
+    @torch.no_grad()
+    def set_weights(self, weights: Sequence[tuple[Any, Tensor]]) -> None:
+        """The float32 weights that the optimizer starts from. weights: parameters, and what they are, whole."""
+        for parameter, whole in weights:
+            part = self.of(parameter)
+            if part is not None:
+                part.weight.copy_(whole.flatten()[part.start : part.start + part.weight.numel()])
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -78,14 +82,18 @@ class Partitions:
             group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
             start = torch.distributed.get_rank() * size  # equal parts; the last may end in padding
             length = max(0, min(size, parameter.ds_numel - start))
-            return zero.fp32_partitioned_groups_flat[group], offset, start, length
+            return self._flat[group], offset, start, length
         found = parameter._hp_mapping
         if found is None:
             return None, 0, 0, 0
-        groups = getattr(zero, "single_partition_of_fp32_groups", None)
-        groups = zero.fp32_groups_flat_partition if groups is None else groups  # its optimizer for stage 1 in bf16
         inside = found.get_hp_fragment_address()
-        return groups[found.param_group_index], inside.start, found.lp_fragment_address.start, inside.numel
+        return self._flat[found.param_group_index], inside.start, found.lp_fragment_address.start, inside.numel
+
+    @property
+    def _flat(self) -> list[Tensor]:
+        """This rank's float32 weights, a tensor for each group: of stage 3, of stages 1 and 2, of stage 1 in bf16."""
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(list(getattr(self._zero, name)) for name in names if hasattr(self._zero, name))
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:

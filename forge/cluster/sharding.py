@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,6 +75,15 @@ def clip_grad_norm(accelerator: Accelerator, student: nn.Module, max_norm: float
         return accelerator.clip_grad_norm_(student.parameters(), max_norm or float("inf"))
     norm = accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()  # a number, where it is not finite
     return torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
+
+
+def weights_to_round(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Before they are prepared: copies, in host memory, of those that a plan in bfloat16 would round before its
+    optimizer takes its float32 weights from them."""
+    plan = plans_of(accelerator).get(STUDENT)
+    if plan is None or not plan["bf16"]["enabled"]:
+        return []
+    return [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
 
 
 def device_to_build_on(accelerator: Accelerator) -> torch.device:

@@ -35,7 +35,7 @@ SECTIONS = {
 TOP = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_force_ds_cpu_optimizer"),
-    *("zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown", "comms_logger", "flops_profiler"),
+    *("zero_allow_untested_optimizer", "wall_clock_breakdown", "comms_logger", "flops_profiler"),
 }
 
 
@@ -184,7 +184,8 @@ def filled(
     }
     if not bf16:  # there is one dtype, and DeepSpeed refuses to be told
         values.pop("data_types", None)
-    values.setdefault("steps_per_print", 2**31)  # forge reports by itself
+    if plan.offloads_optimizer:  # torch's own AdamW, as without a plan: DeepSpeed's would be compiled at first use
+        values["zero_force_ds_cpu_optimizer"] = False
     return values
 
 

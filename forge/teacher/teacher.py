@@ -49,6 +49,9 @@ class Teacher(ABC):
         Raises UsageError where there are none."""
         raise UsageError("distillation.relations: this teacher tells none; set teacher.placement: replicated")
 
+    def close(self) -> None:
+        """It is asked no more."""
+
 
 class TeacherModule(nn.Module):
     """The forward of a teacher's model, whole or below its head: what is prepared where the weights are sharded."""
@@ -116,6 +119,11 @@ class ModelTeacher(Teacher):
         found = attention_modules(self.model, layer, "teacher")
         self._attention = {kind: found[kind] for kind in kinds}
         return {kind: width_of(self.model, name) for kind, name in self._attention.items()}
+
+    def close(self) -> None:
+        destroy = getattr(self.module, "destroy", None)  # of an engine of DeepSpeed, which would live on
+        if destroy is not None:
+            destroy()
 
     def _at_labels(self, batch: Batch, options: dict[str, Any]) -> tuple[TeacherOutputs, Any]:
         """The outputs at the label positions, and the model's own output with what else the options ask for."""

@@ -39,6 +39,11 @@ class DistillationTrainer(FinetuningTrainer):
         if self.config.training.compile and isinstance(teacher, ModelTeacher):
             compile_layers(teacher.model)
 
+    def close(self) -> None:
+        """The teacher goes too."""
+        super().close()
+        self.teacher.close()
+
     def build_student(self, model: PreTrainedModel) -> Student:
         """A student that takes its teacher's outputs."""
         config, options = self.config, self.task.forward_options

@@ -77,23 +77,25 @@ def _whole_state(trainer: FinetuningTrainer, dtype: str) -> dict[str, Tensor] | 
         return None
     state: dict[str, Tensor] = {}
 
-    def keep(name: str, tensor: Tensor) -> None:
-        if is_main:
-            on_cpu = tensor.detach().cpu()
+    def keep(name: str, tensor: Tensor) -> TrainingError | None:
+        """What is wrong with it, to be raised when no rank waits for another."""
+        if not is_main:
+            return None
+        on_cpu = tensor.detach().cpu()
+        try:
             state[name] = in_dtype(on_cpu, dtype, name).clone() if on_cpu.is_floating_point() else on_cpu.clone()
+        except TrainingError as error:
+            return error
+        return None
 
     problem: TrainingError | None = None
     for name, parameter in named.trained.items():
         if name.startswith(PROJECTIONS):
             continue
-        whole = whole_float32(parameter)
-        try:
-            keep(name, whole)
-        except TrainingError as error:  # raised when no rank waits for another
-            problem = problem or error
+        problem = keep(name, whole_float32(parameter)) or problem
     for name, tensor in named.constant.items():
         with gathered([tensor]):
-            keep(name, tensor)
+            problem = keep(name, tensor) or problem
     on_rank_0(trainer.accelerator, lambda: _raise(problem))
     return state if is_main else None
 

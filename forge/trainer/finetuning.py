@@ -18,7 +18,7 @@ from forge.checkpoint.contents import Training, restore
 from forge.checkpoint.shards import Named
 from forge.cluster.partitions import Partitions
 from forge.cluster.ranks import StopVote, on_rank_0, rank_seed
-from forge.cluster.sharding import clip_grad_norm, device_to_build_on, plans_of, prepare
+from forge.cluster.sharding import clip_grad_norm, device_to_build_on, plans_of, prepare, weights_to_round
 from forge.cluster.signals import StopRequest, in_loader_worker
 from forge.config.explain import effective
 from forge.config.placing import located
@@ -91,7 +91,12 @@ class FinetuningTrainer:
         self.weights = trained_weights(model, loaded.below)
         optimizer = build_optimizer(student, training)
         named = Named.of(self.weights.tensors(), model, student.projections, optimizer)
+        originals = weights_to_round(accelerator, named.trained.values())
         self.student, self.optimizer = prepare(accelerator, student, optimizer)
+        partitions = Partitions(self.optimizer) if plans_of(accelerator) else None
+        if partitions is not None:
+            partitions.set_weights(originals)
+        del originals
         # From here on every rank draws its own dropout.
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
 
@@ -119,7 +124,7 @@ class FinetuningTrainer:
             training.seed,
             student.projections,
             named,
-            Partitions(self.optimizer) if plans_of(accelerator) else None,
+            partitions,
         )
         facts = RunFacts(
             ranks=accelerator.num_processes,
@@ -200,8 +205,8 @@ class FinetuningTrainer:
     def train_step(self, micro_batches: list[Batch], rate: float) -> None:
         """One optimizer update at the given rate.
 
-        Nothing here waits for the device, but for fp16's scaler, and transformers' own look at masks and at packed
-        positions.
+        Nothing here waits for the device, but for fp16's scaler, DeepSpeed's look at the norm, and transformers' own look
+        at masks and at packed positions.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
