@@ -49,7 +49,7 @@ class Teacher(ABC):
         Raises UsageError where there are none."""
         raise UsageError("distillation.relations: this teacher tells none; set teacher.placement: replicated")
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most hold nothing that outlives them
         """It is asked no more."""
 
 

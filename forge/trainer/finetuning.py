@@ -205,8 +205,8 @@ class FinetuningTrainer:
     def train_step(self, micro_batches: list[Batch], rate: float) -> None:
         """One optimizer update at the given rate.
 
-        Nothing here waits for the device, but for fp16's scaler, DeepSpeed's look at the norm, and transformers' own look
-        at masks and at packed positions.
+        Nothing here waits for the device, but for fp16's scaler, DeepSpeed's look at the norm, and transformers' own
+        look at masks and at packed positions.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
