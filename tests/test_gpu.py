@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from teachers import write_classifier
+from conftest import forge
+from conversations import config_on, conversation
+from teachers import write_chat_teacher, write_classifier
 from test_checkpoints import stop_at
 from test_trainer import trajectory
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,6 +18,7 @@ from forge.config.distilling import DistillationConfig
 from forge.errors import Stopped
 from forge.losses.cross_entropy import IGNORE
 from forge.model.head import LinearHead, find_head
+from forge.run.files import read_json_lines
 from forge.teacher.teacher import ModelTeacher
 from forge.trainer.objective import Objective
 from forge.trainer.student import Student
@@ -134,3 +137,23 @@ def test_a_distilled_language_model_takes_the_same_steps_with_and_without_kernel
     for name, gradient in gradients.items():
         error = (gradient - plain_gradients[name]).norm() / plain_gradients[name].norm()
         assert error < 2 * tolerance, name
+
+
+def test_a_sharded_student_with_a_sharded_teacher_takes_the_steps_of_whole_ones(
+    chat_model: Path, tmp_path: Path
+) -> None:
+    """One process, ZeRO-2 beside ZeRO-3, bf16, the true command: the fused loss reads heads that were gathered for it."""
+    teacher = write_chat_teacher(tmp_path / "teacher", chat_model)
+    rows = [conversation(i, turns=1 + i % 3) for i in range(24)]
+    config_on(tmp_path, chat_model, rows, rows[:5])
+    kd = [f"teacher.path={teacher}", "distillation.alpha=0.6", "training.mixed_precision=bf16", "export.dtype=bfloat16"]
+    plans = {"whole": [], "sharded": ["deepspeed.student=zero2", "teacher.placement=zero3"]}
+    losses = {}
+    for name, plan in plans.items():
+        settings = [word for setting in [*kd, *plan] for word in ("--set", setting)]
+        done = forge("--config", tmp_path / "c.yaml", "--run_name", name, *settings)
+        assert done.returncode == 0, done.stderr
+        rows_of = read_json_lines(tmp_path / "outputs" / "c" / name / "metrics.jsonl")
+        losses[name] = [row["loss"] for row in rows_of if "learning_rate" in row]
+    assert len(losses["whole"]) == 4
+    assert losses["sharded"] == pytest.approx(losses["whole"], rel=2e-2)
