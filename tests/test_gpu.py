@@ -142,7 +142,7 @@ def test_a_distilled_language_model_takes_the_same_steps_with_and_without_kernel
 def test_a_sharded_student_with_a_sharded_teacher_takes_the_steps_of_whole_ones(
     chat_model: Path, tmp_path: Path
 ) -> None:
-    """One process, ZeRO-2 beside ZeRO-3, bf16, the true command: the fused loss reads heads that were gathered for it."""
+    """One process, ZeRO-2 beside ZeRO-3, bf16, the true command: the fused loss reads heads gathered for it."""
     teacher = write_chat_teacher(tmp_path / "teacher", chat_model)
     rows = [conversation(i, turns=1 + i % 3) for i in range(24)]
     config_on(tmp_path, chat_model, rows, rows[:5])
