@@ -4,8 +4,8 @@
 
 For each of SFT, KD with a replicated, an offloaded, a sharded (ZeRO-3, beside a student under ZeRO-2) and a cached
 teacher: the median of the seconds that a step took over all rounds, without the first five of each run, its ratio to
-SFT's, and the most memory that the run held (on the GPU; of the process where there is none). The student is part of the
-teacher's own layers (a smaller model from scratch for causal_lm), and both read the demo data.
+SFT's, and the most memory that the run held (on the GPU; of the process where there is none). The student is part of
+the teacher's own layers (a smaller model from scratch for causal_lm), and both read the demo data.
 """
 
 import argparse
