@@ -3,9 +3,10 @@
     python benchmarks/kd_step.py [--task classification|causal_lm] [--rounds 3] [--steps 30] [--student-layers 2]
 
 For each of SFT, KD with a replicated, an offloaded, a sharded (ZeRO-3, beside a student under ZeRO-2) and a cached
-teacher: the median of the seconds that a step took over all rounds, without the first five of each run, its ratio to
-SFT's, and the most memory that the run held (on the GPU; of the process where there is none). The student is part of
-the teacher's own layers (a smaller model from scratch for causal_lm), and both read the demo data.
+teacher, and KD in a loop of transformers' Trainer (hf_trainer_kd.py): the median of the seconds that a step took over
+all rounds, without the first five of each run, its ratio to SFT's, and the most memory that the run held (on the GPU;
+of the process where there is none). The student is part of the teacher's own layers (a smaller model from scratch for
+causal_lm), and both read the demo data.
 """
 
 import argparse
@@ -16,15 +17,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = {"classification": "configs/quickstart/sft.yaml", "causal_lm": "configs/quickstart/causal_lm.yaml"}
+HF = "KD, HF Trainer"  # whole logits of both models, and no loop of forge's: what a user would write
 VARIANTS = {
     "SFT": (),
     "KD, replicated": ("distillation.alpha=0.5", "teacher.placement=replicated"),
     "KD, offload": ("distillation.alpha=0.5", "teacher.placement=offload"),
     # One process here: what the bookkeeping of two engines costs, not the traffic between GPUs.
     "KD, zero3": ("distillation.alpha=0.5", "teacher.placement=zero3", "deepspeed.student=zero2"),
+    HF: ("distillation.alpha=0.5",),
     "KD, cached": ("distillation.alpha=0.5", "teacher.placement=cached"),
 }
 WARM_UP = 5  # steps of each run that do not count
@@ -52,6 +56,11 @@ def main() -> None:
                 variant = list(VARIANTS)[(i + round_number) % len(VARIANTS)]
                 run_name = f"{variant.replace(', ', '-')}-{round_number}"
                 own = (*taught, *VARIANTS[variant]) if VARIANTS[variant] else ()
+                if variant == HF:
+                    found = run_hf(args.task, root, args.steps, *settings, *own)
+                    seconds[variant] += found["seconds"][WARM_UP:]
+                    memory[variant] = max(memory[variant], found["peak_memory_mib"])
+                    continue
                 folder = run(run_name, args.task, root, args.steps, *settings, *own)
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 steps = [line for line in lines if "samples_per_second" in line][WARM_UP:]
@@ -59,17 +68,18 @@ def main() -> None:
                 seconds[variant] += [rows / line["samples_per_second"] for line in steps]
                 memory[variant] = max(memory[variant], *(line["peak_memory_mib"] for line in steps))
     print(f"{args.task}, {args.rounds} rounds of {args.steps} steps, {len(seconds['SFT'])} steps counted of each")
-    print(f"{'':16} {'median s':>9} {'min s':>9} {'to SFT':>7} {'peak MiB':>9}")
+    print(f"{'':18} {'median s':>9} {'min s':>9} {'to SFT':>7} {'peak MiB':>9}")
     base = statistics.median(seconds["SFT"])
     for variant, found in seconds.items():
         median = statistics.median(found)
-        print(f"{variant:16} {median:9.4f} {min(found):9.4f} {median / base:7.3f} {memory[variant]:9.0f}")
+        print(f"{variant:18} {median:9.4f} {min(found):9.4f} {median / base:7.3f} {memory[variant]:9.0f}")
 
 
 def student_settings(task: str, layers: int, teacher: Path) -> list[str]:
     """Of a smaller model than the teacher's."""
     if task == "causal_lm":
-        return [f"model.config.num_hidden_layers={layers}"]
+        # The rows in any order: the Trainer does not group them by length.
+        return [f"model.config.num_hidden_layers={layers}", "training.length_grouping=false"]
     kept = [round(i * 6 / layers) for i in range(layers)]
     return [f"model.path={teacher}", f"model.keep_layers=[{', '.join(map(str, kept))}]"]
 
@@ -81,6 +91,14 @@ def run(name: str, task: str, root: Path, steps: int, *settings: str) -> Path:
     where = ("--output_root", str(root), "--run_name", name)
     forge("forge.py", "--config", CONFIGS[task], *where, "--max_steps", str(steps), *sets)
     return next(path.parent for path in root.rglob("metrics.jsonl") if path.parent.name == name)
+
+
+def run_hf(task: str, root: Path, steps: int, *settings: str) -> dict[str, Any]:
+    """Seconds of each step, and the peak."""
+    out = root / "hf.json"
+    forge("benchmarks/hf_trainer_kd.py", CONFIGS[task], json.dumps(settings), str(steps), str(out))
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
 
 
 def forge(*arguments: str) -> None:
