@@ -84,7 +84,12 @@ def test_metadata_tells_where_the_numbers_come_from(finished: tuple[Path, str, s
     assert metadata["model"]["new_weights"] == ["classifier.bias", "classifier.weight"]
     assert metadata["model"]["parameters"] == 21059
     assert metadata["world"] == {
-        **{"ranks": 1, "device": "cpu", "mixed_precision": "no"},
+        **{
+            "ranks": 1,
+            "device": "cpu",
+            "mixed_precision": "no",
+            "deepspeed": None,
+        },
         **{"rows_per_step": 8, "micro_batches_per_rank": 1},
     }
 
