@@ -102,17 +102,6 @@ def plans_of(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextmanager
-def _plan_of_teacher(accelerator: Accelerator) -> Iterator[None]:
-    """What is prepared inside is sharded by the teacher's plan."""
-    accelerator.state.select_deepspeed_plugin(TEACHER)
-    try:
-        yield
-    finally:
-        accelerator.state.select_deepspeed_plugin(STUDENT)
-        _load_whole()
-
-
 def is_partitioned(parameter: Tensor) -> bool:
     """Does each rank hold a part of it only (ZeRO-3)?"""
     return hasattr(parameter, "ds_id")
@@ -154,6 +143,17 @@ class Gathering(nn.Module):
             from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
             register_external_parameter(self, parameter)
+
+
+@contextmanager
+def _plan_of_teacher(accelerator: Accelerator) -> Iterator[None]:
+    """What is prepared inside is sharded by the teacher's plan."""
+    accelerator.state.select_deepspeed_plugin(TEACHER)
+    try:
+        yield
+    finally:
+        accelerator.state.select_deepspeed_plugin(STUDENT)
+        _load_whole()
 
 
 def _refuse_plans_of_the_launcher() -> None:
@@ -232,9 +232,8 @@ def _deepspeed(config: Config) -> dict[str, Any]:
     if config.teacher.placement == "zero3" and config.wants_teacher:
         plans[TEACHER] = config.deepspeed.teacher
     check_started_ranks()
-    if AcceleratorState._shared_state.get(
-        "deepspeed_plugins"
-    ):  # the control of a run: its ranks and plans are those of the run
+    # The control of a run: its ranks and plans are those of the run.
+    if AcceleratorState._shared_state.get("deepspeed_plugins"):
         AcceleratorState().select_deepspeed_plugin(STUDENT)
         return {}
     bf16 = resolve_precision(training.mixed_precision) == "bf16"
