@@ -114,19 +114,19 @@ def layer_bytes(block: Block, tokens: int, form: Form) -> int:
 
 def working_bytes(stacks: Sequence[Stack], form: Form, rows: int) -> int:
     """What backward has at once within one layer, beside what was kept: gradients of (T, I) and of (T, D)."""
-    each = [
-        rows * stack.tokens * (form.products * (3 if stack.block.gated else 2) * stack.block.inner)
-        + rows * stack.tokens * form.weights * 2 * stack.block.width
-        for stack in stacks
-    ]
-    return max(each, default=0)
+    return _at_once(stacks, form, rows, streams=2)
 
 
 def forward_bytes(stacks: Sequence[Stack], form: Form, rows: int) -> int:
     """What a forward without gradients has at once: the residual stream and one MLP."""
+    return _at_once(stacks, form, rows, streams=3)
+
+
+def _at_once(stacks: Sequence[Stack], form: Form, rows: int, *, streams: int) -> int:
+    """Of the layer with the most: the tensors (T, I) of its MLP, and so many (T, D)."""
     each = [
         rows * stack.tokens * (form.products * (3 if stack.block.gated else 2) * stack.block.inner)
-        + rows * stack.tokens * form.weights * 3 * stack.block.width
+        + rows * stack.tokens * form.weights * streams * stack.block.width
         for stack in stacks
     ]
     return max(each, default=0)
