@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What backward needs of a forward: forge.plan's count against the tensors that torch saves, on this CPU.
 
     python benchmarks/activation_bytes.py X.yaml [--rows B] [--tokens T] [--set KEY=VALUE …]
