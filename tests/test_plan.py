@@ -16,7 +16,7 @@ from forge.config.plans import read_plan
 from forge.plan.activations import Form
 from forge.plan.advice import DDP, Machine, advise, read_gpus, rows_of, settings_of
 from forge.plan.command import micro_batch_rows, suggestion
-from forge.plan.memory import GIB, RESERVED, Job, Setting, fits, largest_rows, loss_bytes, memory_of
+from forge.plan.memory import GIB, RESERVED, Job, Setting, fits, largest_rows, loss_bytes, loss_chunks, memory_of
 from forge.plan.meta import meta_job
 
 # Llama: V 300, D 8, 2 layers of 2 heads and 1 of keys, 4 wide each, I 16; the head is the embeddings.
@@ -140,6 +140,17 @@ def test_the_teacher_in_its_placements(
 def test_a_cached_teacher_is_not_in_memory(config_file: Path) -> None:
     job = replace(job_on(config_file), placement="cached", distils=True, top_k=64)
     assert memory_of(job, with_plan(None)).teacher == 0  # no teacher is asked for
+
+
+def test_the_loss_is_counted_with_the_budget_of_the_config(config_file: Path) -> None:
+    form, rows = Form(4, 2), 1000
+    found = {}
+    for setting in ("low_memory=false", "low_memory=true", "memory_budget_gib=0.002"):
+        job = job_on(config_file, f"training.loss.{setting}")
+        chunks = loss_chunks(job, form, rows)
+        found[setting] = (chunks.rows, chunks.wide, loss_bytes(job, form, rows))
+    assert [wide for _, wide, _ in found.values()] == [6000, 2048, 1024]
+    assert sorted(found.values(), key=lambda each: -each[2]) == list(found.values())
 
 
 def test_buffers_of_the_loss(config_file: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from forge.config.plans import Plan
+from forge.config.schema import LossConfig
 from forge.plan.activations import Form, Stack, activation_bytes, forward_bytes, working_bytes
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Job:
     distils: bool  # alpha > 0
     top_k: int  # of a cached teacher
     checkpointing: bool
+    loss: LossConfig  # how the fused loss is computed
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def loss_chunks(job: Job, form: Form, rows: int) -> "Chunks":
     from forge.losses.kd_settings import plan_chunks
 
     N, V, D = rows * job.labels, job.student.columns, job.student.width
-    return plan_chunks(N, V, D, **_chunk_options(job, form))
+    return plan_chunks(N, V, D, **_chunk_options(job, form), **_budget(job))
 
 
 def loss_bytes(job: Job, form: Form, rows: int) -> int:
@@ -168,7 +170,7 @@ def loss_bytes(job: Job, form: Form, rows: int) -> int:
     fixed = gradient + N * D * 2 * form.products
     fixed += sizes.head * form.products if form.autocast else 0
     if job.on_cpu:  # the plain path: some six tensors of a chunk's logits, and the chunk's share of the head's gradient
-        chunk = min(plain_rows(V, 4), N)
+        chunk = min(plain_rows(V, 4, **_budget(job)), N)
         return fixed + 6 * chunk * V * 4 + (sizes.head * 4 if sizes.head_trained else 0)
     chunks = loss_chunks(job, form, rows)
     return fixed + scratch_bytes(chunks, N, V, D, **_chunk_options(job, form))
@@ -183,9 +185,22 @@ class _ChunkOptions(TypedDict):
 def _chunk_options(job: Job, form: Form) -> _ChunkOptions:
     """logit_bytes as forge.losses.linear_kd has them: the difference form for two models in half precision."""
     dense = job.distils and job.teacher is not None and job.placement != "cached"
-    logits = 2 if dense and form.products == 2 and job.teacher_bytes == 2 else 8 if dense else 4
+    differs = dense and form.products == 2 and job.teacher_bytes == 2 and job.loss.precision in (None, "difference")
+    logits = 2 if differs else 8 if dense else 4
+    if job.loss.precision == "bf16":
+        logits = form.products if dense else 0
     head = form.weights if job.student.head_trained else 0
     return {"logit_bytes": logits, "gradient_bytes": form.products, "head_gradient_bytes": head}
+
+
+class _Budget(TypedDict):
+    memory_budget: int | None
+    low_memory: bool
+
+
+def _budget(job: Job) -> _Budget:
+    gib = job.loss.memory_budget_gib
+    return {"memory_budget": None if gib is None else int(gib * GIB), "low_memory": job.loss.low_memory}
 
 
 def _states(sizes: ModelSizes, setting: Setting, form: Form) -> tuple[int, int, int, int, int]:

@@ -76,6 +76,7 @@ def job_of(
         distils=distillation.alpha > 0,
         top_k=config.teacher.top_k,
         checkpointing=config.training.gradient_checkpointing,
+        loss=config.training.loss,
     )
 
 
