@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import REPOSITORY, python
+from test_signals import wait_for
 
 from forge.cli import main
 from forge.cluster import launch
@@ -196,7 +197,7 @@ def test_a_signal_to_the_launch_commits_a_checkpoint_that_another_launch_goes_on
     config_file: Path, tmp_path: Path
 ) -> None:
     process = start(config_file, "--run_name", "r", "--max_steps", "5000")
-    reach(process, "step 5/5000")
+    wait_for(process, "step 5/5000")
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
@@ -217,7 +218,7 @@ def test_a_signal_to_the_launch_commits_a_checkpoint_that_another_launch_goes_on
 @pytest.mark.multiprocess
 def test_a_launch_with_a_killed_rank_has_failed(config_file: Path, tmp_path: Path) -> None:
     process = start(config_file, "--run_name", "r", "--max_steps", "5000")
-    reach(process, "step 5/5000")
+    wait_for(process, "step 5/5000")
     (rank,) = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank_1(child)]
     rank.kill()
     _, err = process.communicate(timeout=60)
@@ -333,17 +334,6 @@ def start(config: Path, *arguments: str, **environment: str) -> "subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def reach(process: "subprocess.Popen[str]", words: str) -> None:
-    """Reads what the process says, up to the line with these words."""
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if words in line:
-            return
-    raise AssertionError(f"it never said {words!r}: {''.join(said)}")
 
 
 def is_rank_1(process: psutil.Process) -> bool:
