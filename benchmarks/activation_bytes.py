@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from forge.config.loader import load_config
-from forge.plan.activations import Form, activation_bytes
-from forge.plan.meta import row_shape, student_on_meta
-from forge.plan.sizes import RowShape, sizes_of
+from forge.memory.activations import Form, activation_bytes
+from forge.memory.meta import row_shape, student_on_meta
+from forge.memory.sizes import RowShape, sizes_of
 
 FORMS = {"float32": Form(4, 4, True), "autocast": Form(4, 2, True), "bfloat16": Form(2, 2, True)}
 

@@ -27,7 +27,7 @@ from forge.model.trained import trained_weights
 from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.state import TrainingState
-from forge.trainer.student import Student
+from forge.student.student import Student
 
 
 def main() -> None:

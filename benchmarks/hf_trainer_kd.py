@@ -22,10 +22,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from forge.cluster.signals import StopRequest
 from forge.config.loader import load_config
+from forge.data.batches import model_inputs
 from forge.losses.cross_entropy import IGNORE
 from forge.model.load import LoadedModel
-from forge.task.batches import model_inputs
-from forge.trainer.parts import load_parts
+from forge.trainer.components import load_parts
 
 
 def main() -> None:

@@ -46,14 +46,14 @@ from forge.checkpoint.manifest import (
     verify,
 )
 from forge.cluster.launch import free_port
-from forge.cluster.ranks import StopVote, gather_values, on_rank_0
 from forge.cluster.signals import StopRequest
+from forge.data.batches import epoch_steps, evaluation_batches, split_step
+from forge.ranks.agreement import StopVote, gather_values, on_rank_0
 from forge.run.directory import RunDirectory, find_runs
 from forge.run.files import open_to_others, sync_folder, write_json
 from forge.run.provenance import code_facts, provenance
 from forge.run.registry import incomplete_runs, register
 from forge.run.state import Stage, TrainingState, now
-from forge.task.batches import epoch_steps, evaluation_batches, split_step
 
 RUNS = 1000
 ROWS, ROWS_PER_RANK = 1_000_000, 8

@@ -13,22 +13,11 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 
-from forge.checkpoint.beginning import Beginning, begin_again, check_base, check_teacher, with_rows
-from forge.cluster.ranks import StopVote, lost_rank, on_every_rank, on_rank_0
-from forge.cluster.sharding import accelerator_of
-from forge.cluster.signals import StopRequest, stopped_early
-from forge.config.explain import effective
-from forge.config.loader import LoadedConfig
-from forge.config.placing import config_name
-from forge.config.schema import Config
-from forge.errors import AlreadyComplete, LostRank, Stopped, Superseded
-from forge.model.card import compare, model_card
-from forge.model.export import push_to_hub
-from forge.model.load import LoadedModel
-from forge.model.source import with_run_paths
-from forge.plan.measured import train_measured
-from forge.report.evidence import Evidence, evidence, evidence_markdown
-from forge.run.control import (
+from forge.attempt.callbacks.callback import Callback, Callbacks, ConsoleReport, MetricsFile
+from forge.attempt.callbacks.peak import PeakMetrics
+from forge.attempt.callbacks.samples import SamplesFolder
+from forge.attempt.callbacks.wandb import WandbTracker
+from forge.attempt.control import (
     Control,
     check_control,
     control_config,
@@ -37,6 +26,21 @@ from forge.run.control import (
     remove_half_made,
     wants_control,
 )
+from forge.attempt.opening import Attempt, open_run
+from forge.attempt.resume import Beginning, begin_again, check_base, check_teacher, with_rows
+from forge.cluster.signals import StopRequest, stopped_early
+from forge.config.explain import effective
+from forge.config.loader import LoadedConfig
+from forge.config.placing import config_name
+from forge.config.schema import Config
+from forge.errors import AlreadyComplete, LostRank, Stopped, Superseded
+from forge.model.export import push_to_hub
+from forge.model.load import LoadedModel
+from forge.model.source import with_run_paths
+from forge.ranks.agreement import StopVote, lost_rank, on_every_rank, on_rank_0
+from forge.ranks.deepspeed import accelerator_of
+from forge.report.evidence import Evidence, evidence, evidence_markdown
+from forge.report.model_card import compare, model_card
 from forge.run.directory import RunDirectory, check_run_name, check_writable
 from forge.run.files import (
     read_json,
@@ -48,18 +52,14 @@ from forge.run.files import (
 )
 from forge.run.lock import RunLock
 from forge.run.log import RunLog
-from forge.run.opening import Attempt, open_run
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
 from forge.teacher.loading import evaluates_teacher
-from forge.trainer.callbacks import Callback, Callbacks, ConsoleReport, MetricsFile
+from forge.trainer.components import Parts, build_trainer, load_parts
 from forge.trainer.distillation import DistillationTrainer
-from forge.trainer.final import export
-from forge.trainer.finetuning import FinetuningTrainer
-from forge.trainer.parts import Parts, build_trainer, load_parts
-from forge.trainer.peak import PeakMetrics
-from forge.trainer.samples import SamplesFolder
-from forge.trainer.tracking import WandbTracker
+from forge.trainer.export import export
+from forge.trainer.loop import FinetuningTrainer
+from forge.trainer.measured_memory import train_measured
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from forge.command import EPILOG, Parser, add_train_arguments, train
+from forge.cli.train import EPILOG, Parser, add_train_arguments, train
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,15 +6,15 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState
 from conversations import config_on, conversation
 
-from forge.cluster.ranks import build_accelerator
 from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
-from forge.task.batches import Batch, for_the_loop
-from forge.task.choice import load_task
+from forge.data.batches import Batch, for_the_loop
+from forge.ranks.agreement import build_accelerator
+from forge.task.load import load_task
 from forge.task.task import Task
-from forge.teacher.cached import CachedTeacher, find_teacher_cache
-from forge.teacher.caching import cache_teacher
 from forge.teacher.vocabulary import for_teacher
+from forge.teacher_cache.job import cache_teacher
+from forge.teacher_cache.reader import CachedTeacher, find_teacher_cache
 
 
 def reset() -> None:

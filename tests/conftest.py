@@ -45,7 +45,7 @@ def load_lm(tmp_path: Path, chat_model: Path) -> Callable[..., object]:
     """Loads the causal LM task on the given rows: load_lm(train, validation, "task.max_length=32", …)."""
     from conversations import config_on
 
-    from forge.task.causal_lm import load_causal_lm
+    from forge.task.causal_lm.task import load_causal_lm
 
     return lambda train, validation, *settings: load_causal_lm(
         config_on(tmp_path, chat_model, train, validation, *settings)
@@ -189,14 +189,14 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
     """The trainer of a config in this process, with its run in the folder; mutate: what becomes of the student."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from forge.cluster.sharding import accelerator_of
+    from forge.attempt.callbacks.callback import Callback
     from forge.cluster.signals import StopRequest
     from forge.config.loader import LoadedConfig
+    from forge.ranks.deepspeed import accelerator_of
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
-    from forge.trainer.callbacks import Callback
-    from forge.trainer.parts import build_trainer, load_parts
+    from forge.trainer.components import build_trainer, load_parts
 
     class Recorder(Callback):
         def __init__(self) -> None:

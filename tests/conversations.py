@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.losses.cross_entropy import IGNORE
-from forge.task.bpe import train_bpe
-from forge.task.causal_lm import CausalLm
+from forge.task.causal_lm.bpe import train_bpe
+from forge.task.causal_lm.task import CausalLm
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "tree"]
 END = "<|im_end|>"

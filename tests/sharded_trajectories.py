@@ -11,9 +11,9 @@ from typing import Any
 
 from conftest import trainer_of
 
-from forge.cluster.ranks import gather_values
-from forge.cluster.sharding import bare
 from forge.config.loader import load_config
+from forge.ranks.agreement import gather_values
+from forge.ranks.deepspeed import bare
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def weights(trainer: Any) -> list[float]:
-    from forge.cluster.partitions import whole_float32
+    from forge.ranks.partitions import whole_float32
 
     trained = trainer.parts.named.trained.values()
     return [x for p in trained for x in (whole_float32(p) if trainer.parts.partitions else p).flatten().tolist()]

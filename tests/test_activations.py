@@ -16,8 +16,8 @@ from transformers import (
     VisionEncoderDecoderConfig,
 )
 
-from forge.plan.activations import Block, Form, Stack, activation_bytes, layer_bytes, working_bytes
-from forge.plan.sizes import RowShape, sizes_of
+from forge.memory.activations import Block, Form, Stack, activation_bytes, layer_bytes, working_bytes
+from forge.memory.sizes import RowShape, sizes_of
 
 B, T, WIDTH, HEADS, INNER, PATCHES = 4, 32, 48, 6, 104, 9
 FORMS = {"float32": Form(4, 4, True), "autocast": Form(4, 2, True), "bfloat16": Form(2, 2, True)}

@@ -10,9 +10,17 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from vocabularies import LLAMA_TEMPLATE, sentencepiece
 
-from forge.task.alignment import Reply, _by_bytes, _by_offsets, align_replies, align_rows, replies, token_bytes
-from forge.task.causal_lm import CausalLm
-from forge.task.documents import build_encoder, choose_form
+from forge.task.causal_lm.alignment import (
+    Reply,
+    _by_bytes,
+    _by_offsets,
+    align_replies,
+    align_rows,
+    replies,
+    token_bytes,
+)
+from forge.task.causal_lm.documents import build_encoder, choose_form
+from forge.task.causal_lm.task import CausalLm
 
 Tokens = list[list[str]]
 

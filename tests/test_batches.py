@@ -5,8 +5,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from forge.data.batches import FILLER, StepBatches, epoch_steps, evaluation_batches, split_step
 from forge.losses.cross_entropy import IGNORE
-from forge.task.batches import FILLER, StepBatches, epoch_steps, evaluation_batches, split_step
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, size=1003)
 

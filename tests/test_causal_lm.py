@@ -23,12 +23,12 @@ from transformers import (
 
 from forge.config.loader import load_config
 from forge.config.schema import Config, ModelConfig, TrainingConfig
+from forge.data.stream import RowStream
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.generation import end_with
-from forge.task.bpe import train_bpe
-from forge.task.causal_lm import CausalLm, generate_replies, load_causal_lm
-from forge.task.stream import RowStream
+from forge.task.causal_lm.bpe import train_bpe
+from forge.task.causal_lm.task import CausalLm, generate_replies, load_causal_lm
 
 
 def test_messages_are_learned_by_their_replies(load_lm: Any) -> None:
@@ -249,8 +249,8 @@ def test_a_text_is_written_on_from_its_middle(load_lm: Any) -> None:
 
 def test_a_new_tokenizer_is_the_same_in_every_process() -> None:
     code = (
-        "from forge.task.bpe import train_bpe; import hashlib\n"
-        "from forge.task.demo_chat import demo_chat\n"
+        "from forge.task.causal_lm.bpe import train_bpe; import hashlib\n"
+        "from forge.data.demo.chat import demo_chat\n"
         "texts = [m['content'] for row in demo_chat('train', 300) for m in row['messages']]\n"
         "made = train_bpe(texts, 400, chat=True)\n"
         "print(hashlib.sha256(made.backend_tokenizer.to_str().encode()).hexdigest(), len(made))"

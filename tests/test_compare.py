@@ -15,7 +15,7 @@ from conftest import REPOSITORY, forge
 from recorded_runs import differs_from, of, read, write_run
 from rich.console import Console
 
-from forge.cli import main
+from forge.cli.main import main
 from forge.errors import UsageError
 from forge.report.comparison import Comparison, Line, as_json, compare_runs
 from forge.report.estimate import estimate, student_t
@@ -591,7 +591,7 @@ def test_json_holds_every_number_of_every_seed(tmp_path: Path, capsys: pytest.Ca
 def test_the_command_prints_the_table_and_imports_nothing_heavy(tmp_path: Path) -> None:
     three(tmp_path, "a", [0.80, 0.82, 0.84])
     code = (
-        "import sys; from forge.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from forge.cli.main import main; code = main(sys.argv[1:]); "
         "print(code, *[name for name in ('torch', 'transformers', 'datasets', 'scipy.stats') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, "compare", "a1", "a2", "a3", "--output_root", str(tmp_path)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forge.checkpoint.comparison import compare_runs
+from forge.proof.compare import compare_runs
 
 RANKS = 2
 

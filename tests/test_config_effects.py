@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from forge.config.distilling import DistillationConfig, TeacherConfig
 from forge.config.effects import inert_keys, unsupported
 from forge.config.explain import effective
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.schema import Config, LossConfig
+from forge.config.teacher_schema import DistillationConfig, TeacherConfig
 from forge.errors import ConfigError
 
 WHOLE = "task: {type: classification, dataset: {path: data}}\nmodel: {path: m}\n"  # two lines

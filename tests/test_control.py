@@ -18,6 +18,9 @@ from rich.console import Console
 from teachers import write_classifier
 
 from forge import pipeline
+from forge.trainer import components as parts
+from forge.attempt.callbacks.peak import PeakMetrics, peaks
+from forge.attempt.control import check_control, control_config, control_of, is_half_made, place_of, wants_control
 from forge.cluster.signals import StopRequest
 from forge.config.explain import difference, effective
 from forge.config.loader import load_config
@@ -25,13 +28,10 @@ from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.report.comparison import compare_runs
 from forge.report.figures import gap_closed
-from forge.run.control import check_control, control_config, control_of, is_half_made, place_of, wants_control
 from forge.run.directory import RunDirectory
 from forge.run.files import append_json_line, read_json, read_json_lines
 from forge.run.lock import RunLock
 from forge.run.state import Stage, TrainingState
-from forge.trainer import parts
-from forge.trainer.peak import PeakMetrics, peaks
 
 CONTROLLED = ("--set", "distillation.alpha=0.7", "--set", "evaluation.control=sft")
 
@@ -41,8 +41,8 @@ FAULT = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})
 import forge.pipeline as pipeline
-import forge.run.opening as opening
-from forge.trainer.finetuning import FinetuningTrainer
+import forge.attempt.opening as opening
+from forge.trainer.loop import FinetuningTrainer
 
 where, number = {where!r}, signal.{signal}
 write_config, train_step, complete = opening._write_config, FinetuningTrainer.train_step, pipeline._complete

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from forge.task.demo_chat import KINDS, Draw, demo_chat, is_held_out
+from forge.data.demo.chat import KINDS, Draw, demo_chat, is_held_out
 
 
 def test_the_demo_holds_its_questions_apart_and_needs_nothing_unseen() -> None:

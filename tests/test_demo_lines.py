@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import forge.task.demo_lines as module
-import forge.task.rows as rows_module
+import forge.data.demo.lines as module
+import forge.data.rows as rows_module
 from forge.config.schema import DatasetConfig
-from forge.task.demo_lines import HELD_OUT, LEXICON, Draw, Look, demo_lines, render
+from forge.data.demo.lines import HELD_OUT, LEXICON, Draw, Look, demo_lines, render
 
 HELD_OUT_WORDS = {word[1:] for word in LEXICON.split() if word.startswith(HELD_OUT)}
 

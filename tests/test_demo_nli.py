@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from forge.task import demo_nli as module
-from forge.task.demo_nli import (
+from forge.data.demo import nli as module
+from forge.data.demo.nli import (
     COUNTS,
     LABELS,
     PHENOMENA,

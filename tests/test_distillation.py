@@ -193,7 +193,7 @@ def test_a_language_model_learns_from_hidden_states_and_heads(
     baseline = next(line for line in lines if line.get("stage") == "baseline")
 
     from forge.config.loader import load_config
-    from forge.task.causal_lm import load_causal_lm
+    from forge.task.causal_lm.task import load_causal_lm
 
     task = load_causal_lm(load_config(folder / "config.yaml").config)
     student, own = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (chat_model, teacher))

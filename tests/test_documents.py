@@ -11,10 +11,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from forge.config.loader import load_config
+from forge.data.fingerprints import tokenizer_hash
 from forge.errors import UsageError
-from forge.task import chat, documents
-from forge.task.causal_lm import load_causal_lm
-from forge.task.identity import tokenizer_hash
+from forge.task.causal_lm import chat, documents
+from forge.task.causal_lm.task import load_causal_lm
 
 
 def test_rows_that_are_too_long_are_cut_counted_and_told(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,12 +18,12 @@ import forge.model.export as exports
 from forge.config.schema import ExportConfig, ModelConfig
 from forge.errors import TrainingError
 from forge.model.adapter import config_below, put_on, untie
-from forge.model.card import _use
 from forge.model.export import Merge, export_merged, export_model, push_to_hub
 from forge.model.load import LoadedModel, read_checkpoint
 from forge.model.origin import Origin, Weights, hashed
 from forge.model.source import load_model_config, model_source, origin_of
 from forge.model.trained import AdapterWeights
+from forge.report.model_card import _use
 
 
 def merged(

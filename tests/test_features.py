@@ -39,17 +39,17 @@ from transformers import (
     ViTConfig,
 )
 
-from forge.checkpoint.comparison import compare_runs
-from forge.config.distilling import DistillationConfig
+from forge.config.teacher_schema import DistillationConfig
+from forge.data.batches import FILLER, for_the_loop
 from forge.errors import ConfigError, UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.attention import attention_modules, listening, width_of
+from forge.proof.compare import compare_runs
 from forge.run.files import read_json, read_json_lines
-from forge.task.batches import FILLER, for_the_loop
+from forge.student.feature_terms import Features, build_features, layer_map
+from forge.student.objective import Objective
+from forge.student.student import Student
 from forge.teacher.teacher import ModelTeacher
-from forge.trainer.features import Features, build_features, layer_map
-from forge.trainer.objective import Objective
-from forge.trainer.student import Student
 
 Build = Callable[..., Any]
 LABELS = ["entailment", "neutral", "contradiction"]

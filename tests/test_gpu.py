@@ -14,14 +14,14 @@ from test_checkpoints import stop_at
 from test_trainer import trajectory
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forge.config.distilling import DistillationConfig
+from forge.config.teacher_schema import DistillationConfig
 from forge.errors import Stopped
 from forge.losses.cross_entropy import IGNORE
 from forge.model.head import LinearHead, find_head
 from forge.run.files import read_json_lines
+from forge.student.objective import Objective
+from forge.student.student import Student
 from forge.teacher.teacher import ModelTeacher
-from forge.trainer.objective import Objective
-from forge.trainer.student import Student
 
 pytestmark = [
     pytest.mark.gpu,

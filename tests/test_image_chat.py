@@ -18,16 +18,16 @@ from transformers import (
 )
 
 from forge.config.schema import ImageConfig, LoraConfig, ModelConfig, TrainingConfig
+from forge.data.batches import FILLER, row_loader
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.card import _use
 from forge.model.load import LoadedModel, check_fits
 from forge.model.lora import with_lora
 from forge.model.recognizer import freeze_unused
-from forge.task.batches import FILLER, row_loader
-from forge.task.characters import character_tokenizer
-from forge.task.image_chat import image_chat
-from forge.task.ocr import Ocr, load_ocr
+from forge.report.model_card import _use
+from forge.task.ocr.characters import character_tokenizer
+from forge.task.ocr.image_chat import image_chat
+from forge.task.ocr.task import Ocr, load_ocr
 
 TURN = (
     "{% for m in messages %}{{ m['role'] + ':' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"

@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image
 
 from forge.errors import UsageError
-from forge.task.images import check_images, fit, open_image, png
+from forge.task.ocr.images import check_images, fit, open_image, png
 
 
 def square(mode: str = "L") -> Image.Image:
@@ -95,7 +95,7 @@ def test_rows_keep_their_place_in_the_data_where_others_are_left_out() -> None:
 
 def test_a_large_image_is_opened_without_a_warning_and_a_bomb_is_broken() -> None:
     code = (
-        "from PIL import Image; from forge.task.images import BROKEN, open_image, png\n"
+        "from PIL import Image; from forge.task.ocr.images import BROKEN, open_image, png\n"
         "data = png(Image.new('L', (40, 40))); Image.MAX_IMAGE_PIXELS = 1000\n"
         "assert open_image(data).size == (40, 40)\n"
         "Image.MAX_IMAGE_PIXELS = 100\n"

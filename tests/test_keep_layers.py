@@ -36,11 +36,11 @@ from forge.config.placing import located
 from forge.config.schema import ModelConfig
 from forge.errors import ConfigError, UsageError
 from forge.model.adapter import TIED_BELOW
-from forge.model.card import _layers
 from forge.model.classifier import load_classifier
 from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.load import LoadedModel, load_own_tokenizer, load_whole
 from forge.model.trained import AllWeights
+from forge.report.model_card import _layers
 from forge.run.files import read_json
 
 IDS = torch.tensor([[2, 5, 9, 7, 3, 11, 4, 4], [2, 8, 4, 12, 6, 3, 17, 1]])

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from forge.run.kill_points import Aim, Decision, Marksman, Point, Victim, plan_kills
+from forge.proof.kill_points import Aim, Decision, Marksman, Point, Victim, plan_kills
+from forge.proof.watch import Sight, Tempo
 from forge.run.state import Stage, TrainingState
-from forge.run.watch import Sight, Tempo
 
 WAIT, KILL, PAST = Decision.WAIT, Decision.KILL, Decision.PAST
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, python
 from test_signals import wait_for
 
-from forge.cli import main
+from forge.cli.main import main
 from forge.cluster import launch
 from forge.cluster.launch import run_training, training_command
 from forge.errors import UsageError
@@ -120,7 +120,7 @@ def test_a_wrong_command_starts_nothing(
 def test_the_config_is_checked_without_torch(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
     code = (
-        "import sys; from forge import cli; from forge.cluster import launch; "
+        "import sys; from forge.cli import main as cli; from forge.cluster import launch; "
         "launch.run_training = lambda arguments, processes: 70 + processes; "
         "code = cli.main(['launch', 'c.yaml', '--processes', '4', '--deepspeed', 'zero2']); "
         "print(code, 'torch' in sys.modules)"
@@ -298,7 +298,7 @@ def test_a_training_that_is_killed_after_it_began_has_failed(tmp_path: Path, mon
 
 def test_training_has_failed_until_it_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The outcome that stands there while it trains."""
-    from forge import command
+    from forge.cli import train as command
 
     (tmp_path / "c.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)

@@ -16,14 +16,17 @@ FLOORS = {
     **dict.fromkeys(("errors", "__init__"), 0),
     **dict.fromkeys(("config", "losses"), 1),
     **dict.fromkeys(("run", "cluster"), 2),
-    **dict.fromkeys(("model", "report", "checkpoint"), 3),
-    "task": 4,
-    "teacher": 5,
-    "trainer": 6,
-    "plan": 7,  # it reads off models of every task and teacher, and the trainer's micro-batches; the pipeline asks it
-    "pipeline": 8,
-    **dict.fromkeys(("command", "prove_resume"), 9),
-    **dict.fromkeys(("train", "cli"), 10),
+    **dict.fromkeys(("data", "ranks"), 3),
+    **dict.fromkeys(("model", "checkpoint"), 4),
+    **dict.fromkeys(("task", "report"), 5),
+    "teacher": 6,
+    **dict.fromkeys(("teacher_cache", "memory"), 7),
+    "student": 8,
+    "attempt": 9,
+    **dict.fromkeys(("trainer", "proof"), 10),
+    "pipeline": 11,
+    "cli": 12,
+    "train": 13,
 }
 ENTRIES = {"forge.py": {"train"}}  # who may import from the top floor, and what
 HEAVY = ("torch", "transformers", "datasets", "accelerate")
@@ -39,8 +42,8 @@ def test_the_house_is_in_order(check: str) -> None:
     "module",
     [
         *("forge.config.loader", "forge.config.changes", "forge.run.registry", "forge.cluster.launch"),
-        *("forge.plan.activations", "forge.plan.memory", "forge.plan.advice", "forge.plan.command"),
-        *("forge.cli", "forge.command", "forge.train"),
+        *("forge.memory.activations", "forge.memory.totals", "forge.memory.advice", "forge.cli.plan"),
+        *("forge.cli.main", "forge.cli.train", "forge.train"),
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
@@ -74,9 +77,8 @@ def test_a_house_in_order_passes(tmp_path: Path) -> None:
         ),
         ("run/state.py", "from forge.trainer.loop import X", "forge/run/state.py:3 imports forge.trainer.loop"),
         ("pipeline.py", "from forge.train import main", "forge/pipeline.py:3 imports forge.train"),
-        ("train.py", "from forge.cli import main", "forge/train.py:3 imports forge.cli"),
-        ("cli.py", "from forge.train import main", "forge/cli.py:3 imports forge.train"),
-        ("../forge.py", "from forge.cli import main", "forge.py:3 imports forge.cli"),
+        ("cli/main.py", "from forge.train import main", "forge/cli/main.py:3 imports forge.train"),
+        ("../forge.py", "from forge.cli.main import main", "forge.py:3 imports forge.cli.main"),
         ("attic/x.py", "import os", "forge/attic/x.py stands on no floor"),
     ],
 )
@@ -219,8 +221,8 @@ def a_house(root: Path) -> Path:
         "forge/trainer/loop.py": "from forge.run import state\nfrom forge.losses.ce import Y",
         "forge/pipeline.py": "def f():\n    import forge.trainer.loop",
         "forge/train.py": "if True:\n    from forge.pipeline import X",
-        "forge/command.py": "from forge import pipeline",
-        "forge/cli.py": "from forge.command import X",
+        "forge/cli/train.py": "from forge import pipeline",
+        "forge/cli/main.py": "from forge.cli.train import X",
     }
     for name, body in files.items():
         write(root / name, f'"""A room."""\n\n{body}\n')

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from forge.config.schema import LossConfig
 from forge.losses import linear_kd as module
-from forge.trainer.finetuning import FinetuningTrainer
+from forge.trainer.loop import FinetuningTrainer
 
 LORA = ("model.lora.rank=4", "model.lora.target=[q_proj, v_proj]")
 MODELS = {

@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from forge.checkpoint.beginning import Beginning, check_base
+from forge.attempt.resume import Beginning, check_base
 from forge.checkpoint.manifest import Manifest
 from forge.config.loader import load_config
 from forge.config.schema import LoraConfig, ModelConfig

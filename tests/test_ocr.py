@@ -18,15 +18,15 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from forge.config.schema import Config, ImageConfig
+from forge.data.batches import FILLER, row_loader
+from forge.data.demo.lines import Draw, Look, render
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.card import _use
+from forge.report.model_card import _use
 from forge.run.files import read_json_lines
-from forge.task.batches import FILLER, row_loader
-from forge.task.characters import character_tokenizer
-from forge.task.demo_lines import Draw, Look, render
-from forge.task.line_reader import line_reader, new_processor
-from forge.task.ocr import Ocr, load_ocr
+from forge.task.ocr.characters import character_tokenizer
+from forge.task.ocr.line_reader import line_reader, new_processor
+from forge.task.ocr.task import Ocr, load_ocr
 
 TEXTS = ["TOTAL 9.50", "tea", "Cash: 12", "No. 77/A", "GST", "2 x egg", "07-11-18", "Thank you!"]
 TINY = {

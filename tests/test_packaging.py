@@ -18,7 +18,7 @@ def test_the_installed_package_has_the_version_and_the_command_of_the_source() -
         pytest.skip("forge is not installed in this environment; `make test` installs it")
 
     assert installed.version == forge.__version__
-    assert [(entry.name, entry.value) for entry in installed.entry_points] == [("forge", "forge.cli:main")]
+    assert [(entry.name, entry.value) for entry in installed.entry_points] == [("forge", "forge.cli.main:main")]
 
 
 def test_every_pin_is_admitted_by_setup_cfg_and_every_requirement_is_pinned() -> None:

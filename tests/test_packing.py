@@ -10,10 +10,10 @@ from datasets import Dataset, load_from_disk
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from forge.data import packing
+from forge.data.packing import FEATURES, best_fit, check_packing, collate_packed, pack, shifted_labels
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.task import packing
-from forge.task.packing import FEATURES, best_fit, check_packing, collate_packed, pack, shifted_labels
 
 OPTIONS = {"use_cache": False}
 ROPE = {

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from forge.cli import main
+from forge.cli.main import main
+from forge.cli.plan import suggestion
 from forge.config.loader import load_config
 from forge.config.plans import read_plan
-from forge.plan.activations import Form
-from forge.plan.advice import DDP, Machine, advise, read_gpus, rows_of, settings_of
-from forge.plan.command import micro_batch_rows, suggestion
-from forge.plan.memory import GIB, RESERVED, Job, Setting, fits, largest_rows, loss_bytes, loss_chunks, memory_of
-from forge.plan.meta import meta_job
+from forge.memory.activations import Form
+from forge.memory.advice import DDP, Machine, advise, read_gpus, rows_of, settings_of
+from forge.memory.meta import meta_job
+from forge.memory.totals import GIB, RESERVED, Job, Setting, fits, largest_rows, loss_bytes, loss_chunks, memory_of
 
 # Llama: V 300, D 8, 2 layers of 2 heads and 1 of keys, 4 wide each, I 16; the head is the embeddings.
 LAYER = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 8
@@ -225,7 +225,7 @@ def test_a_sharded_teacher_needs_a_plan(config_file: Path) -> None:
 
 def test_micro_batches_follow_the_step(config_file: Path) -> None:
     def rows(ranks: int, *settings: str) -> int:
-        return micro_batch_rows(load_config(config_file, settings).config.training, ranks)
+        return load_config(config_file, settings).config.training.micro_batch_rows(ranks)
 
     assert rows(2) == 4
     assert rows(8, "training.batch_size=16") == 2
@@ -268,7 +268,7 @@ def test_gpus_and_nodes() -> None:
 
 def test_help_and_a_wrong_word_need_no_torch(config_file: Path) -> None:
     code = (
-        "import sys; from forge.cli import main\n"
+        "import sys; from forge.cli.main import main\n"
         "for words in (['plan', '--help'], ['plan', 'x.yaml', '--gpus', '8x80', '--nodes', '0']):\n"
         "    try: main(words)\n"
         "    except SystemExit as end: print('exit', end.code)\n"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forge.cluster.sharding import accelerator_of, round_weights
 from forge.config.loader import load_config
 from forge.config.plans import FOLDER, filled, plan_names, read_plan
 from forge.errors import ConfigError, UsageError
+from forge.ranks.deepspeed import accelerator_of, round_weights
 
 GOOD = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
 

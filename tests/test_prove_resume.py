@@ -18,12 +18,12 @@ import pytest
 from conftest import REPOSITORY
 from rich.console import Console
 
-import forge.prove_resume
+import forge.proof.procedure
 from forge.cluster.launch import training_command
 from forge.cluster.processes import Processes
-from forge.prove_resume import Procedure, saving_override
+from forge.proof.kill_points import Aim, Point
+from forge.proof.procedure import Procedure, saving_override
 from forge.run.files import read_json, read_json_lines
-from forge.run.kill_points import Aim, Point
 
 COMMAND = [sys.executable, "-m", "forge.cli", "prove-resume"]
 
@@ -34,7 +34,7 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 import random
 import torch
 from forge.train import main
-from forge.trainer.finetuning import FinetuningTrainer
+from forge.trainer.loop import FinetuningTrainer
 
 restore = FinetuningTrainer.restore
 
@@ -212,7 +212,7 @@ def test_a_kill_that_came_too_late_is_aimed_again_at_another_run(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = [Point(Aim.SAVED, from_step=12)]  # the last save is that of step 12
-    monkeypatch.setattr(forge.prove_resume, "plan_kills", lambda *_, **__: late)
+    monkeypatch.setattr(forge.proof.procedure, "plan_kills", lambda *_, **__: late)
     code, said = prove_here(REPOSITORY / "forge" / "train.py", config_file, "training.max_steps=12")
 
     assert code == 0, said

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from forge.cluster import ranks
-from forge.cluster.ranks import on_rank_0, rank_0_first
 from forge.errors import ForgeError, Stopped, UsageError
+from forge.ranks import agreement as ranks
+from forge.ranks.agreement import on_rank_0, rank_0_first
 
 logger = logging.getLogger("forge.somewhere")
 

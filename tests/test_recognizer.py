@@ -10,7 +10,7 @@ from forge.errors import UsageError
 from forge.model.load import LoadedModel
 from forge.model.lora import with_lora
 from forge.model.recognizer import start_token
-from forge.task.ocr import load_ocr
+from forge.task.ocr.task import load_ocr
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, python
 
-from forge.cli import main
+from forge.cli.main import main
 from forge.cluster import launch
 from forge.cluster.launch import training_command
 from forge.run.directory import RunDirectory, create_run_directory

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from forge.attempt.callbacks.samples import SamplesFolder
 from forge.run.directory import RunDirectory
 from forge.run.state import TrainingState
 from forge.task.task import Sample
-from forge.trainer.samples import SamplesFolder
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c63f80f0001010100"

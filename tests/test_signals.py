@@ -22,19 +22,19 @@ LONG = ("--max_steps", 200_000, "--set", "checkpoint.every_steps=100000", "--run
 IN_PREPARATION = """
 import sys, time
 sys.path.insert(0, {repository!r})
-import forge.trainer.parts
+import forge.trainer.components
 
 def prepare(config):
     print("in preparation", file=sys.stderr, flush=True)
     while True:
         time.sleep(0.01)
 
-forge.trainer.parts.load_task = prepare
+forge.trainer.components.load_task = prepare
 """
 IN_EVALUATION = """
 import sys, time
 sys.path.insert(0, {repository!r})
-import forge.trainer.evaluation as evaluation
+import forge.student.evaluation as evaluation
 
 count_labels, calls = evaluation.count_labels, []
 

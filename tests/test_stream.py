@@ -12,11 +12,11 @@ from conftest import write_rows
 from datasets import Dataset
 
 from forge.config.schema import DatasetConfig
+from forge.data.batches import FILLER, StepBatches
+from forge.data.rows import StreamedRows, load_stream
+from forge.data.stream import RowStream, StreamBatches, step_batches
 from forge.errors import TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.task.batches import FILLER, StepBatches
-from forge.task.rows import StreamedRows, load_stream
-from forge.task.stream import RowStream, StreamBatches, step_batches
 
 
 class Rows:

@@ -18,15 +18,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from forge.config.distilling import DistillationConfig
 from forge.config.schema import LossConfig
+from forge.config.teacher_schema import DistillationConfig
 from forge.losses.cross_entropy import IGNORE
 from forge.losses.linear_kd import linear_kd
 from forge.model.adapter import put_on
 from forge.model.head import LinearHead, find_head
+from forge.student.objective import Objective
+from forge.student.student import Student
 from forge.teacher.teacher import ModelTeacher
-from forge.trainer.objective import Objective
-from forge.trainer.student import Student
 
 SIZES = {
     "vocab_size": 50,
@@ -323,7 +323,7 @@ def test_the_loss_is_computed_as_the_config_says_and_never_evaluated_in_bf16(
         seen.append({name: options[name] for name in ("precision", "memory_budget", "low_memory", "alpha")})
         return linear_kd(*args, **options)
 
-    monkeypatch.setattr("forge.trainer.objective.linear_kd", spy)
+    monkeypatch.setattr("forge.student.objective.linear_kd", spy)
     linear = torch.nn.Linear(64, 500)
     given = {"labels": torch.zeros(1, 7, dtype=torch.int64), "hidden": torch.randn(1, 7, 64)}
     told = {"hidden": torch.randn(7, 64), "head": torch.randn(500, 64)} if teacher else None

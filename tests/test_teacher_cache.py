@@ -31,21 +31,21 @@ from transformers import (
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.loader import load_config
 from forge.config.schema import Config
+from forge.data.batches import FILLER, Batch, for_the_loop
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.linear_kd import linear_kd
 from forge.report.figures import LOWER_IS_BETTER
 from forge.run.files import read_json
-from forge.task.batches import FILLER, Batch, for_the_loop
-from forge.task.choice import load_task
 from forge.task.classification import Classification
+from forge.task.load import load_task
 from forge.task.task import Task
-from forge.teacher import cache as storage
-from forge.teacher.cache import Shard, plan_shards
-from forge.teacher.cached import token_places
-from forge.teacher.caching import cache_teacher
-from forge.teacher.keeper import Keeper, index_dtype
-from forge.teacher.key import token_columns
-from forge.teacher.top_k import at_temperature, top_k, truncation_kl
+from forge.teacher_cache import files as storage
+from forge.teacher_cache.files import Shard, plan_shards
+from forge.teacher_cache.job import cache_teacher
+from forge.teacher_cache.key import token_columns
+from forge.teacher_cache.reader import token_places
+from forge.teacher_cache.top_k import at_temperature, top_k, truncation_kl
+from forge.teacher_cache.writer import Keeper, index_dtype
 
 Build = Callable[..., Any]
 
@@ -516,9 +516,9 @@ def test_a_stop_keeps_the_finished_shards_and_says_how_to_go_on(
         cache_teacher(load_config(config_file, distilled(teacher)).config, stop)
 
 
-SMALL_SHARDS = "import sys; from forge.teacher import cache; cache.SHARD_ROWS = 3; from forge.cli import main; "
+SMALL_SHARDS = "import sys; from forge.teacher_cache import files; files.SHARD_ROWS = 3; from forge.cli.main import main; "
 SLOWLY = (
-    "import time; from forge.teacher.keeper import Keeper; compute = Keeper.compute; "
+    "import time; from forge.teacher_cache.writer import Keeper; compute = Keeper.compute; "
     "Keeper.compute = lambda self, shard: (time.sleep(0.05), compute(self, shard))[1]; "
 )
 

@@ -22,22 +22,22 @@ from teachers import write_chat_teacher, write_classifier
 from test_ocr import TEXTS, config_of, with_model, write_images
 from transformers import AutoModelForSequenceClassification
 
-from forge.cluster.ranks import build_accelerator
+from forge.cli.train import add_config_arguments
 from forge.cluster.signals import StopRequest
-from forge.command import add_config_arguments
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.schema import Config
 from forge.errors import TrainingError, UsageError
+from forge.ranks.agreement import build_accelerator
 from forge.run.files import read_json
-from forge.task.choice import load_task
 from forge.task.classification import Classification
-from forge.teacher import cache as storage
-from forge.teacher.cache import Shard, only_writer
-from forge.teacher.cached import check_loss
-from forge.teacher.caching import report
-from forge.teacher.keeper import Keeper
-from forge.teacher.key import LAYERS, cache_key, changed, content_key
-from forge.trainer.parts import load_parts
+from forge.task.load import load_task
+from forge.teacher_cache import files as storage
+from forge.teacher_cache.files import Shard, only_writer
+from forge.teacher_cache.job import report
+from forge.teacher_cache.key import LAYERS, cache_key, changed, content_key
+from forge.teacher_cache.reader import check_loss
+from forge.teacher_cache.writer import Keeper
+from forge.trainer.components import load_parts
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
         raise Death
 
     with monkeypatch.context() as patch:
-        patch.setattr("forge.teacher.caching._complete", dies)
+        patch.setattr("forge.teacher_cache.job._complete", dies)
         with pytest.raises(Death):
             fill(config)
 
@@ -350,7 +350,7 @@ def test_run_and_job_take_a_complete_cache_with_more_hidden_states(
         opened(cached)
     folder, manifest = fill(with_more)
     assert opened(cached)[2].folder == folder != own
-    monkeypatch.setattr("forge.teacher.caching.load_teacher", None)
+    monkeypatch.setattr("forge.teacher_cache.job.load_teacher", None)
     assert fill(none) == (folder, manifest)
     named = f"teacher.cache={folder}"
     assert fill(load_config(config_file, distilled(teacher, named)).config) == (folder, manifest)
@@ -446,7 +446,7 @@ def test_a_complete_cache_is_left_as_it_is_and_no_teacher_loaded(
 ) -> None:
     config = load_config(config_file, distilled(teacher)).config
     folder, manifest = fill(config)
-    monkeypatch.setattr("forge.teacher.caching.load_teacher", None)
+    monkeypatch.setattr("forge.teacher_cache.job.load_teacher", None)
     before = (folder / "manifest.json").stat().st_mtime_ns
     assert fill(config) == (folder, manifest)
     assert (folder / "manifest.json").stat().st_mtime_ns == before
@@ -465,7 +465,7 @@ def test_folders_that_are_something_else_are_left_alone(config_file: Path, teach
 
 def test_two_jobs_do_not_fill_one_folder(config_file: Path, teacher: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    code = "import sys, time; from pathlib import Path; from forge.teacher.cache import only_writer\n"
+    code = "import sys, time; from pathlib import Path; from forge.teacher_cache.files import only_writer\n"
     code += "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", code, str(kept)]

@@ -25,22 +25,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from forge.checkpoint.beginning import Beginning, check_teacher
+from forge.attempt.resume import Beginning, check_teacher
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.origin import Origin, Weights, hash_of_files
 from forge.run.files import read_json, read_json_lines
-from forge.task.choice import load_task
-from forge.teacher import key as keys
-from forge.teacher import numbers as storage
-from forge.teacher.key import digest
+from forge.student import stored_metrics as storage
+from forge.student.stored_metrics import numbers_key, store_numbers, stored_numbers
+from forge.student.teacher_metrics import evaluate_teacher, teacher_numbers
+from forge.task.load import load_task
 from forge.teacher.loading import label_columns, load_teacher
-from forge.teacher.numbers import numbers_key, store_numbers, stored_numbers
 from forge.teacher.placement import place
 from forge.teacher.teacher import ModelTeacher
-from forge.trainer.teacher_numbers import evaluate_teacher, teacher_numbers
+from forge.teacher_cache import key as keys
+from forge.teacher_cache.key import digest
 
 LABELS = ["entailment", "neutral", "contradiction"]
 SHUFFLED = ["contradiction", "entailment", "neutral"]
@@ -124,7 +124,9 @@ def test_a_language_models_numbers_are_the_models_own(
         *(tmp_path, chat_model, [conversation(i) for i in range(8)], [conversation(i, 2) for i in range(20, 25)]),
         *(f"teacher.path={chat_model}", "evaluation.teacher=true", f"teacher.placement={placement}"),
     )
-    monkeypatch.setattr("forge.task.causal_lm.generate_replies", lambda *_: pytest.fail("a teacher shows no samples"))
+    monkeypatch.setattr(
+        "forge.task.causal_lm.task.generate_replies", lambda *_: pytest.fail("a teacher shows no samples")
+    )
     found = numbers(config, accelerator)
     task = load_task(config)
     rows = task.validation["validation"]
@@ -324,7 +326,7 @@ def test_a_resume_with_another_teacher_is_refused() -> None:
 STOP = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})
-from forge.trainer.finetuning import FinetuningTrainer
+from forge.trainer.loop import FinetuningTrainer
 
 train_step = FinetuningTrainer.train_step
 

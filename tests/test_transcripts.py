@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from forge.config.schema import NormalizationConfig
 from forge.errors import UsageError
-from forge.task.characters import character_tokenizer
-from forge.task.transcripts import (
+from forge.task.ocr.characters import character_tokenizer
+from forge.task.ocr.transcripts import (
     EDIT_COUNTS,
     check_lossless,
     describe_normalization,

@@ -10,8 +10,8 @@ from conftest import forge, forge_on_two_ranks
 from conversations import config_on, conversation, write_chat_model
 from datasets import Dataset
 
+from forge.data.batches import preparing, row_loader
 from forge.errors import UnreadableRows, UsageError
-from forge.task.batches import preparing, row_loader
 
 BAD = {"messages": [{"role": "user", "content": "x"}]}
 

@@ -30,9 +30,9 @@ from forge.config.loader import load_config
 from forge.errors import UsageError
 from forge.model.origin import Origin, Weights
 from forge.model.source import with_run_paths
-from forge.task.choice import load_task
-from forge.teacher.key import content_key
+from forge.task.load import load_task
 from forge.teacher.vocabulary import compare, for_teacher
+from forge.teacher_cache.key import content_key
 
 Build = Callable[..., Any]
 DISTIL = ("distillation.alpha=0.5", "evaluation.samples=0")
@@ -438,8 +438,8 @@ def test_a_reader_is_taught_in_its_own_characters_and_told_of_other_images(
     from test_ocr import TEXTS, TINY, write_images
 
     from forge.config.schema import Config
-    from forge.task.characters import character_tokenizer
-    from forge.task.line_reader import new_processor
+    from forge.task.ocr.characters import character_tokenizer
+    from forge.task.ocr.line_reader import new_processor
 
     for split in ("train", "validation"):
         write_images(tmp_path / "lines" / split, TEXTS)

@@ -19,9 +19,9 @@ from typing import Any
 from forge.checkpoint.contents import Snapshot, Training, take_snapshot, write_snapshot
 from forge.checkpoint.manifest import FORMAT, BadCheckpoint, Manifest, StoredFile, check_files, digest, verify
 from forge.checkpoint.selection import STAGING_PREFIX, TRASH_PREFIX, checkpoints, step_of
-from forge.cluster.ranks import gather_values, on_rank_0
 from forge.config.schema import CheckpointConfig
 from forge.errors import Superseded, TrainingError
+from forge.ranks.agreement import gather_values, on_rank_0
 from forge.run.directory import RunDirectory
 from forge.run.files import open_to_others, sync_file, sync_folder, write_atomically
 from forge.run.lock import RunLock

@@ -38,10 +38,10 @@ from forge.checkpoint.shards import (
     shards,
     whole_tensors,
 )
-from forge.cluster.partitions import Partitions
-from forge.cluster.ranks import on_every_rank, rank_seed
-from forge.cluster.sharding import gathered
 from forge.errors import UsageError
+from forge.ranks.agreement import on_every_rank, rank_seed
+from forge.ranks.deepspeed import gathered
+from forge.ranks.partitions import Partitions
 from forge.run.state import TrainingState
 
 DTYPES = {

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from forge.checkpoint.manifest import OPTIMIZER_FILE, PROJECTIONS_FILE, model_shard, optimizer_shard
-from forge.cluster.partitions import MOMENTS, Partitions, shape_of
 from forge.errors import TrainingError
+from forge.ranks.partitions import MOMENTS, Partitions, shape_of
 
 PROJECTIONS = "projections."  # before the names of what is trained beside the model
 STARTS, STEPS = "starts", "steps"  # in a shard's header: where its parts begin, and the optimizer's steps

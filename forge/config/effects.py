@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from forge.config.distilling import WHOLE_LOGITS_COLUMNS, DistillationConfig, TeacherConfig
 from forge.config.plans import PlanError, contradictions, read_plan
 from forge.config.schema import CausalLmTask, ClassificationTask, Config, LossConfig
+from forge.config.teacher_schema import WHOLE_LOGITS_COLUMNS, DistillationConfig, TeacherConfig
 
 
 class Inert(NamedTuple):

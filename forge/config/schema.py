@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from forge.config.distilling import DistillationConfig, TeacherConfig
 from forge.config.fields import Bool, Layers, OpenMap, Positive, Section, Text
+from forge.config.teacher_schema import DistillationConfig, TeacherConfig
 
 
 class DatasetConfig(Section):
@@ -342,6 +342,11 @@ class TrainingConfig(Section):
             micro_batches = self.gradient_accumulation_steps
             return self.per_device_batch_size * micro_batches * ranks, micro_batches
         return self.batch_size, math.ceil(self.batch_size / (self.per_device_batch_size * ranks))
+
+    def micro_batch_rows(self, ranks: int) -> int:
+        """Rows of the largest micro-batch on that many ranks."""
+        rows_per_step, micro_batches = self.step_shape(ranks)
+        return min(self.per_device_batch_size, math.ceil(rows_per_step / (ranks * micro_batches)))
 
 
 class DeepSpeedConfig(Section):

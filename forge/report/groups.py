@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from forge.config.changes import RULES, Kind
-from forge.config.distilling import DistillationConfig, TeacherConfig
 from forge.config.explain import inline
+from forge.config.teacher_schema import DistillationConfig, TeacherConfig
 from forge.errors import UsageError
 from forge.report.figures import RunFigures
 

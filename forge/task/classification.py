@@ -20,13 +20,13 @@ from transformers import (
 )
 
 from forge.config.schema import ClassificationTask, Config, ModelConfig, TrainingConfig
+from forge.data.batches import OF_THE_TEACHER, Batch
+from forge.data.fingerprints import source_hash, tokenizer_hash
+from forge.data.rows import describe, fingerprint, load_rows
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.classifier import load_classifier
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer
-from forge.task.batches import OF_THE_TEACHER, Batch
-from forge.task.identity import source_hash, tokenizer_hash
-from forge.task.rows import describe, fingerprint, load_rows
 from forge.task.task import Metrics, Task
 
 logger = logging.getLogger(__name__)

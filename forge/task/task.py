@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from forge.config.schema import ModelConfig, TrainingConfig
+from forge.data.batches import Batch
 from forge.errors import UsageError
 from forge.model.load import LoadedModel
-from forge.task.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Metrics(ABC):
 
 
 class Task(ABC):
-    """A kind of training on one data set; each lies in one module, and forge.task.choice names it."""
+    """A kind of training on one data set; each lies in one module, and forge.task.load names it."""
 
     name: ClassVar[str]  # as in task.type
     title: ClassVar[str]  # what is trained, for the model card

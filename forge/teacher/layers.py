@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
 
-from forge.config.distilling import DistillationConfig
+from forge.config.teacher_schema import DistillationConfig
 from forge.errors import UsageError
 
 

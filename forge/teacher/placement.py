@@ -8,9 +8,9 @@ from accelerate import Accelerator, cpu_offload
 from torch import nn
 from transformers import PreTrainedModel
 
-from forge.cluster.sharding import prepare_teacher, round_weights
-from forge.config.distilling import TeacherConfig
+from forge.config.teacher_schema import TeacherConfig
 from forge.model.head import LinearHead, find_head
+from forge.ranks.deepspeed import prepare_teacher, round_weights
 from forge.task.task import Task
 from forge.teacher.teacher import ModelTeacher, Teacher, TeacherModule
 

@@ -9,11 +9,11 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from forge.cluster.sharding import Gathering
+from forge.data.batches import Batch, teacher_inputs
 from forge.errors import UsageError
 from forge.model.attention import attention_modules, listening, width_of
 from forge.model.head import LinearHead
-from forge.task.batches import Batch, teacher_inputs
+from forge.ranks.deepspeed import Gathering
 
 # N is the number of the batch's label positions, in the order of batch["positions"]; where the two models read
 # different tokens (ULD), of its aligned places, in the order of batch["teacher_aligned"]. One of three forms:

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forge.config.schema import Config, OcrTask
+from forge.data.fingerprints import tokenizer_hash
 from forge.errors import UsageError
 from forge.model.load import processing_source
 from forge.model.source import load_processor, load_tokenizer
 from forge.task.classification import Classification
-from forge.task.identity import tokenizer_hash
 from forge.task.task import Task
 from forge.teacher.loading import teacher_config
 

@@ -8,19 +8,19 @@ from typing import Any
 from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
+from forge.attempt.callbacks.callback import Metrics
+from forge.data.batches import Batch, for_the_loop
 from forge.errors import Stopped
 from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
-from forge.task.batches import Batch, for_the_loop
+from forge.student.feature_terms import build_features
+from forge.student.objective import Objective
+from forge.student.student import Student
+from forge.student.teacher_metrics import evaluate_teacher, teacher_numbers
 from forge.teacher.loading import evaluates_teacher
 from forge.teacher.teacher import ModelTeacher, Teacher, TeacherOutputs
-from forge.trainer.callbacks import Metrics
-from forge.trainer.features import build_features
-from forge.trainer.finetuning import FinetuningTrainer
-from forge.trainer.objective import Objective
-from forge.trainer.student import Student
-from forge.trainer.teacher_numbers import evaluate_teacher, teacher_numbers
+from forge.trainer.loop import FinetuningTrainer
 
 logger = logging.getLogger(__name__)
 

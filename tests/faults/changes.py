@@ -34,7 +34,7 @@ def shift_clock(*, days: float) -> None:
 
 def in_a_step(*, forward: int, action: str = "kill") -> None:
     """Kills, or freezes, at the forward pass of that number, counted from 0: in the midst of a step's accumulation."""
-    from forge.trainer.student import Student
+    from forge.student.student import Student
 
     original, count = Student.forward, [0]
 
@@ -53,7 +53,7 @@ def record_samples(*, file: str) -> None:
 
     The ids travel through the loader beside the rows, so that they are those of the batch and not of a plan.
     """
-    from forge.task import batches
+    from forge.data import batches
 
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     start_at, next_step = batches.StepBatches.start_at, batches.StepBatches.next_step

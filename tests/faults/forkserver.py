@@ -219,13 +219,13 @@ def _import_everything() -> None:
     import transformers.models.bert.tokenization_bert  # noqa: F401
     from transformers import conversion_mapping
 
+    import forge.attempt.opening
     import forge.pipeline
-    import forge.run.opening
     import forge.train
 
     conversion_mapping.get_checkpoint_conversion_mapping("bert")  # builds its tables, 0.2 s
-    forge.run.opening.package_freeze = functools.cache(forge.run.opening.package_freeze)  # 0.2 s for one text
-    forge.run.opening.package_freeze()
+    forge.attempt.opening.package_freeze = functools.cache(forge.attempt.opening.package_freeze)  # 0.2 s for one text
+    forge.attempt.opening.package_freeze()
 
 
 def _serve(answers: int) -> dict[str, Any] | None:

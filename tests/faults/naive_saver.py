@@ -11,7 +11,8 @@ from typing import Any
 
 def install() -> None:
     """Replaces what commits and what chooses checkpoints in this process."""
-    from forge.checkpoint import beginning, commit, selection
+    from forge.attempt import resume as beginning
+    from forge.checkpoint import commit, selection
     from forge.checkpoint.contents import write_snapshot
     from forge.checkpoint.manifest import Manifest
 

@@ -1,0 +1,280 @@
+"""Loads the rows of a data set, by split: from the hub, from a local folder, or generated."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, IterableDataset
+from huggingface_hub import is_offline_mode
+
+from forge.config.schema import DatasetConfig
+from forge.data.demo.chat import demo_chat
+from forge.data.demo.lines import demo_lines
+from forge.data.demo.nli import demo_nli
+from forge.errors import ForgeError, TrainingError, UsageError
+
+logger = logging.getLogger(__name__)
+
+READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+METADATA = "metadata"  # the file in a split's folder that gives each image there, by file_name, its row
+DEMOS: dict[
+    str, tuple[Callable[[str, int], list[Any]], dict[str, int]]
+] = {  # what generates so many rows of a split, and how many each has
+    "nli": (demo_nli, {"train": 6000, "validation": 1000}),
+    "lines": (demo_lines, {"train": 20000, "validation": 500}),
+    "chat": (demo_chat, {"train": 8000, "validation": 500}),
+}
+
+
+@dataclass(frozen=True)
+class StreamedRows:
+    """Rows that are read as they come, from the first one in each pass."""
+
+    rows: IterableDataset
+    source: str  # the file, or the split of the hub's data set
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises UsageError for a file that cannot be read on, and TrainingError where that may pass."""
+        count = 0
+        try:
+            for row in self.rows:
+                count += 1
+                yield row
+        except ForgeError:  # of a signal, which may come at any moment
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            place = f"{self.source} cannot be read on after {count} rows ({reason})"
+            if isinstance(
+                error, ValueError | TypeError | KeyError
+            ):  # of pyarrow, of a decoder: what is read is not what it is to be
+                raise UsageError(
+                    f"{place}; check that it is whole, that text is UTF-8, and that all rows have the same columns"
+                ) from error
+            raise TrainingError(f"{place}; resume once it can be read again") from error
+
+    def select_columns(self, names: list[str]) -> "StreamedRows":
+        """The rows with these columns alone."""
+        return StreamedRows(self.rows.select_columns(names), self.source)
+
+    def first(self, count: int | None) -> "StreamedRows":
+        """So many rows; None: all."""
+        return self if count is None else StreamedRows(self.rows.take(count), self.source)
+
+
+def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
+    """The training split, and the evaluated splits by their short names (validation_matched -> matched).
+
+    Raises UsageError for a data set that cannot be found or read, for a missing and for an empty split.
+    """
+    if config.demo is not None:
+        splits = {split: _generate(config, split) for split in DEMOS[config.demo][1]}
+    elif config.path is not None:
+        splits = _load_folder(Path(config.path), config)
+    else:
+        splits = _load_hub(config)
+
+    where = describe(config)
+    wanted = _evaluated(config, list(splits))
+    for name in [config.train_split, *wanted]:
+        if len(splits[name]) == 0:
+            raise UsageError(f"{where}: the split {name} is empty; forge needs at least one row in each")
+    if config.max_rows is not None:
+        splits = {name: _spread(rows, config.max_rows) for name, rows in splits.items()}
+    return splits[config.train_split], {_short(name): splits[name] for name in wanted}
+
+
+def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[StreamedRows, dict[str, Dataset], str]:
+    """The training split, to be read as it comes; the evaluated splits by their short names, loaded; what names the
+    data, whose rows nobody has seen.
+
+    Of a hub's splits the first max_samples rows are evaluated; task.dataset.max_rows bounds every split, of the
+    training split its first rows. Raises UsageError as load_rows does.
+    """
+    if config.path is not None:
+        files = _find_files(Path(config.path), config)
+        wanted = _evaluated(config, list(files))
+        file = files[config.train_split]
+        train = StreamedRows(_read(file, streaming=True), str(file))
+        identity = f"{file.name} of {file.stat().st_size} bytes"
+        splits = {name: _read(files[name]) for name in wanted}
+    else:
+        assert max_samples is not None  # the config is refused without
+        streams = _load_hub(config, streaming=True)
+        wanted = _evaluated(config, list(streams))
+        where = describe(config)
+        read = {name: StreamedRows(rows, f"{where}, {name}") for name, rows in streams.items()}
+        train = read[config.train_split]
+        identity = f"{where} {config.revision} {config.train_split}"
+        splits = {name: Dataset.from_list(list(read[name].first(max_samples))) for name in wanted}
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            raise UsageError(f"{describe(config)}: the split {name} is empty; forge needs at least one row in each")
+    if config.max_rows is not None:
+        splits = {name: _spread(rows, config.max_rows) for name, rows in splits.items()}
+        identity += f", its first {config.max_rows} rows"
+    return train.first(config.max_rows), {_short(name): rows for name, rows in splits.items()}, identity
+
+
+def describe(config: DatasetConfig) -> str:
+    """The data set in a few words, for messages and the model card."""
+    if config.demo is not None:
+        return f"forge's demo data set {config.demo}"
+    if config.path is not None:
+        return config.path
+    return " ".join(part for part in (config.name, config.config) if part)
+
+
+def row_numbers(rows: Dataset) -> Sequence[int]:
+    """The number of each row in the user's data, of which max_rows may have kept some."""
+    chosen = rows._indices  # where a Dataset keeps what it has selected
+    return range(len(rows)) if chosen is None else chosen.column(0).to_pylist()
+
+
+def fingerprint(splits: dict[str, Dataset]) -> str:
+    """SHA-256 over the values of every split: equal where the model sees the same rows in the same order."""
+    digest = hashlib.sha256()
+    for name, rows in splits.items():
+        digest.update(f"{name}:{len(rows)}".encode())
+        for batch in rows.with_format("python").iter(batch_size=1000):
+            digest.update(repr(sorted(batch.items())).encode())
+    return digest.hexdigest()
+
+
+def _generate(config: DatasetConfig, split: str) -> Dataset:
+    """A split of a demo data set."""
+    assert config.demo is not None
+    generate, counts = DEMOS[config.demo]
+    if config.demo == "lines" and config.max_rows is not None:  # images take time: none that _spread leaves out is made
+        return Dataset.from_list(demo_lines(split, counts[split], only=_places(counts[split], config.max_rows)))
+    return Dataset.from_list(generate(split, counts[split]))
+
+
+def _spread(rows: Dataset, count: int) -> Dataset:
+    """So many rows at equal distances: the first ones of a file are often of one label."""
+    return rows.select(_places(len(rows), count)) if count < len(rows) else rows
+
+
+def _places(length: int, count: int) -> list[int]:
+    return np.linspace(0, length - 1, min(length, count)).astype(int).tolist()
+
+
+def _evaluated(config: DatasetConfig, splits: list[str]) -> list[str]:
+    """The splits that are evaluated. Raises UsageError if there is none, or if one that is asked for is missing."""
+    where, has = describe(config), ", ".join(splits)
+    if config.train_split not in splits:
+        raise UsageError(f"{where} has no split {config.train_split}; it has: {has} (task.dataset.train_split)")
+    wanted = config.validation_splits or [name for name in splits if name.startswith("validation")]
+    absent = [name for name in wanted if name not in splits]
+    if absent:
+        raise UsageError(f"{where} has no split {absent[0]}; it has: {has} (task.dataset.validation_splits)")
+    if not wanted:
+        raise UsageError(f"{where} has no validation split (it has: {has}); add one, such as validation.jsonl")
+    return wanted
+
+
+def _short(split: str) -> str:
+    return split.removeprefix("validation").strip("_-.") or split
+
+
+def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
+    files = _find_files(folder, config)
+    wanted = {config.train_split, *(config.validation_splits or [])}
+    read = {split: file for split, file in files.items() if split in wanted or split.startswith("validation")}
+    splits = {split: _read(file) if file.parent == folder else _read_images(file) for split, file in read.items()}
+    return splits or {file: Dataset.from_list([]) for file in files}
+
+
+def _find_files(folder: Path, config: DatasetConfig) -> dict[str, Path]:
+    """The file of each split; those that forge reads are not empty."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UsageError(
+            f"task.dataset.path is {folder}, which {what}; name the folder with {config.train_split}.jsonl in it"
+        )
+    files = _files_by_split(folder)
+    wanted = {config.train_split, *(config.validation_splits or [])}
+    for split, file in files.items():
+        if (split in wanted or split.startswith("validation")) and file.stat().st_size == 0:
+            raise UsageError(f"{file} is empty; forge needs at least one row in each split")
+    return files
+
+
+def _files_by_split(folder: Path) -> dict[str, Path]:
+    """train.jsonl, or train/metadata.jsonl of a folder of images, each under its split."""
+    files: dict[str, Path] = {}
+    for entry in sorted(folder.iterdir()):
+        candidates = sorted(entry.glob(f"{METADATA}.*")) if entry.is_dir() else [entry]
+        for file in candidates:
+            if file.suffix not in READERS or entry.name.startswith("."):
+                continue
+            split = entry.name if entry.is_dir() else entry.stem
+            if split in files:
+                both = f"{files[split].relative_to(folder)} and {file.relative_to(folder)}"
+                raise UsageError(f"{folder} has both {both}; keep one file per split")
+            files[split] = file
+    if not files:
+        raise UsageError(
+            f"{folder} has no .jsonl, .parquet or .csv file; forge reads train.jsonl and validation*.jsonl there, or "
+            f"train/{METADATA}.jsonl with the images beside it"
+        )
+    return files
+
+
+def _read_images(file: Path) -> Dataset:
+    """The rows of an image folder's metadata, with the path of each image as `image` in place of its file_name."""
+    rows = _read(file)
+    if "file_name" not in rows.column_names:
+        has = ", ".join(rows.column_names)
+        raise UsageError(f"{file} has no column file_name, which names the image of each row beside it; it has: {has}")
+    names = [None if name is None else str(name) for name in rows["file_name"]]
+    for row, name in enumerate(names):
+        if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
+            raise UsageError(
+                f"{file}: row {row} names an image outside its folder ({name}); file_name is a path below {file.parent}"
+            )
+    paths = [None if name is None else str(file.parent.absolute() / name) for name in names]
+    return rows.remove_columns(["file_name"]).add_column("image", paths, feature=datasets.Value("string"))
+
+
+def _read(file: Path, *, streaming: bool = False) -> Any:
+    options = {"keep_default_na": False} if file.suffix == ".csv" else {}  # a cell that reads NA is text
+    library = logging.getLogger("datasets")
+    level = library.level
+    library.setLevel(logging.CRITICAL)  # it logs the error that is said below
+    try:
+        return datasets.load_dataset(
+            READERS[file.suffix], data_files=str(file.absolute()), split="train", streaming=streaming, **options
+        )
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        hint = "check that it is whole, that text is UTF-8, and that every row has the same columns"
+        raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason}); {hint}") from error
+    except OSError as error:
+        cache = datasets.config.HF_DATASETS_CACHE
+        raise UsageError(
+            f"{file} cannot be read into the cache {cache} ({error}); set HF_HOME to another folder"
+        ) from error
+    finally:
+        library.setLevel(level)
+
+
+def _load_hub(config: DatasetConfig, *, streaming: bool = False) -> dict[str, Any]:
+    logger.info("data: looking for %s in the local cache and on the hub", describe(config))
+    try:
+        options = {"streaming": True} if streaming else {}
+        loaded = datasets.load_dataset(config.name, config.config, revision=config.revision, **options)
+    except (OSError, ValueError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"the data set {describe(config)} could not be loaded from the hub{offline}: {reason}; check its name "
+            "and the network, or give a local folder with task.dataset.path"
+        ) from error
+    assert isinstance(loaded, dict)  # by split
+    return dict(loaded)
