@@ -189,14 +189,17 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
     """The trainer of a config in this process, with its run in the folder; mutate: what becomes of the student."""
     from accelerate.state import AcceleratorState, GradientState
 
+    from forge.attempt.attempt import Attempt
     from forge.attempt.callbacks.callback import Callback
+    from forge.attempt.components import load_components
+    from forge.attempt.request import Request
     from forge.cluster.signals import StopRequest
     from forge.config.loader import LoadedConfig
-    from forge.ranks.deepspeed import accelerator_of
+    from forge.ranks.world import join_ranks
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
-    from forge.trainer.components import build_trainer, load_parts
+    from forge.trainer.build import build_trainer
 
     class Recorder(Callback):
         def __init__(self) -> None:
@@ -215,16 +218,18 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = accelerator_of(config)
-    stop = StopRequest()
-    parts = load_parts(LoadedConfig(config, Path("c.yaml"), {}, []), accelerator, stop, [])
+    ranks = join_ranks(config, StopRequest())
+    attempt = Attempt(Request(LoadedConfig(config, Path("c.yaml"), {}, []), []), ranks)
+    components = load_components(attempt.loaded, ranks, [])
     if mutate is not None:
-        mutate(parts.student.model)
-    run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
-    state = TrainingState(run_id=new_run_id())
-    lock = RunLock(run)
-    lock.take()
-    return build_trainer(parts, config, accelerator, run, state, Recorder(), lock, stop)
+        mutate(components.student.model)
+    attempt.check(components)
+    attempt.run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
+    attempt.state = TrainingState(run_id=new_run_id())
+    attempt.lock = RunLock(attempt.run)
+    attempt.lock.take()
+    attempt.callbacks = Recorder()
+    return build_trainer(components, attempt)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def trained(trainer: Any) -> tuple[list[dict[str, float]], list[float]]:
     """The reports and the final weights. Before the next build: Accelerate shares state."""
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    return trainer.callbacks.reports, weights.tolist()
+    return trainer.attempt.callbacks.reports, weights.tolist()
 
 
 def test_a_step_has_the_loss_of_the_formula_with_labels_matched_by_name(build_trainer: Build, teacher: Path) -> None:
@@ -155,7 +155,7 @@ def test_an_offloaded_teacher_takes_the_same_steps(
 
 def reports_like(reports: list[dict[str, float]], trainer: Any) -> list[dict[str, float]]:
     """The reports, with the speeds and the memory of the other training."""
-    own = trainer.callbacks.reports
+    own = trainer.attempt.callbacks.reports
     measured = ("samples_per_second", "tokens_per_second", "peak_memory_mib")
 
     class Like(list):  # compared once the other has trained

@@ -476,7 +476,7 @@ def build(build_trainer: Build, teacher_folder: Path) -> Build:
 
 
 def projections_of(trainer: Any) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in trainer.parts.projections.state_dict().items()}
+    return {name: weight.clone() for name, weight in trainer.training.projections.state_dict().items()}
 
 
 def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
@@ -506,7 +506,7 @@ def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
 def test_projections_are_clipped_and_decay_with_the_other_matrices(build: Build) -> None:
     trainer = build("training.max_steps=1")
     (decayed, spared) = trainer.optimizer.param_groups
-    own = list(trainer.parts.projections.parameters())
+    own = list(trainer.training.projections.parameters())
     assert all(any(weight is other for other in decayed["params"]) for weight in own)
     assert len(decayed["params"]) + len(spared["params"]) == len(list(trainer.model.parameters())) + 3
 
@@ -550,7 +550,7 @@ def test_bf16_computes_the_terms_in_float32(build: Build) -> None:
     trajectory(plain)
     trainer = build("training.mixed_precision=bf16")
     seen = []
-    (projection, *_) = trainer.parts.projections.values()
+    (projection, *_) = trainer.training.projections.values()
     projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     trajectory(trainer)
     assert set(seen) == {torch.float32}
@@ -567,15 +567,15 @@ def test_alpha_0_builds_nothing_and_trains_as_without_a_teacher(
     config_file.write_text(f"{config_file.read_text()}teacher: {{path: {teacher_folder}}}\ndistillation: {terms}\n")
     trainer = build_trainer("distillation.alpha=0", "evaluation.teacher=true")
     assert trainer.student.features is None
-    assert trainer.parts.projections is None
+    assert trainer.training.projections is None
     assert trajectory(trainer) == plain
-    assert not list(trainer.run.path.rglob("projections.safetensors"))
+    assert not list(trainer.attempt.run.path.rglob("projections.safetensors"))
 
 
 def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Path) -> None:
     trainer = build()
     trainer.train()
-    folder = trainer.run.path / "checkpoint-3"
+    folder = trainer.attempt.run.path / "checkpoint-3"
     with pytest.raises(UsageError, match=r"and none are trained now: the optimizer's state has .*; set teacher"):
         build("distillation.hidden=null").restore(folder)
     fewer = build("distillation.hidden.layers={1: 2}")

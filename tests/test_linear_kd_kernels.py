@@ -315,7 +315,7 @@ def test_a_distillation_with_the_kernels_is_the_one_without(
         before = trainer.evaluate("baseline")
         trainer.train()
         weights = {key: weight.detach().clone() for key, weight in trainer.model.named_parameters()}
-        return trainer.callbacks.reports, [before, trainer.evaluate("final")], weights
+        return trainer.attempt.callbacks.reports, [before, trainer.evaluate("final")], weights
 
     reports, evaluations, weights = run("fused")
     assert set(ran) == {precision}

@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from forge.attempt.resume import Beginning, check_base
+from forge.attempt.resume import ResumePoint, check_base
 from forge.checkpoint.manifest import Manifest
 from forge.config.loader import load_config
 from forge.config.schema import LoraConfig, ModelConfig
@@ -62,7 +62,7 @@ def test_only_the_adapter_and_the_new_head_are_trained(build_trainer: Build) -> 
 def test_a_checkpoint_holds_the_adapter_alone_and_peft_loads_it(build_trainer: Build, tiny_model: Path) -> None:
     trainer = build_trainer(*LORA)
     trainer.train()
-    folder = trainer.run.path / "checkpoint-6"
+    folder = trainer.attempt.run.path / "checkpoint-6"
     assert {path.name for path in folder.iterdir()} == {
         *("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json"),
         *("optimizer.pt", "rng-00000.pt", "state.json", "manifest.json"),
@@ -101,7 +101,7 @@ def test_a_resumed_adapter_ends_with_the_bits_of_the_unbroken_one(
     assert [r["loss"] for r in resumed.callbacks.reports] == [r["loss"] for r in unbroken.callbacks.reports[2:]]
     names = ("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json")
     for name in names:
-        one, other = (trainer.run.path / "checkpoint-6" / name for trainer in (unbroken, resumed))
+        one, other = (trainer.attempt.run.path / "checkpoint-6" / name for trainer in (unbroken, resumed))
         assert one.read_bytes() == other.read_bytes()
 
 
@@ -220,26 +220,26 @@ def test_4_bits_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch:
 def test_a_checkpoint_on_another_base_is_refused(build_trainer: Build) -> None:
     trainer = build_trainer(*LORA)
     trainer.train()
-    folder = trainer.run.path / "checkpoint-6"
+    folder = trainer.attempt.run.path / "checkpoint-6"
     manifest = Manifest.read(folder)
-    beginning = Beginning(2, folder, manifest)
-    check_base(beginning, manifest.base)
+    point = ResumePoint(2, folder, manifest)
+    check_base(point, manifest.base)
     with pytest.raises(UsageError) as error:
-        check_base(beginning, "f" * 64)
+        check_base(point, "f" * 64)
     assert f"below the adapter are {'f' * 12}, and" in str(error.value)
     assert f"was trained on {manifest.base[:12]}; bring those back" in str(error.value)
 
 
 def test_a_run_that_begins_anew_on_other_weights_is_refused() -> None:
     """Before its first checkpoint only its metadata know what it began with; all weights trained or an adapter."""
-    beginning = Beginning(2, weights="a" * 64)
-    check_base(beginning, None, "a" * 64)
-    check_base(beginning, None, None)  # not known
-    check_base(Beginning(), None, "b" * 64)
+    point = ResumePoint(2, weights="a" * 64)
+    check_base(point, None, "a" * 64)
+    check_base(point, None, None)  # not known
+    check_base(ResumePoint(), None, "b" * 64)
     with pytest.raises(
         UsageError, match=f"the weights of the model are {'b' * 12}, and the run began with {'a' * 12};"
     ):
-        check_base(beginning, None, "b" * 64)
+        check_base(point, None, "b" * 64)
 
 
 def test_a_module_that_is_trained_in_full_takes_no_adapter_too(tmp_path: Path) -> None:

@@ -34,16 +34,16 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 import random
 import torch
 from forge.train import main
-from forge.trainer.loop import FinetuningTrainer
+from forge.trainer.loop import LoopTrainer
 
-restore = FinetuningTrainer.restore
+restore = LoopTrainer.restore
 
 def forgetful(self, *arguments):
     restore(self, *arguments)
     CHANGE
 
 if "--resume" in sys.argv:
-    FinetuningTrainer.restore = forgetful
+    LoopTrainer.restore = forgetful
 sys.exit(main())
 """
 

@@ -76,7 +76,7 @@ def trajectory(trainer: Any) -> tuple[list[dict[str, float]], dict[str, Any]]:
     trainer.train()
     after = trainer.evaluate("final")
     values = {f"{when}/{name}": value for when, found in (("b", before), ("f", after)) for name, value in found.items()}
-    return trainer.callbacks.reports, {name: value for name, value in values.items() if "seconds" not in name}
+    return trainer.attempt.callbacks.reports, {name: value for name, value in values.items() if "seconds" not in name}
 
 
 def assert_same_steps(computed: Any, read: Any, rel: float) -> None:
@@ -516,7 +516,9 @@ def test_a_stop_keeps_the_finished_shards_and_says_how_to_go_on(
         cache_teacher(load_config(config_file, distilled(teacher)).config, stop)
 
 
-SMALL_SHARDS = "import sys; from forge.teacher_cache import files; files.SHARD_ROWS = 3; from forge.cli.main import main; "
+SMALL_SHARDS = (
+    "import sys; from forge.teacher_cache import files; files.SHARD_ROWS = 3; from forge.cli.main import main; "
+)
 SLOWLY = (
     "import time; from forge.teacher_cache.writer import Keeper; compute = Keeper.compute; "
     "Keeper.compute = lambda self, shard: (time.sleep(0.05), compute(self, shard))[1]; "

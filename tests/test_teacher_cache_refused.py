@@ -18,11 +18,12 @@ import torch
 from caches import Death, batch_of, distilled, fill, lm_config, opened, reset
 from conftest import REPOSITORY
 from conversations import config_on, conversation
+from forge.trainer.components import load_parts
 from teachers import write_chat_teacher, write_classifier
 from test_ocr import TEXTS, config_of, with_model, write_images
 from transformers import AutoModelForSequenceClassification
 
-from forge.cli.train import add_config_arguments
+from forge.cli.arguments import add_config_arguments
 from forge.cluster.signals import StopRequest
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.schema import Config
@@ -37,7 +38,6 @@ from forge.teacher_cache.job import report
 from forge.teacher_cache.key import LAYERS, cache_key, changed, content_key
 from forge.teacher_cache.reader import check_loss
 from forge.teacher_cache.writer import Keeper
-from forge.trainer.components import load_parts
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from forge.attempt.resume import Beginning, check_teacher
+from forge.attempt.resume import ResumePoint, check_teacher
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError, UsageError
@@ -308,9 +308,9 @@ def test_the_key_holds_what_the_numbers_depend_on(config_file: Path) -> None:
 
 
 def test_a_resume_with_another_teacher_is_refused() -> None:
-    begun = Beginning(teacher="a" * 64)
+    begun = ResumePoint(teacher="a" * 64)
     assert check_teacher(begun, "a" * 64, []) is begun
-    assert check_teacher(Beginning(), "b" * 64, []) == Beginning()
+    assert check_teacher(ResumePoint(), "b" * 64, []) == ResumePoint()
     assert check_teacher(begun, None, []) is begun
     with pytest.raises(UsageError) as raised:
         check_teacher(begun, "b" * 64, ["training.seed"])
@@ -326,16 +326,16 @@ def test_a_resume_with_another_teacher_is_refused() -> None:
 STOP = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})
-from forge.trainer.loop import FinetuningTrainer
+from forge.trainer.loop import LoopTrainer
 
-train_step = FinetuningTrainer.train_step
+train_step = LoopTrainer.train_step
 
 def stepping(self, *args):
     if self.state.step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     train_step(self, *args)
 
-FinetuningTrainer.train_step = stepping
+LoopTrainer.train_step = stepping
 from forge.train import main
 sys.exit(main())
 """

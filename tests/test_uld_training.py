@@ -109,9 +109,9 @@ def test_its_gradient_reaches_the_student_and_draws_it_to_the_teacher(build: Cal
     trainer = build("training.batch_size=16", "distillation.alpha=1.0", "training.max_steps=30")
     trainer.restore(None)
     trainer.train()
-    values = [report["divergence"] for report in trainer.callbacks.reports]
+    values = [report["divergence"] for report in trainer.attempt.callbacks.reports]
     assert values[-1] < 0.7 * values[0]
-    assert all(report["ce"] > 0 for report in trainer.callbacks.reports)
+    assert all(report["ce"] > 0 for report in trainer.attempt.callbacks.reports)
     assert all(not p.requires_grad and p.grad is None for p in trainer.teacher.model.parameters())
 
 

@@ -274,7 +274,7 @@ def test_a_classifiers_teacher_reads_its_own_tokens_of_the_same_rows(
     (batch,) = trainer.batches.next_step()  # rows in the order of a permutation
     ids = batch["ids"].tolist()
     assert ids != sorted(ids)
-    outputs = trainer.teacher_outputs(batch)
+    outputs = trainer._teacher_outputs_in_training(batch)
     by_hand = taught_by_hand(stranger, [task.texts["train"][i] for i in ids], 24)
     own = [trainer.model.config.id2label[i] for i in range(3)]
     torch.testing.assert_close(outputs["logits"], by_hand[:, [LABELS.index(name) for name in own]])

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,31 +93,6 @@ class RunLog:
         finally:
             self._to_file.release()
         self._redirect(path)
-
-    @contextmanager
-    def of_another(self) -> Iterator[None]:
-        """Within it the log is another run's, whose file `open` names; after it, it is this run's again."""
-        _flush_streams()
-        bypassed = []  # our tee goes on reading, and hears nothing meanwhile
-        for descriptor, original, _ in self._tees:
-            bypassed.append((descriptor, os.dup(descriptor)))
-            os.dup2(original, descriptor)
-        ours = self._to_file.setStream(io.StringIO())
-        tees, self._tees = self._tees, []
-        assert ours is not None
-        try:
-            yield
-        finally:
-            self._close_tees()
-            self._tees = tees
-            for descriptor, entry in bypassed:
-                os.dup2(entry, descriptor)
-                os.close(entry)
-            theirs = self._to_file.setStream(ours)
-            if isinstance(theirs, io.StringIO):  # never opened: what it kept is told here
-                ours.write(theirs.getvalue())
-            elif theirs is not None:
-                theirs.close()
 
     def close(self) -> None:
         """Gives the descriptors back and waits for the last lines to be written. A second call does nothing."""

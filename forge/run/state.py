@@ -20,7 +20,6 @@ class Stage(StrEnum):
     TRAINING = "training"
     EXPORT = "export"
     FINAL_EVALUATION = "final_evaluation"
-    CONTROL = "control"  # of its twin without the teacher, where one is wanted
     COMPLETE = "complete"
 
     @property
@@ -107,6 +106,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _checked(path: Path, key: str, value: Any, hint: Any) -> Any:
     if hint is Stage:
+        if value == "control":  # forge 0.1.0: everything is done but the twin, which is a run of its own now
+            return Stage.COMPLETE
         if value in list(Stage):
             return Stage(value)
         raise UsageError(f"{path} is broken: stage {value!r} is none of {', '.join(Stage)}")

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor
 
+from forge.attempt.components import Components
 from forge.config.plans import read_plan
 from forge.memory.meta import job_of, row_shape
 from forge.memory.totals import GIB, Parts, Setting, memory_of
@@ -21,9 +22,7 @@ from forge.model.load import LoadedModel
 from forge.ranks.agreement import gather_values, on_rank_0
 from forge.run.files import read_json, write_json
 from forge.teacher.teacher import ModelTeacher
-from forge.trainer.components import Parts as RunParts
-from forge.trainer.distillation import DistillationTrainer
-from forge.trainer.loop import FinetuningTrainer
+from forge.trainer.loop import LoopTrainer
 
 logger = logging.getLogger(__name__)
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -34,7 +33,7 @@ ON_CPU = (
 )
 
 
-def train_measured(trainer: FinetuningTrainer, parts: RunParts) -> None:
+def train_measured(trainer: LoopTrainer, parts: Components) -> None:
     """trainer.train(), with `memory` in run_metadata.json at its end, unless no step was left to be taken. Raises what
     training raises, and then writes nothing."""
     device, first = trainer.accelerator.device, trainer.state.step
@@ -52,7 +51,8 @@ def train_measured(trainer: FinetuningTrainer, parts: RunParts) -> None:
         "measured_gib_by_rank": measured,
         "predicted_parts": None if predicted is None else predicted.as_gib(),
     }
-    run, guard = trainer.run, trainer.lock.check
+    assert trainer.attempt.lock is not None
+    run, guard = trainer.attempt.run, trainer.attempt.lock.check
 
     def record() -> None:
         write_json(run.metadata_file, {**read_json(run.metadata_file), "memory": facts}, guard)
@@ -62,7 +62,7 @@ def train_measured(trainer: FinetuningTrainer, parts: RunParts) -> None:
     logger.info("memory: %.2f GiB measured at most, %s predicted", facts["measured_gib"], told)
 
 
-def _predicted(trainer: FinetuningTrainer, parts: RunParts) -> Parts | None:
+def _predicted(trainer: LoopTrainer, parts: Components) -> Parts | None:
     """As `forge plan` counts, with the longest row that there is; None, and a warning, for a model that it cannot
     read: a run does not fail by that."""
     config, accelerator, student = trainer.config, trainer.accelerator, parts.student.model
@@ -90,10 +90,10 @@ def _predicted(trainer: FinetuningTrainer, parts: RunParts) -> Parts | None:
     return memory_of(job, setting, config.training.micro_batch_rows(ranks))
 
 
-def _held(trainer: FinetuningTrainer) -> int:
+def _held(trainer: LoopTrainer) -> int:
     """Bytes of the weights and of the optimizer's state in this process's memory: a resumed run has both."""
     tensors: list[Tensor] = [*trainer.student.parameters(), *trainer.student.buffers()]
-    if isinstance(trainer, DistillationTrainer) and isinstance(trainer.teacher, ModelTeacher):
+    if isinstance(trainer.teacher, ModelTeacher):
         tensors += trainer.teacher.model.parameters()
     states: Iterable[Any] = trainer.optimizer.state.values()
     tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]

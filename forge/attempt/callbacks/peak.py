@@ -35,7 +35,7 @@ class PeakMetrics(Callback):
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
         self._write()
 
-    def trained(self, state: TrainingState) -> None:
+    def completing(self, state: TrainingState) -> None:
         rows = [row for row in read_json_lines(self._run.metrics_file) if row.get("stage") in STAGES]
         if len({row["step"] for row in rows}) < 2:  # the best of one is no news
             return

@@ -1,4 +1,4 @@
-"""Loads what a run is made of (its task, its student, its teacher) and builds the trainer of it."""
+"""Loads what a run is made of: its task, its student and its teacher."""
 
 import argparse
 import shlex
@@ -10,28 +10,25 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from forge.cluster.signals import StopRequest
 from forge.config.loader import LoadedConfig
-from forge.config.schema import Config
+from forge.config.schema import Config, TrainingConfig
 from forge.model.lineage import lineage
 from forge.model.load import LoadedModel
 from forge.model.lora import with_lora
 from forge.model.source import origin_of
-from forge.ranks.agreement import on_every_rank, on_rank_0, rank_0_first
+from forge.ranks.deepspeed import plans_of
+from forge.ranks.world import Ranks
 from forge.student.feature_terms import check_features
 from forge.task.load import load_task
 from forge.task.task import Task
-from forge.teacher.loading import label_columns, load_teacher
-from forge.teacher.placement import place
+from forge.teacher.loading import load_teacher
 from forge.teacher.vocabulary import for_teacher, tell_of_columns
 from forge.teacher_cache.reader import TeacherCache, find_teacher_cache
-from forge.trainer.distillation import DistillationTrainer
-from forge.trainer.loop import FinetuningTrainer, world_facts
 
 
 @dataclass(frozen=True)
-class Parts:
-    """All on the CPU, as each rank has it."""
+class Components:
+    """Task, student and teacher of a run, all on the CPU, as each rank has them."""
 
     task: Task  # as the two models need it
     student: LoadedModel
@@ -56,25 +53,43 @@ class Parts:
         }
 
 
-def load_parts(loaded: LoadedConfig, accelerator: Accelerator, stop: StopRequest, command: Sequence[str]) -> Parts:
-    """Of all ranks at once. command: the user's. Raises UsageError for whatever does not fit together, and Stopped."""
+def load_components(loaded: LoadedConfig, ranks: Ranks, command: Sequence[str]) -> Components:
+    """Load what a config names, on all ranks at once; command: the user's, for a message that suggests another.
+
+    Raises:
+        UsageError: Data, models and config do not fit together.
+        Stopped: A signal came meanwhile.
+    """
     config = loaded.config
-    task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
-    student = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_student(config, task)))
-    student = _with_origin(student, accelerator, "model")
+    task = ranks.rank_0_first(lambda: load_task(config))
+    student = ranks.on_every_rank(lambda: _load_student(config, task))
+    student = _with_origin(student, ranks, "model")
     task = task.for_model(student)
     if not config.wants_teacher:
-        return Parts(task, student, None)
-    task = rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
+        return Components(task, student, None)
+    task = ranks.rank_0_first(lambda: for_teacher(config, task))
     if config.teacher.placement == "cached":
         making = cache_command(loaded.file, command)
-        return Parts(task, student, find_teacher_cache(config, task, student, accelerator, making))
-    teacher = on_every_rank(accelerator, lambda: stop.breaks(lambda: _load_teacher(config, task, student)))
-    return Parts(task, student, _with_origin(teacher, accelerator, "teacher"))
+        return Components(task, student, find_teacher_cache(config, task, student, ranks.accelerator, making))
+    teacher = ranks.on_every_rank(lambda: _load_teacher(config, task, student))
+    return Components(task, student, _with_origin(teacher, ranks, "teacher"))
+
+
+def world_facts(accelerator: Accelerator, training: TrainingConfig) -> dict[str, Any]:
+    """What run_metadata.json records of the ranks, and of how a step is spread over them."""
+    rows_per_step, micro_batches = training.step_shape(accelerator.num_processes)
+    return {
+        "ranks": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "mixed_precision": accelerator.mixed_precision,
+        "rows_per_step": rows_per_step,
+        "micro_batches_per_rank": micro_batches,
+        "deepspeed": plans_of(accelerator) or None,
+    }
 
 
 def cache_command(file: Path, command: Sequence[str]) -> str:
-    """What makes the teacher's cache of a config file, with what the user's command changed of it."""
+    """The command that makes the teacher's cache of a config file, with the overrides of the user's command."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--debug", action="store_true")
@@ -85,19 +100,6 @@ def cache_command(file: Path, command: Sequence[str]) -> str:
     words = ["forge", "cache-teacher", str(file), *(["--debug"] if given.debug else [])]
     words += [f"--{name}={value}" for name in valued if (value := getattr(given, name)) is not None]
     return shlex.join([*words, *(f"--set={setting}" for setting in given.set)])
-
-
-def build_trainer(parts: Parts, config: Config, accelerator: Accelerator, *others: Any) -> FinetuningTrainer:
-    """The trainer that the parts ask for; others: as FinetuningTrainer takes them, from the run on."""
-    student, taught = parts.student, parts.teacher
-    if taught is None:
-        return FinetuningTrainer(config, accelerator, parts.task, student, *others)
-    columns = label_columns(student.label_ids, taught.label_ids)
-    if isinstance(taught, TeacherCache):
-        teacher = taught.placed(accelerator, columns)
-    else:
-        teacher = place(taught.model, config.teacher, accelerator, parts.task, columns)
-    return DistillationTrainer(config, accelerator, parts.task, student, *others, teacher=teacher)
 
 
 def _load_student(config: Config, task: Task) -> LoadedModel:
@@ -112,9 +114,9 @@ def _load_teacher(config: Config, task: Task, student: LoadedModel) -> LoadedMod
     return teacher
 
 
-def _with_origin(loaded: LoadedModel, accelerator: Accelerator, key: str) -> LoadedModel:
-    """Rank 0 hashes the files that the model came from. Raises UsageError where an adapter was made for others."""
+def _with_origin(loaded: LoadedModel, ranks: Ranks, key: str) -> LoadedModel:
+    """Hash the files that a model came from, on rank 0. Raises UsageError where an adapter was made for others."""
     source = loaded.source
     if source is None:
         return loaded
-    return replace(loaded, origin=on_rank_0(accelerator, lambda: origin_of(source, key)))
+    return replace(loaded, origin=ranks.on_rank_0(lambda: origin_of(source, key)))

@@ -1,4 +1,4 @@
-"""Writes what is left of a run: the final model with its tokenizer or processor, and the proof of a merged one."""
+"""Exports the final model of a run with its tokenizer or processor, and checks a merged one against its adapter."""
 
 import logging
 from dataclasses import asdict
@@ -7,7 +7,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from forge.attempt.attempt import Attempt
+from forge.checkpoint.contents import Training
 from forge.checkpoint.shards import PROJECTIONS
 from forge.data.batches import model_inputs
 from forge.errors import TrainingError
@@ -19,61 +22,60 @@ from forge.ranks.deepspeed import any_partitioned, gathered
 from forge.ranks.partitions import whole_float32
 from forge.run.files import publish_folder, read_json, write_json
 from forge.task.task import Task
-from forge.trainer.loop import FinetuningTrainer
 
 logger = logging.getLogger(__name__)
 
 ROWS_OF_PROOF = 4  # whose logits are compared, of the model with its adapter and of the merged one
 
 
-def export(trainer: FinetuningTrainer) -> None:
-    """Publishes the folder final/, on rank 0. Raises TrainingError where it cannot be written."""
-    wanted, weights, task = trainer.config.export, trainer.weights, trainer.task
+def export(attempt: Attempt, model: PreTrainedModel, training: Training) -> None:
+    """Publish the folder final/, on rank 0; model: the bare one. Raises TrainingError where it cannot be written."""
+    wanted, weights, task = attempt.config.export, training.weights, attempt.components.task
+    assert attempt.lock is not None
+    run, check = attempt.run, attempt.lock.check
     merged: dict[str, Any] = {}
     is_adapter = isinstance(weights, AdapterWeights)
-    state = _whole_state(trainer, "float32" if is_adapter else wanted.dtype)
+    state = _whole_state(training, "float32" if is_adapter else wanted.dtype)
     proof: tuple[Any, ...] = ()
     if is_adapter and wanted.merge:
         proof = (*_few_inputs(task), None)
-        if any_partitioned(trainer.model):  # all ranks run it, or none
-            proof = (*proof[:2], model_logits(trainer.model, *proof[:2]))
+        if any_partitioned(model):  # all ranks run it, or none
+            proof = (*proof[:2], model_logits(model, *proof[:2]))
 
     def write(folder: Path) -> None:
         if not isinstance(weights, AdapterWeights):
-            export_model(trainer.model, folder, wanted.dtype, state)
+            export_model(model, folder, wanted.dtype, state)
         else:
             export_adapter(weights, folder, state)
             if wanted.merge:
                 merged.update(
-                    asdict(export_merged(folder, weights.below, task.auto_model, trainer.model, wanted.dtype, *proof))
+                    asdict(export_merged(folder, weights.below, task.auto_model, model, wanted.dtype, *proof))
                 )
                 task.save_processing(folder / MERGED)
         task.save_processing(folder)
 
     def publish() -> None:
         try:
-            publish_folder(trainer.run.final, write, trainer.lock.check)
-            metadata = read_json(trainer.run.metadata_file)
+            publish_folder(run.final, write, check)
+            metadata = read_json(run.metadata_file)
             metadata.pop("merged", None)  # of an earlier export, which this one replaces
-            write_json(
-                trainer.run.metadata_file, {**metadata, "merged": merged} if merged else metadata, trainer.lock.check
-            )
+            write_json(run.metadata_file, {**metadata, "merged": merged} if merged else metadata, check)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(
                 f"the final model could not be written ({reason}); free some space, then resume"
             ) from error
 
-    on_rank_0(trainer.accelerator, publish)
-    logger.info("final model in %s", trainer.run.final)
+    attempt.ranks.on_rank_0(publish)
+    logger.info("final model in %s", run.final)
 
 
-def _whole_state(trainer: FinetuningTrainer, dtype: str) -> dict[str, Tensor] | None:
+def _whole_state(training: Training, dtype: str) -> dict[str, Tensor] | None:
     """On rank 0 the weights by the names of their file, whole, on the CPU and in that dtype, of a training that is
     sharded; one weight at a time is whole elsewhere. None on the other ranks, and where nothing is sharded. On every
     rank at once; what does not fit in the dtype is an error on all of them."""
-    named, is_main = trainer.parts.named, trainer.accelerator.is_main_process
-    if trainer.parts.partitions is None or named is None:
+    named, is_main = training.named, training.accelerator.is_main_process
+    if training.partitions is None or named is None:
         return None
     state: dict[str, Tensor] = {}
 
@@ -96,7 +98,7 @@ def _whole_state(trainer: FinetuningTrainer, dtype: str) -> dict[str, Tensor] | 
     for name, tensor in named.constant.items():
         with gathered([tensor]):
             problem = keep(name, tensor) or problem
-    on_rank_0(trainer.accelerator, lambda: _raise(problem))
+    on_rank_0(training.accelerator, lambda: _raise(problem))
     return state if is_main else None
 
 
