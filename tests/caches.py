@@ -8,7 +8,7 @@ from conversations import config_on, conversation
 
 from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
-from forge.data.batches import Batch, for_the_loop
+from forge.data.batches import Batch, with_positions
 from forge.ranks.agreement import build_accelerator
 from forge.task.load import load_task
 from forge.task.task import Task
@@ -46,7 +46,7 @@ def distilled(teacher: Path, *settings: str) -> list[str]:
 
 def batch_of(task: Task, *ids: int, split: str | None = None) -> Batch:
     rows = task.train if split is None else task.validation[split]
-    return for_the_loop(task.collate([rows[i] for i in ids]), list(ids))
+    return with_positions(task.collate([rows[i] for i in ids]), list(ids))
 
 
 def lm_config(folder: Path, model: Path, teacher: Path, *settings: str) -> Config:

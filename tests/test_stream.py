@@ -128,7 +128,7 @@ def test_going_on_with_another_step_size_takes_what_follows() -> None:
 
     assert later.step_sizes == [[0, 4], [3, 5]]
     assert ledger(later, 3, 2) == [[12, 13, 14, 15, 16], [17, 18, 19, 20, 0]]
-    assert [later.samples_at(step) for step in (0, 2, 3, 5)] == [0, 8, 12, 22]
+    assert [later.rows_at(step) for step in (0, 2, 3, 5)] == [0, 8, 12, 22]
     same = stream(4)
     same.adopt(3, [[0, 4]])
     assert same.step_sizes == [[0, 4]]

@@ -31,7 +31,7 @@ from transformers import (
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.loader import load_config
 from forge.config.schema import Config
-from forge.data.batches import FILLER, Batch, for_the_loop
+from forge.data.batches import FILLER, Batch, with_positions
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.linear_kd import linear_kd
 from forge.report.figures import LOWER_IS_BETTER
@@ -458,7 +458,7 @@ def test_mapped_files_read_as_memory_does_and_fillers_as_nothing(
         assert torch.equal(outputs[0][name], outputs[1][name])
     row = torch.stack([reader.outputs(batch_of(task, i), None, 1.0)["logits"][0] for i in (47, 9, 10, 31, 0)])
     assert torch.equal(row, outputs[0]["logits"])
-    filler = for_the_loop(task.collate([task.train[0]]), [FILLER])
+    filler = with_positions(task.collate([task.train[0]]), [FILLER])
     empty = reader.outputs(filler, None, 1.0)
     assert empty["logits"].shape == (0, 3)
     assert not empty["hidden_states.2"].any()

@@ -20,8 +20,8 @@ Batch = dict[str, torch.Tensor]
 FILLER = -1  # a row that only keeps a rank busy, alone in its batch: it carries no label and counts for nothing
 # What a batch has beside the model's inputs. aligned and teacher_aligned, (M,) int64 each, are places in the flattened
 # (B, T) of the student's and of the teacher's logits that predict the same continuation.
-OF_THE_LOOP = ("labels", "positions", "tokens", "ids", "truncated", "aligned", "teacher_aligned")
-OF_THE_TEACHER = "teacher_"  # before the names of the inputs of a teacher that reads tokens of its own
+LOOP_TENSORS = ("labels", "positions", "tokens", "ids", "truncated", "aligned", "teacher_aligned")
+TEACHER_PREFIX = "teacher_"  # before the names of the inputs of a teacher that reads tokens of its own
 # Rows of similar length are sought among so many steps' rows. On MNLI-like rows in steps of 32 the padding falls from
 # 136 % to 8 %; with 8 steps it is 26 %, and with 64 it is 4 % at the price of steps that are more of one kind.
 STEPS_PER_GROUP = 32
@@ -149,7 +149,7 @@ class StepBatches:
         """Ends the worker processes, which would go on preparing batches for ever."""
         self._loaded = iter(())  # nothing else holds the loader's iterator, whose end is theirs
 
-    def samples_at(self, step: int) -> int:
+    def rows_at(self, step: int) -> int:
         """Rows trained on, over all ranks and epochs, once `step` steps are taken."""
         place = self._place(step)
         taken = len(self._rows) - len(place.rows) + min(place.steps * place.rows_per_step, len(place.rows))
@@ -157,7 +157,7 @@ class StepBatches:
 
     def epochs_at(self, step: int) -> float:
         """Epochs trained on, once `step` steps are taken."""
-        return self.samples_at(step) / len(self._rows)
+        return self.rows_at(step) / len(self._rows)
 
     def steps_for(self, epochs: float) -> int:
         """The step at which so many epochs are trained on, with the size that steps have now to the end."""
@@ -261,10 +261,10 @@ class _Endless:
 
 
 def _collate(collate: Callable[[list[dict[str, Any]]], Batch], rows: list[tuple[int, dict[str, Any]]]) -> Batch:
-    return for_the_loop(collate([row for _, row in rows]), [index for index, _ in rows])
+    return with_positions(collate([row for _, row in rows]), [index for index, _ in rows])
 
 
-def for_the_loop(batch: Batch, ids: list[int]) -> Batch:
+def with_positions(batch: Batch, ids: list[int]) -> Batch:
     """The batch with ids (B,) int64, and with positions (N,) int64: where labels.flatten() is counted.
 
     Known while it is still on the CPU, so that whoever computes at these positions alone need not wait for the GPU.
@@ -283,23 +283,23 @@ def model_inputs(batch: Batch) -> Batch:
     return {
         name: tensor
         for name, tensor in batch.items()
-        if name not in OF_THE_LOOP and not name.startswith(OF_THE_TEACHER)
+        if name not in LOOP_TENSORS and not name.startswith(TEACHER_PREFIX)
     }
 
 
 def teacher_inputs(batch: Batch) -> Batch:
     """What of a batch its teacher reads: its own tokens where the batch has them, else what the model reads."""
     own = {
-        name.removeprefix(OF_THE_TEACHER): tensor
+        name.removeprefix(TEACHER_PREFIX): tensor
         for name, tensor in batch.items()
-        if name.startswith(OF_THE_TEACHER) and name not in OF_THE_LOOP
+        if name.startswith(TEACHER_PREFIX) and name not in LOOP_TENSORS
     }
     return own or model_inputs(batch)
 
 
-def as_teacher_reads(batch: Batch) -> Batch:
+def with_teacher_inputs(batch: Batch) -> Batch:
     """The batch with the teacher's inputs in place of the model's."""
-    return {**{name: tensor for name, tensor in batch.items() if name in OF_THE_LOOP}, **teacher_inputs(batch)}
+    return {**{name: tensor for name, tensor in batch.items() if name in LOOP_TENSORS}, **teacher_inputs(batch)}
 
 
 class _Rows(torch.utils.data.Dataset[tuple[int, dict[str, Any]]]):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from forge.data.batches import FILLER, Batch, StepBatches, for_the_loop, split_step
+from forge.data.batches import FILLER, Batch, StepBatches, split_step, with_positions
 from forge.errors import UsageError
 
 Row = dict[str, Any]
@@ -86,7 +86,7 @@ class StreamBatches:
         """Stops reading."""
         self._loaded = iter(())
 
-    def samples_at(self, step: int) -> int:
+    def rows_at(self, step: int) -> int:
         """Rows read, over all ranks and passes, once `step` steps are taken."""
         ends = [size[0] for size in self.step_sizes[1:]] + [step]
         return sum(
@@ -98,14 +98,14 @@ class StreamBatches:
 
         Known of every step up to those that were taken, also by the attempts before: who goes on reads past their rows.
         """
-        return float((self.samples_at(step) - 1) // self._length) if self._length and step else 0.0
+        return float((self.rows_at(step) - 1) // self._length) if self._length and step else 0.0
 
     def steps_for(self, epochs: float) -> int:
         """Raises UsageError: nobody knows."""
         raise UsageError("a stream has no known length; set training.max_steps")
 
     def _from(self, step: int) -> Iterator[Batch]:
-        stream = self._endless(self.samples_at(step))
+        stream = self._endless(self.rows_at(step))
         for later in itertools.count(step):
             rows_per_step = next(size[1] for size in reversed(self.step_sizes) if size[0] <= later)
             taken = list(itertools.islice(stream, rows_per_step))
@@ -114,7 +114,7 @@ class StreamBatches:
 
     def _batch(self, taken: list[tuple[int, Row]], *, filler: bool) -> Batch:
         rows, truncated = self._rows.prepare([row for _, row in taken], [number for number, _ in taken])
-        batch = for_the_loop(self._collate(rows), [FILLER] if filler else [row["row"] for row in rows])
+        batch = with_positions(self._collate(rows), [FILLER] if filler else [row["row"] for row in rows])
         batch["truncated"] = torch.tensor(0 if filler else truncated)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
-from forge.data.batches import Batch, as_teacher_reads
+from forge.data.batches import Batch, with_teacher_inputs
 from forge.errors import Stopped, TrainingError
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
@@ -142,7 +142,7 @@ class _Taught(Student):
         linear = None if self.head is None else self.head.linear
         weights = [] if linear is None else [*linear.parameters(recurse=False)]
         with nullcontext() if linear is None else align_module_device(linear), gathered(weights):
-            return super().forward(as_teacher_reads(batch), teacher)
+            return super().forward(with_teacher_inputs(batch), teacher)
 
 
 def _in_dtype(task: Task, dtype: torch.dtype) -> Task:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from forge.config.schema import ClassificationTask, Config, ModelConfig, TrainingConfig
-from forge.data.batches import OF_THE_TEACHER, Batch
+from forge.data.batches import TEACHER_PREFIX, Batch
 from forge.data.fingerprints import source_hash, tokenizer_hash
 from forge.data.rows import describe, fingerprint, load_rows
 from forge.errors import UsageError
@@ -120,7 +120,7 @@ class Classification(Task):
                 truncated[split],
                 self.max_length,
             )
-            named = rows.select_columns(inputs).rename_columns({name: f"{OF_THE_TEACHER}{name}" for name in inputs})
+            named = rows.select_columns(inputs).rename_columns({name: f"{TEACHER_PREFIX}{name}" for name in inputs})
             splits[split] = concatenate_datasets([splits[split], named], axis=1)
         return replace(
             self,
@@ -142,10 +142,10 @@ class Classification(Task):
         """teacher_input_ids, teacher_attention_mask (B, Tt), …; nothing for a teacher that reads the model's."""
         if self.teacher_tokenizer is None:
             return {}
-        names = [name for name in rows[0] if name.startswith(OF_THE_TEACHER)]
-        own = [{name.removeprefix(OF_THE_TEACHER): row[name] for name in names} for row in rows]
+        names = [name for name in rows[0] if name.startswith(TEACHER_PREFIX)]
+        own = [{name.removeprefix(TEACHER_PREFIX): row[name] for name in names} for row in rows]
         padded = DataCollatorWithPadding(self.teacher_tokenizer)(own)
-        return {f"{OF_THE_TEACHER}{name}": tensor for name, tensor in padded.items()}
+        return {f"{TEACHER_PREFIX}{name}": tensor for name, tensor in padded.items()}
 
     def facts(self) -> dict[str, Any]:
         """What run_metadata.json tells of the data."""

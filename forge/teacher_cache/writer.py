@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forge.cluster.signals import in_loader_worker
 from forge.config.schema import Config
-from forge.data.batches import OF_THE_TEACHER, Batch, for_the_loop, preparing, row_loader
+from forge.data.batches import TEACHER_PREFIX, Batch, preparing, row_loader, with_positions
 from forge.errors import TrainingError, UsageError
 from forge.losses.linear_kd_plain import head_logits
 from forge.model.load import LoadedModel
@@ -121,7 +121,7 @@ class Keeper:
 
     def _probe(self) -> tuple[int, list[int]]:
         """Columns of the teacher's logits; where hidden states are kept, the widths of those of each layer."""
-        batch = for_the_loop(self._task.collate([self._task.train[0]]), [0])
+        batch = with_positions(self._task.collate([self._task.train[0]]), [0])
         batch = send_to_device(batch, self.accelerator.device)
         outputs = self._teacher.outputs(batch, None, 1.0)
         columns = outputs["logits"].shape[1] if "logits" in outputs else outputs["head"].shape[0]
@@ -167,7 +167,7 @@ class Keeper:
         for layer in self._layers:
             name = f"{HIDDEN}{layer}"
             states = outputs[name]  # (B, T, D)
-            own = batch.get(f"{OF_THE_TEACHER}attention_mask", batch.get("attention_mask"))
+            own = batch.get(f"{TEACHER_PREFIX}attention_mask", batch.get("attention_mask"))
             mask = {} if own is None else {"attention_mask": own.to(states.device)}
             places = token_places(mask, counts.tolist(), states.shape[1], states.device)
             arrays[name] = states.flatten(0, 1)[places].half().cpu().numpy()

@@ -19,7 +19,7 @@ from forge.checkpoint.contents import Training, restore
 from forge.checkpoint.shards import Named
 from forge.cluster.signals import in_loader_worker
 from forge.config.schema import LossConfig
-from forge.data.batches import FILLER, Batch, for_the_loop, preparing
+from forge.data.batches import FILLER, Batch, with_positions, preparing
 from forge.data.stream import step_batches
 from forge.errors import Stopped, TrainingError
 from forge.losses.cross_entropy import count_labels
@@ -265,7 +265,7 @@ class LoopTrainer:
     def _any_batch(self) -> Batch:
         """One row on the device, to see the shapes that the models make of it."""
         row = next(iter(self.task.validation.values()))[0]
-        return send_to_device(for_the_loop(self.task.collate([row]), [0]), self.accelerator.device)
+        return send_to_device(with_positions(self.task.collate([row]), [0]), self.accelerator.device)
 
     def _build_batches(self) -> None:
         """The training rows in the order of the seed, this rank's share of each step."""
@@ -318,7 +318,7 @@ class LoopTrainer:
         self.total_steps = self.state.total_steps = steps
 
     def _note_position(self) -> None:
-        self.state.samples = self.batches.samples_at(self.state.step)
+        self.state.samples = self.batches.rows_at(self.state.step)
         self.state.epoch = self.batches.epochs_at(self.state.step)
 
     # Duties of the loop
