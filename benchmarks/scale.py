@@ -47,7 +47,7 @@ from forge.checkpoint.manifest import (
 )
 from forge.cluster.launch import free_port
 from forge.cluster.signals import StopRequest
-from forge.data.batches import epoch_steps, evaluation_batches, split_step
+from forge.data.batches import Share, epoch_steps, evaluation_batches, split_step
 from forge.ranks.agreement import StopVote, gather_values, on_rank_0
 from forge.run.directory import RunDirectory, find_runs
 from forge.run.files import open_to_others, sync_folder, write_json
@@ -259,7 +259,7 @@ def the_rows(args: argparse.Namespace, folder: Path) -> Rows:
     rows: Rows = [(f"an epoch of {ROWS:,} rows in steps of {rows_per_step:,}", took(epoch))]
     for micro_batches in (1, 8):
         rank = args.ranks - 1
-        part = took(lambda: split_step(step, args.ranks, micro_batches, rank))  # noqa: B023
+        part = took(lambda: split_step(step, Share(rank, args.ranks, micro_batches)))  # noqa: B023
         rows.append((f"a step's rows of one rank, {micro_batches} micro-batches", part))
     evaluation = took(lambda: evaluation_batches(lengths, everything, 32, args.ranks))
     return [*rows, (f"an evaluation of {ROWS:,} rows spread", evaluation)]

@@ -186,7 +186,7 @@ def test_metrics_read_every_row_once_and_survive_fillers(ocr_and_model: tuple[Oc
     ocr, model = ocr_and_model
     metrics = ocr.metrics("validation", model)
     batches = [[2, 0], [1], [FILLER]]
-    for batch in row_loader(ocr.validation["validation"], batches, ocr.collate, num_workers=0, pin_memory=False):
+    for batch in row_loader(ocr.validation["validation"], batches, ocr.collate):
         metrics.update({}, batch)
     values = metrics.compute()
     assert values["characters"] == sum(map(len, TEXTS[:3]))

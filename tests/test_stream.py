@@ -12,7 +12,7 @@ from conftest import write_rows
 from datasets import Dataset
 
 from forge.config.schema import DatasetConfig
-from forge.data.batches import FILLER, StepBatches
+from forge.data.batches import FILLER, Share, StepBatches
 from forge.data.rows import StreamedRows, load_stream
 from forge.data.stream import RowStream, StreamBatches, step_batches
 from forge.errors import TrainingError, UsageError
@@ -47,14 +47,9 @@ def stream(
     return StreamBatches(
         RowStream(keys.pop("rows", None) or Rows(), prepare, buffer, "demo, train"),
         collate,
-        **{
-            "rows_per_step": rows_per_step,
-            "rank": rank,
-            "ranks": ranks,
-            "micro_batches": micro_batches,
-            "seed": 3,
-            **keys,
-        },
+        rows_per_step,
+        Share(rank, ranks, micro_batches),
+        **{"seed": 3, **keys},
     )
 
 
@@ -166,11 +161,10 @@ def test_an_empty_stream_is_told_and_not_waited_for() -> None:
 
 
 def test_the_kind_of_rows_decides_between_the_two() -> None:
-    options: dict[str, Any] = {"rows_per_step": 2, "rank": 0, "ranks": 1, "micro_batches": 1, "seed": 0}
-    options |= {"group_by_length": True, "num_workers": 0, "pin_memory": False}
+    rows = Dataset.from_dict({"length": [1, 2]})
 
-    assert isinstance(step_batches(RowStream(Rows(), prepare), collate, **options), StreamBatches)
-    assert isinstance(step_batches(Dataset.from_dict({"length": [1, 2]}), collate, **options), StepBatches)
+    assert isinstance(step_batches(RowStream(Rows(), prepare), collate, 2, Share(), seed=0), StreamBatches)
+    assert isinstance(step_batches(rows, collate, 2, Share(), seed=0), StepBatches)
 
 
 def test_the_passes_are_those_of_the_step_on_every_rank_and_after_a_resume() -> None:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from forge.cluster.signals import in_loader_worker
-from forge.data.batches import FILLER, Batch, evaluated_rows, evaluation_batches, preparing, row_loader
+from forge.data.batches import FILLER, Batch, Loading, evaluated_rows, evaluation_batches, preparing, row_loader
 from forge.losses.cross_entropy import count_labels
 from forge.ranks.deepspeed import bare
 from forge.task.task import Sample, Task
@@ -80,9 +80,7 @@ def _evaluate_split(
         rows,
         batches,
         task.collate,
-        num_workers=num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init=in_loader_worker,
+        Loading(num_workers, accelerator.device.type == "cuda", in_loader_worker),
     )
     counted = task.metrics(split, bare(student).model)
     device = accelerator.device

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forge.cluster.signals import in_loader_worker
 from forge.config.schema import Config
-from forge.data.batches import TEACHER_PREFIX, Batch, preparing, row_loader, with_positions
+from forge.data.batches import TEACHER_PREFIX, Batch, Loading, preparing, row_loader, with_positions
 from forge.errors import TrainingError, UsageError
 from forge.losses.linear_kd_plain import head_logits
 from forge.model.load import LoadedModel
@@ -100,9 +100,7 @@ class Keeper:
                 rows,
                 batches,
                 self._task.collate,
-                num_workers=self._num_workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-                worker_init=in_loader_worker,
+                Loading(self._num_workers, self.accelerator.device.type == "cuda", in_loader_worker),
             )
         )
         trained_on = shard.split == TRAIN

@@ -19,7 +19,7 @@ from forge.checkpoint.contents import Training, restore
 from forge.checkpoint.shards import Named
 from forge.cluster.signals import in_loader_worker
 from forge.config.schema import LossConfig
-from forge.data.batches import FILLER, Batch, with_positions, preparing
+from forge.data.batches import FILLER, Batch, Loading, Share, preparing, with_positions
 from forge.data.stream import step_batches
 from forge.errors import Stopped, TrainingError
 from forge.losses.cross_entropy import count_labels
@@ -275,15 +275,11 @@ class LoopTrainer:
         self.batches = step_batches(
             task.train,
             task.collate,
-            rows_per_step=rows_per_step,
-            rank=accelerator.process_index,
-            ranks=accelerator.num_processes,
-            micro_batches=micro_batches,
+            rows_per_step,
+            Share(accelerator.process_index, accelerator.num_processes, micro_batches),
             seed=training.seed,
             group_by_length=training.length_grouping,
-            num_workers=self.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init=in_loader_worker,
+            loading=Loading(self.num_workers, accelerator.device.type == "cuda", in_loader_worker),
         )
         self.state.step_sizes = self.batches.step_sizes
         self._note_total()
