@@ -236,10 +236,8 @@ def test_a_broken_line_of_a_streamed_file_is_told_with_its_place(tmp_path: Path)
 
     with pytest.raises(UsageError) as refused:
         list(train)
-    sentence = (
-        rf"^{tmp_path}/train.jsonl cannot be read on after \d{{5}} rows \(ArrowInvalid: JSON parse error.*\); check"
-    )
-    assert re.match(sentence, str(refused.value)), refused.value
+    place = rf"{tmp_path}/train.jsonl failed after \d{{5}} rows \(ArrowInvalid: JSON parse error"
+    assert re.search(place, str(refused.value)), refused.value
 
 
 def test_a_network_that_breaks_off_is_told_and_may_be_resumed() -> None:
@@ -251,7 +249,5 @@ def test_a_network_that_breaks_off_is_told_and_may_be_resumed() -> None:
     assert next(read) == {"id": 0}
     with pytest.raises(TrainingError) as broken:
         next(read)
-    assert str(broken.value) == (
-        "some/texts, train cannot be read on after 1 rows (ConnectionError: no route to the hub); resume once it can "
-        "be read again"
-    )
+    assert "some/texts, train failed after 1 rows (ConnectionError: no route to the hub)" in str(broken.value)
+    assert "resume" in str(broken.value)

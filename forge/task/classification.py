@@ -22,8 +22,8 @@ from transformers import (
 
 from forge.config.schema import ClassificationTask, Config, ModelConfig, TrainingConfig
 from forge.data.batches import TEACHER_PREFIX, Batch
-from forge.data.fingerprints import source_hash, tokenizer_hash
-from forge.data.rows import describe, fingerprint, load_rows
+from forge.data.fingerprints import rows_hash, source_hash, tokenizer_hash
+from forge.data.rows import describe, load_rows
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.classifier import load_classifier
@@ -231,7 +231,7 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
         max_length=config.max_length,
         train=tokenized.pop("train"),
         validation=tokenized,
-        fingerprint=hashlib.sha256(f"{fingerprint(splits)} {backend}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(f"{rows_hash(splits)} {backend}".encode()).hexdigest(),
         truncated=truncated,
         description=describe(config.dataset),
         texts=splits,

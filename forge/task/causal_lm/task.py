@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from forge.config.schema import CausalLmTask, Config, EvaluationConfig, ModelConfig, TrainingConfig
 from forge.data.batches import Batch, evaluated_rows
-from forge.data.fingerprints import text_hash, tokenizer_hash
+from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
 from forge.data.packing import check_packing, collate_packed, pack, shifted_labels
-from forge.data.rows import describe, fingerprint, load_rows, load_stream
+from forge.data.rows import describe, load_rows, load_stream
 from forge.data.stream import RowStream
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
@@ -379,7 +379,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, encoded: dict[str, Dataset]) -> li
 def _fingerprint(encoder: Encoder, splits: dict[str, Dataset], stream: str) -> str:
     """Of the columns that are read, of the template, which a file may bring, and of the tokenizer; of a stream a name
     must do."""
-    rows = fingerprint({split: rows.select_columns(list(encoder.form.columns)) for split, rows in splits.items()})
+    rows = rows_hash({split: rows.select_columns(list(encoder.form.columns)) for split, rows in splits.items()})
     template = encoder.template.text if encoder.template else ""
     return hashlib.sha256(f"{rows} {template} {stream} {tokenizer_hash(encoder.tokenizer)}".encode()).hexdigest()
 

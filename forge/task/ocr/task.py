@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
 from forge.data.batches import FILLER, Batch, model_inputs
-from forge.data.fingerprints import text_hash, tokenizer_hash
-from forge.data.rows import describe, fingerprint, load_rows, row_numbers
+from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
+from forge.data.rows import describe, load_rows, row_numbers
 from forge.errors import UsageError
 from forge.model.generation import write
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source, scratch_config
@@ -289,7 +289,7 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
 
 
 def _fingerprint(read: dict[str, Dataset], reader: LineReader | ImageChat) -> str:
-    parts = f"{fingerprint(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}"
+    parts = f"{rows_hash(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}"
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
