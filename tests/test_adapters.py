@@ -19,7 +19,7 @@ from forge.model.adapter import adapter_tensors, is_adapted
 from forge.model.classifier import load_classifier
 from forge.model.load import LoadedModel, ReadWeights, processing_source, read_checkpoint
 from forge.model.lora import with_lora
-from forge.model.origin import Weights, hash_of_files, hashed, weight_files
+from forge.model.origin import WeightFiles, hash_of_files, hashed, weight_files
 from forge.model.source import (
     ModelSource,
     load_model_config,
@@ -147,7 +147,7 @@ def test_a_base_whose_weights_have_changed_is_refused_unless_it_is_asked_for(
     source = model_source(ModelConfig(path=str(adapter)), "model")
     then = origin_of(source, "model").base.sha256
     write_llama(base, seed=5)
-    now = hashed(Weights("b", str(base))).sha256
+    now = hashed(WeightFiles("b", str(base))).sha256
     assert then != now
     with pytest.raises(UsageError) as error:
         origin_of(source, "model")
@@ -314,7 +314,7 @@ def test_of_a_stack_the_newest_folder_that_has_a_part_gives_it(tmp_path: Path) -
     (old / "tokenizer.json").touch()
     (old / "config.json").touch()
     (new / "config.json").touch()
-    adapters = tuple(Weights(folder.name, str(folder)) for folder in (old, new, bare))
+    adapters = tuple(WeightFiles(folder.name, str(folder)) for folder in (old, new, bare))
     source = ModelSource("m", str(tmp_path), adapters=adapters)
     assert source.place_of("config.json").location == str(new)
     assert source.place_of("tokenizer").location == str(old)

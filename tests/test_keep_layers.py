@@ -39,7 +39,7 @@ from forge.model.adapter import TIED_BELOW
 from forge.model.classifier import load_classifier
 from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.load import LoadedModel, load_own_tokenizer, load_whole
-from forge.model.trained import AllWeights
+from forge.model.weights import AllWeights
 from forge.report.model_card import _layers
 from forge.run.files import read_json
 

@@ -36,13 +36,13 @@ def is_adapted(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def put_on(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Puts a new adapter on the model; only that is trained from now on. Returns peft's handle on it."""
     with _quiet():
         return cast(PeftModel, get_peft_model(cast(Any, model), config))
 
 
-def put_on_trained(
+def load_adapter(
     model: PreTrainedModel, folder: Path, key: str, *, trainable: bool = False
 ) -> tuple[PeftModel, set[str]]:
     """Puts the adapter of a folder on the model; tells which parameters it holds in full, by the bare model's names.
@@ -54,7 +54,7 @@ def put_on_trained(
     fits = f"{key}: the adapter {folder} does not fit {type(model).__name__} of {model.config.name_or_path}"
     advice = f"it was trained on another model, which {key.split('.')[0]}.base can name"
     try:
-        adapter = put_on(model, config)
+        adapter = attach(model, config)
         strange = load_adapter_tensors(model, tensors)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"{fits} ({_first_line(error)}); {advice}") from error

@@ -6,7 +6,7 @@ from typing import Any
 
 from forge.config.placing import config_name
 from forge.errors import UsageError
-from forge.model.origin import Origin, Weights
+from forge.model.origin import Origin, WeightFiles
 from forge.run.directory import RunDirectory
 from forge.run.files import read_json
 from forge.run.state import TrainingState
@@ -31,7 +31,7 @@ def lineage(origin: Origin | None, role: str = "model") -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _line_of(role: str, weights: Weights) -> list[dict[str, Any]]:
+def _line_of(role: str, weights: WeightFiles) -> list[dict[str, Any]]:
     """The ancestors of the run that holds these weights, and the run itself."""
     folder = Path(weights.location)
     run = _run_above(folder) if folder.is_absolute() else None  # a hub id is no place here

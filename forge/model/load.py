@@ -12,15 +12,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
-from forge.model.adapter import is_adapted, is_untied, merge, put_on_trained
+from forge.model.adapter import is_adapted, is_untied, load_adapter, merge
 from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, find_model, load_model_config, load_tokenizer, model_source, not_found
 
 logger = logging.getLogger(__name__)
+
+AutoModelClass = type[_BaseAutoModelClass]  # the class of transformers that loads a kind of model
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,12 @@ def not_pooler(names: Iterable[str]) -> list[str]:
 
 
 def load_whole(
-    auto_model: Any, config: ModelConfig, key: str, what: str, scratch: PreTrainedConfig | None, may_lack: str = ""
+    auto_model: AutoModelClass,
+    config: ModelConfig,
+    key: str,
+    what: str,
+    scratch: PreTrainedConfig | None,
+    may_lack: str = "",
 ) -> LoadedModel:
     """The model of the config's section `key`: new, as `scratch` says, or of a checkpoint that has all its weights.
 
@@ -122,7 +130,9 @@ def processing_source(config: ModelConfig, key: str = "model") -> tuple[ModelSou
     return model_source(config, key), f"{key}.path"
 
 
-def read_checkpoint(auto_model: Any, source: ModelSource, config: PreTrainedConfig, key: str, what: str) -> ReadWeights:
+def read_checkpoint(
+    auto_model: AutoModelClass, source: ModelSource, config: PreTrainedConfig, key: str, what: str
+) -> ReadWeights:
     """The model of `config` with the weights of `source`, in float32, its adapters merged into it, the newest put on it
     if that is to be trained. Raises UsageError where there are no such weights, or an adapter does not fit them."""
     options = _in_4bit(source, key) if source.in_4bit else {}
@@ -157,7 +167,7 @@ def refuse_missing(source: ModelSource, model: PreTrainedModel, missing: list[st
         )
 
 
-def build_model(auto_model: Any, config: PreTrainedConfig, key: str) -> PreTrainedModel:
+def build_model(auto_model: AutoModelClass, config: PreTrainedConfig, key: str) -> PreTrainedModel:
     """A model with new weights, in float32. Raises UsageError for a config that no model can be built from."""
     try:
         model = auto_model.from_config(config)
@@ -224,7 +234,7 @@ def _with_adapters(model: PreTrainedModel, source: ModelSource, key: str) -> set
     given: set[str] = set()
     for adapter in source.adapters:
         trained = source.continues and adapter is source.adapters[-1]
-        handle, in_full = put_on_trained(model, Path(adapter.location), f"{key}.path", trainable=trained)
+        handle, in_full = load_adapter(model, Path(adapter.location), f"{key}.path", trainable=trained)
         given |= in_full
         if not trained:
             merge(handle)

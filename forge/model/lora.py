@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forge.config.schema import LoraConfig, ModelConfig
 from forge.errors import UsageError
-from forge.model.adapter import adapter_config, is_adapted, put_on
+from forge.model.adapter import adapter_config, attach, is_adapted
 from forge.model.load import LoadedModel, not_pooler
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def with_lora(loaded: LoadedModel, config: ModelConfig, seed: int, key: str = "m
         raise UsageError(f"{key}.lora.target leaves no module to adapt: all of them are trained in full")
     _refuse_running_statistics(model, saved, key)
     set_seed(seed)
-    put_on(model, _peft_config(config.lora, targets, saved))
+    attach(model, _peft_config(config.lora, targets, saved))
     return replace(loaded, adapter=_facts(model, None))
 
 

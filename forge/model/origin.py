@@ -29,7 +29,7 @@ READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFiles:
     """One folder with weights, or one model of the hub."""
 
     name: str  # as a config had it
@@ -52,8 +52,8 @@ class Weights:
 class Origin:
     """What a model starts from, and what base.json tells of an adapter: merge these in order and the adapter fits."""
 
-    base: Weights
-    adapters: tuple[Weights, ...] = ()  # merged into the base one after the other, the oldest first
+    base: WeightFiles
+    adapters: tuple[WeightFiles, ...] = ()  # merged into the base one after the other, the oldest first
 
     @property
     def weights_sha256(self) -> str | None:
@@ -79,7 +79,7 @@ class Origin:
         try:
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']} instead of {FORMAT}")
-            return cls(Weights.of(values["base"]), tuple(Weights.of(adapter) for adapter in values["adapters"]))
+            return cls(WeightFiles.of(values["base"]), tuple(WeightFiles.of(adapter) for adapter in values["adapters"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{file} is not as forge writes it ({error}); restore it, or name model.base") from error
 
@@ -92,7 +92,7 @@ def read_file(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is broken; restore it, or name another adapter or model") from error
 
 
-def hashed(weights: Weights) -> Weights:
+def hashed(weights: WeightFiles) -> WeightFiles:
     """With the commit and the hash of its files. Reads every byte of a local folder; the hub's cache knows its own."""
     folder = Path(weights.location)
     commit = None

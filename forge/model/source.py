@@ -20,7 +20,7 @@ from transformers import (
 
 from forge.config.schema import Config, ModelConfig
 from forge.errors import UsageError
-from forge.model.origin import ADAPTER_CONFIG, BASE_FILE, Origin, Weights, hashed, read_file, short
+from forge.model.origin import ADAPTER_CONFIG, BASE_FILE, Origin, WeightFiles, hashed, read_file, short
 from forge.run.directory import find_run, find_runs, valid_run_name
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class ModelSource:
     name: str  # as the config has it; of an adapter, where there is one
     location: str  # a local folder, or a hub id; of the base where there are adapters
     revision: str | None = None
-    adapters: tuple[Weights, ...] = ()  # to be put on one after the other; locations are folders
+    adapters: tuple[WeightFiles, ...] = ()  # to be put on one after the other; locations are folders
     recorded: Origin | None = None  # what the newest adapter was trained on, as its base.json has it
     base: str | None = None  # what the base is called; None: name
     base_is_given: bool = False  # by model.base: the user knows better than the record
@@ -136,7 +136,7 @@ def _folder(name: str, key: str) -> Path | None:
 
 def _with_base(name: str, folder: Path, key: str, base: str | None) -> ModelSource:
     """The base of the adapter in `folder`, with the adapters that lie between the two."""
-    adapter = Weights(name, str(folder))
+    adapter = WeightFiles(name, str(folder))
     section = key.split(".")[0]
     if not (folder / BASE_FILE).is_file():
         below = _base_of_strangers_adapter(name, folder, key, base)
@@ -157,7 +157,7 @@ def _with_base(name: str, folder: Path, key: str, base: str | None) -> ModelSour
     )
 
 
-def _chain(recorded: Origin, what: str, section: str) -> tuple[Weights, ...]:
+def _chain(recorded: Origin, what: str, section: str) -> tuple[WeightFiles, ...]:
     """The adapters that an adapter was trained on, where they lie now."""
     return tuple(replace(item, location=_placed(item, what, section)[0]) for item in recorded.adapters)
 
@@ -177,7 +177,7 @@ def _base_of_strangers_adapter(name: str, folder: Path, key: str, base: str | No
         raise UsageError(f"{error}; {section}.base names it where it lies elsewhere") from None
 
 
-def _placed(weights: Weights, what: str, section: str) -> tuple[str, str | None]:
+def _placed(weights: WeightFiles, what: str, section: str) -> tuple[str, str | None]:
     """Where weights of a record lie now: location and revision. Raises UsageError where they do not."""
     if Path(weights.location).is_dir():
         return weights.location, None
@@ -211,7 +211,7 @@ def _with_adapter(source: ModelSource, config: ModelConfig, key: str) -> ModelSo
     return replace(
         source,
         base=source.base or source.name,
-        adapters=(*below, Weights(config.adapter, str(folder))),
+        adapters=(*below, WeightFiles(config.adapter, str(folder))),
         recorded=recorded,
     )
 
@@ -231,7 +231,7 @@ def origin_of(source: ModelSource, key: str) -> Origin:
 
     Raises UsageError where the newest adapter was trained on others, and where one adapter would be applied twice.
     """
-    base = hashed(Weights(source.base or source.name, source.location, source.revision))
+    base = hashed(WeightFiles(source.base or source.name, source.location, source.revision))
     origin = Origin(base, tuple(hashed(adapter) for adapter in source.adapters))
     for number, adapter in enumerate(origin.adapters):
         if adapter.sha256 is not None and adapter.sha256 in [other.sha256 for other in origin.adapters[:number]]:
