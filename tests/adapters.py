@@ -65,7 +65,7 @@ def write_adapter(
     """
     attach(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **settings}))
     train(model, seed)
-    parts = [hashed(WeightFiles(str(path), str(path))) for path in (base, *below)]
+    parts = [hashed(WeightFiles(name=str(path), location=str(path))) for path in (base, *below)]
     AdapterWeights(model, Origin(parts[0], tuple(parts[1:]))).export(folder, ExportConfig())
     return logits(model)
 

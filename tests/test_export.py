@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import forge.model.export as exports
 from forge.config.schema import ExportConfig, ModelConfig
 from forge.errors import TrainingError
-from forge.model.adapter import attach, config_below, untie
+from forge.model.adapter import attach, config_of_base, untie
 from forge.model.export import Merge, MergeProof, export_merged, export_model, push_to_hub
 from forge.model.load import LoadedModel, read_checkpoint
 from forge.model.origin import Origin, WeightFiles, hashed
@@ -35,7 +35,10 @@ def merged(
     auto: Any = AutoModelForCausalLM,
     counted: torch.Tensor | None = None,
 ) -> Merge:
-    origin = Origin(hashed(WeightFiles("base", str(base))), tuple(WeightFiles(path.name, str(path)) for path in below))
+    origin = Origin(
+        hashed(WeightFiles(name="base", location=str(base))),
+        tuple(WeightFiles(name=path.name, location=str(path)) for path in below),
+    )
     return export_merged(adapter, origin, trained, dtype, MergeProof(auto, {"input_ids": IDS}, counted))
 
 
@@ -134,7 +137,7 @@ def test_parting_shared_weights_is_said_in_the_config_and_remembered(tmp_path: P
     assert model.lm_head.base_layer.weight is not model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is False
     untie(model)  # a second adapter's merge: what the base's files hold is still known
-    assert config_below(model).tie_word_embeddings is True
+    assert config_of_base(model).tie_word_embeddings is True
 
 
 def on_it(adapter: Path) -> LoadedModel:
@@ -311,7 +314,7 @@ def test_the_very_commit_of_a_hub_model_is_pinned(tmp_path: Path, monkeypatch: p
     base = write_llama(tmp_path / "base")
     model = llama(base)
     write_adapter(model, base, tmp_path / "adapter")
-    below = Origin(WeightFiles("org/m", "org/m", revision="main", commit="c" * 40))
+    below = Origin(WeightFiles(name="org/m", location="org/m", revision="main", commit="c" * 40))
     assert json.loads(AdapterWeights(model, below).texts()["adapter_config.json"])["revision"] == "c" * 40
 
     read = []

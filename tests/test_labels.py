@@ -3,7 +3,7 @@
 import pytest
 
 from forge.errors import UsageError
-from forge.model.labels import align, named_labels
+from forge.model.classifier import align, named_labels
 
 
 def test_the_order_of_the_model_is_found_by_name_whatever_the_case() -> None:

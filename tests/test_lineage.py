@@ -13,8 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from forge.config.loader import load_config
-from forge.model.lineage import lineage
-from forge.model.origin import Origin, WeightFiles, hash_of_files, weight_files
+from forge.model.origin import Origin, WeightFiles, hash_of_files, lineage, weight_files
 from forge.run.files import read_json
 from forge.run.state import TrainingState
 
@@ -237,13 +236,13 @@ def test_a_folder_that_no_run_made_has_no_line(
 ) -> None:
     monkeypatch.chdir(runs.full)  # a hub id is no folder, wherever forge is started
     assert lineage(None) == []
-    assert lineage(Origin(WeightFiles("m", str(tiny_model)))) == []
-    assert lineage(Origin(WeightFiles("org/name", "org/name"))) == []
+    assert lineage(Origin(WeightFiles(name="m", location=str(tiny_model)))) == []
+    assert lineage(Origin(WeightFiles(name="org/name", location="org/name"))) == []
 
 
 def test_a_checkpoint_counts_its_own_steps(runs: SimpleNamespace) -> None:
     folder = runs.full / "checkpoint-1"
-    (own,) = lineage(Origin(WeightFiles("c", str(folder), sha256="ab")), role="teacher")
+    (own,) = lineage(Origin(WeightFiles(name="c", location=str(folder), sha256="ab")), role="teacher")
     assert (own["role"], own["steps"], own["weights_sha256"]) == ("teacher", 1, "ab")
-    (own,) = lineage(Origin(WeightFiles("m", str(runs.full / "final" / "merged"))))
+    (own,) = lineage(Origin(WeightFiles(name="m", location=str(runs.full / "final" / "merged"))))
     assert own["steps"] == 2

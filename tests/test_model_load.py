@@ -132,7 +132,7 @@ def test_what_cannot_fit_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_config(small).save_pretrained(tmp_path / "small")
     with pytest.raises(UsageError, match="the tokenizer has 20 tokens"):
         load(tiny_model, path=str(tmp_path / "small"), new_head=True)
-    with pytest.raises(UsageError, match=r"task\.max_length is 65, and the model has 64 positions"):
+    with pytest.raises(UsageError, match=r"task\.max_length is 65, .* 64 positions"):
         check_fits(load(tiny_model).model, 65, TrainingConfig())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"model\.path: the folder .*empty has no usable config"):

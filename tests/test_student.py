@@ -105,7 +105,7 @@ def test_a_head_that_is_more_than_a_matrix_is_not_fused() -> None:
     odd = build(CONFIGS["gemma 2 with a softcap"])
     original = odd.forward
     odd.forward = lambda **inputs: _doubled(original(**inputs))
-    assert find_head(odd, {}) == "Gemma2ForCausalLM does more to its logits than forge knows of"
+    assert str(find_head(odd, {})).startswith("Gemma2ForCausalLM ")
 
 
 def _doubled(output):  # type: ignore[no-untyped-def]

@@ -207,7 +207,7 @@ class Task:
     train, validation = (), {}  # type: ignore[var-annotated]
 
 
-ORIGIN = Origin(WeightFiles("t", "/t", sha256="a" * 64))
+ORIGIN = Origin(WeightFiles(name="t", location="/t", sha256="a" * 64))
 METRICS = {"matched/loss": 0.5, "matched/perplexity": math.inf, "matched/samples": 13}
 
 
@@ -248,7 +248,7 @@ def test_numbers_are_evaluated_once_for_each_key(
     assert [ask(), ask(), ask(compute=None)] == [METRICS] * 3
     assert len(calls) == 1
     assert caplog.text.count("the teacher's numbers are those of the run a (20") == 2
-    assert ask(Origin(WeightFiles("t", "/t", sha256="b" * 64))) == METRICS
+    assert ask(Origin(WeightFiles(name="t", location="/t", sha256="b" * 64))) == METRICS
     assert ask(None) == METRICS  # a teacher whose files are not known is evaluated each time
     assert len(calls) == 3
     assert len(list((tmp_path / "outputs" / ".teachers").iterdir())) == 2

@@ -310,7 +310,7 @@ def test_a_run_with_such_a_teacher_has_the_rows_of_any_other_and_a_content_key_o
     before = load_task(plain)
     task = for_teacher(config, before)
     assert task.fingerprint == before.fingerprint
-    origin = Origin(WeightFiles("t", str(stranger), sha256="w"))
+    origin = Origin(WeightFiles(name="t", location=str(stranger), sha256="w"))
     assert content_key(config, task, origin, "float32") != content_key(config, before, origin, "float32")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from forge.errors import TrainingError
-from forge.model.adapter import config_below, load_adapter, merge
+from forge.model.adapter import config_of_base, load_adapter, merge
 from forge.model.load import AutoModelClass, not_pooler, read_checkpoint
 from forge.model.origin import Origin
 from forge.model.source import ModelSource
@@ -77,13 +77,13 @@ def export_model(model: PreTrainedModel, folder: Path, dtype: str, state: dict[s
     _record_dtype(folder / MODEL_CONFIG, dtype)
 
 
-def export_merged(adapter: Path, below: Origin, trained: PreTrainedModel, dtype: str, proof: MergeProof) -> Merge:
+def export_merged(adapter: Path, base: Origin, trained: PreTrainedModel, dtype: str, proof: MergeProof) -> Merge:
     """Merge the adapter in the folder `adapter` into its base, and write the whole model to `merged` within it.
 
     The base is read from its own files again, on the CPU, and the result is compared with the trained model.
 
     Args:
-        below: the files that the adapter was trained on.
+        base: the files that the adapter was trained on.
         trained: the model at the end of training, with its adapter.
 
     Raises:
@@ -94,7 +94,7 @@ def export_merged(adapter: Path, below: Origin, trained: PreTrainedModel, dtype:
         return model_logits(model, proof)
 
     folder = adapter / MERGED
-    handle = _unmerged(adapter, below, trained, proof.auto_model)
+    handle = _unmerged(adapter, base, trained, proof.auto_model)
     model = cast(PreTrainedModel, handle.get_base_model())
     if not getattr(trained, "is_quantized", False):  # 4 bits are far from the base's own weights
         expected = logits(trained) if proof.trained_logits is None else proof.trained_logits
@@ -172,13 +172,13 @@ def push_to_hub(folder: Path, name: str, api: HfApi | None = None) -> bool:
     return True
 
 
-def _unmerged(adapter: Path, below: Origin, trained: PreTrainedModel, auto_model: AutoModelClass) -> PeftModel:
+def _unmerged(adapter: Path, origin: Origin, trained: PreTrainedModel, auto_model: AutoModelClass) -> PeftModel:
     """Read what was trained from its files, in float32 on the CPU: base, adapters merged before, and this adapter."""
-    config = config_below(trained)
+    config = config_of_base(trained)
     if hasattr(config, "quantization_config"):  # QLoRA: its base is merged with the weights that its files hold
         del config.quantization_config
-    base = below.base
-    source = ModelSource(base.name, base.location, base.commit or base.revision, below.adapters, base=base.name)
+    base = origin.base
+    source = ModelSource(base.name, base.location, base.commit or base.revision, origin.adapters, base=base.name)
     read = read_checkpoint(auto_model, source, config, "model", "weights of the base")
     handle, in_full = load_adapter(read.model, adapter, "model.path")
     if missing := sorted({*not_pooler(read.missing)} - in_full):

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from forge.config.schema import ExportConfig
-from forge.model.adapter import adapter_config_text, adapter_tensors, config_below, is_adapted, load_adapter_tensors
+from forge.model.adapter import adapter_config_text, adapter_tensors, config_of_base, is_adapted, load_adapter_tensors
 from forge.model.export import MODEL_CONFIG, Merge, MergeProof, export_merged, export_model
 from forge.model.origin import ADAPTER_CONFIG, BASE_FILE, Origin
 
@@ -101,10 +101,10 @@ class AdapterWeights(TrainedWeights):
 
     file = "adapter_model.safetensors"
 
-    def __init__(self, model: PreTrainedModel, below: Origin):
+    def __init__(self, model: PreTrainedModel, base: Origin):
         super().__init__(model)
-        self.below = below
-        self.base = below.weights_sha256 or "unknown"
+        self.base_origin = base
+        self.base = base.weights_sha256 or "unknown"
 
     def tensors(self) -> dict[str, Tensor]:
         return adapter_tensors(self.model)
@@ -118,11 +118,11 @@ class AdapterWeights(TrainedWeights):
 
     def texts(self) -> dict[str, str]:
         """Return peft's config, forge's record of the base, and the config that the base is loaded with."""
-        base = self.below.base
+        base = self.base_origin.base
         return {
             ADAPTER_CONFIG: adapter_config_text(self.model, base.location, base.commit or base.revision),
-            BASE_FILE: self.below.text(),
-            MODEL_CONFIG: config_below(self.model).to_json_string(),
+            BASE_FILE: self.base_origin.text(),
+            MODEL_CONFIG: config_of_base(self.model).to_json_string(),
         }
 
     def export_dtype(self, settings: ExportConfig) -> str:
@@ -151,15 +151,15 @@ class AdapterWeights(TrainedWeights):
         if not self.merges(settings):
             return None
         assert proof is not None
-        return export_merged(folder, self.below, self.model, settings.dtype, proof)
+        return export_merged(folder, self.base_origin, self.model, settings.dtype, proof)
 
 
-def trained_weights(model: PreTrainedModel, below: Origin | None) -> TrainedWeights:
-    """Return the weights of `model` that are trained; below: what its adapter is trained on, if it has one."""
+def trained_weights(model: PreTrainedModel, base: Origin | None) -> TrainedWeights:
+    """Return the weights of `model` that are trained; base: what its adapter is trained on, if it has one."""
     if not is_adapted(model):
         return AllWeights(model)
-    assert below is not None  # an adapter needs a model that can be found again
-    return AdapterWeights(model, below)
+    assert base is not None  # an adapter needs a model that can be found again
+    return AdapterWeights(model, base)
 
 
 def _aliases(tensors: dict[str, Tensor]) -> dict[str, str]:

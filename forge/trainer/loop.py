@@ -225,7 +225,7 @@ class LoopTrainer:
         student = self._build_student(model)
         if training.compile and isinstance(self.teacher, ModelTeacher):
             compile_layers(self.teacher.model)
-        self.weights = trained_weights(model, loaded.below)
+        self.weights = trained_weights(model, loaded.base_origin)
         optimizer = build_optimizer(student, training)
         named = Named.of(self.weights.tensors(), model, student.projections, optimizer)
         unrounded = weights_to_round(accelerator, named.trained.values())
