@@ -215,10 +215,8 @@ def test_numbers_of_other_rows_are_refused(options: dict[str, Any], sentence: st
     b = write_run(tmp_path / "b", **{"final": of(accuracy=0.8), "seed": 2, **options})
     with pytest.raises(UsageError) as error:
         compare_runs([a, b])
-    assert str(error.value) == (
-        f"{a.path} and {b.path} cannot stand in one table, since their numbers are about other rows: {sentence} "
-        f"compare runs on the same data with the same evaluation"
-    )
+    assert str(error.value).startswith(f"{a.path} and {b.path} ")
+    assert f": {sentence} " in str(error.value)
 
 
 def test_incomplete_runs_are_named_with_their_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,10 +225,9 @@ def test_incomplete_runs_are_named_with_their_stages(tmp_path: Path, capsys: pyt
     b = write_run(tmp_path / "b", state=at)
     early = write_run(tmp_path / "c", state={"stage": "setup", "pipeline_complete": False, "step": 0, "total_steps": 0})
     assert main(["compare", "a", "b", "c", "--output_root", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == (
-        f"error: only complete runs can be compared, and these are not: {b.path} (training, step 40/100), "
-        f"{early.path} (setup, step 0/?); go on with `forge resume RUN`, or leave them out\n"
-    )
+    printed = capsys.readouterr().err
+    assert f": {b.path} (training, step 40/100), {early.path} (setup, step 0/?);" in printed
+    assert "`forge resume RUN`" in printed
     assert main(["compare", "a", "b", "--output_root", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith("or leave it out\n")
 
@@ -243,7 +240,7 @@ def test_a_run_without_a_final_evaluation_is_refused(tmp_path: Path) -> None:
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
     a, b = (write_run(tmp_path / name, of(accuracy=0.8), seed=7) for name in "ab")
-    with pytest.raises(UsageError, match=r"a and .*b have the same config and the same seed, 7: they do not count as"):
+    with pytest.raises(UsageError, match=r"a and .*b have the same config and the same seed \(7\)"):
         compare_runs([a, b])
     again = RunDirectory(tmp_path / "b" / ".." / "a")
     assert compare_runs([a, again]).groups[0].seeds == [7]  # one run under two names
@@ -290,7 +287,7 @@ def test_the_later_group_minus_the_earlier_where_none_is_a_control(tmp_path: Pat
     found = compare_runs([*slow, *fast]).paired[1]
     assert (found.metric, found.difference.mean) == (ACCURACY, pytest.approx(0.1))
     assert found.difference.half_width is None
-    assert "+0.1000 (seed 1 alone)" in printed(compare_runs([*slow, *fast]))
+    assert "+0.1000 (seed 1 only)" in printed(compare_runs([*slow, *fast]))
 
 
 def test_no_difference_of_groups_that_share_no_seed_or_are_three(tmp_path: Path) -> None:
@@ -311,12 +308,12 @@ def test_a_control_of_as_many_steps_is_a_twin_however_they_were_asked_for(tmp_pa
     other = write_run(tmp_path / "short", of(loss=0.9), settings={"training.max_steps": 50})
     comparison = compare_runs([kd, sft, other])
     assert labels(comparison)[:2] == ["distillation.alpha 0.9, training.max_steps 70", "gap closed"]
-    assert line_of(comparison, "gap closed").of == (0, 1)
+    assert line_of(comparison, "gap closed").groups == (0, 1)
     assert comparison.groups[1].differs == {"distillation.alpha": 0.0, "training.max_steps": 70}
     assert not [note for note in comparison.notes if "control" in note.split(":")[0]]
     assert not [note for note in comparison.notes if "differs" in note]
     again = write_run(tmp_path / "again", of(loss=0.6), settings=by_epochs, state=taken)
-    with pytest.raises(UsageError, match="the same config and the same seed, 1"):
+    with pytest.raises(UsageError, match=r"the same config and the same seed \(1\)"):
         compare_runs([sft, again])
 
 
@@ -388,7 +385,7 @@ def test_students_that_began_alike_have_one_line_before(tmp_path: Path) -> None:
             )
     comparison = compare_runs(runs)
     line = line_of(comparison, "untrained")
-    assert line.of == (0, 1)
+    assert line.groups == (0, 1)
     assert line.cells[ACCURACY].values == {1: 0.31, 2: 0.32}
     assert line.cells["validation/agreement"].mean == pytest.approx(0.265)
     assert line.cells[ACCURACY].half_width == pytest.approx(12.706205 * 0.005, rel=1e-5)
@@ -437,7 +434,7 @@ def test_agreement_kl_and_ece_stand_beside_the_headline_where_they_exist(tmp_pat
     comparison = compare_runs(runs)
     first = [f"validation/{name}" for name in ("loss", "accuracy", "agreement", "kl", "ece")]
     assert comparison.metrics == [*first, "hard/loss", "hard/accuracy", "hard/ece"]
-    assert "distillation.alpha 0.9: not every seed has validation/agreement, validation/kl" in comparison.notes
+    assert "distillation.alpha 0.9: some seeds lack validation/agreement, validation/kl" in comparison.notes
     assert [item.metric for item in comparison.paired] == [*first[:2], "hard/loss", "hard/accuracy"]
 
 
@@ -480,7 +477,7 @@ def test_a_mixture_of_machines_is_told(tmp_path: Path) -> None:
         write_run(tmp_path / "a", of(accuracy=0.8)),
         write_run(tmp_path / "b", of(accuracy=0.8), seed=2, world={"device": "cuda", "ranks": 2}),
     ]
-    assert "quickstart/sft: the time per step is of runs on different devices or numbers of ranks" in (
+    assert "quickstart/sft: the time per step is from runs on different devices or numbers of ranks" in (
         compare_runs(runs).notes
     )
 
@@ -559,15 +556,15 @@ def test_markdown(tmp_path: Path) -> None:
 | teacher | - | 0.9000 |
 
 - distillation.alpha 0.9 minus distillation.alpha 0.0, seed by seed:
-  - validation/accuracy: +0.0500 (seed 1 alone)
+  - validation/accuracy: +0.0500 (seed 1 only)
 - one seed, so no interval; a difference between single runs may be chance
-- gap closed: (distilled - control) / (teacher - control), of the means; - where the teacher is not better than the \
+- gap closed: (distilled - control) / (teacher - control), from the means; - if the teacher is not better than the \
 control
 """
     )
-    turned = comparison_markdown(compare_runs([*sft, *kd], ["accuracy"]), 38).splitlines()
-    assert turned[0] == "|  | distillation.alpha 0.0 | distillation.alpha 0.9 | gap closed | teacher |"
-    assert turned[3] == "| validation/accuracy | 0.8000 | 0.8500 | 50 % | 0.9000 |"
+    transposed = comparison_markdown(compare_runs([*sft, *kd], ["accuracy"]), 38).splitlines()
+    assert transposed[0] == "|  | distillation.alpha 0.0 | distillation.alpha 0.9 | gap closed | teacher |"
+    assert transposed[3] == "| validation/accuracy | 0.8000 | 0.8500 | 50 % | 0.9000 |"
 
 
 def test_json_holds_every_number_of_every_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
