@@ -353,7 +353,7 @@ def test_an_adapter_is_trained_on(adapter: Path, expected: torch.Tensor) -> None
 def test_what_is_no_adapter_cannot_be_trained_on_or_have_a_base(base: Path, adapter: Path) -> None:
     with pytest.raises(UsageError, match=r"model.continue_adapter is true, but .* not an adapter"):
         model_source(ModelConfig(path=str(base), continue_adapter=True), "model")
-    with pytest.raises(UsageError, match="model.base is .*not an adapter; remove model.base"):
+    with pytest.raises(UsageError, match=r"model.base is .*not an adapter; remove model.base"):
         model_source(ModelConfig(path=str(base), base=str(base)), "model")
     with pytest.raises(UsageError, match=r"has no adapter_config.json; name a LoRA adapter"):
         model_source(ModelConfig(path=str(base), adapter=str(base)), "model")
@@ -371,7 +371,7 @@ def test_an_adapter_for_another_architecture_is_one_sentence(adapter: Path, tiny
         read(path=str(fewer), adapter=str(adapter))
 
     source = model_source(ModelConfig(path=str(tiny_model), adapter=str(adapter)), "model")
-    with pytest.raises(UsageError, match="trained on a llama model, .* a bert"):
+    with pytest.raises(UsageError, match=r"trained on a llama model, .* a bert"):
         load_model_config(source, "model.path")
     (adapter / "config.json").unlink()
     bare = model_source(ModelConfig(path=str(tiny_model), adapter=str(adapter)), "model")
@@ -392,7 +392,7 @@ def test_other_kinds_of_adapters_are_refused(base: Path, tmp_path: Path) -> None
         llama(base), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     )
     strange.save_pretrained(tmp_path / "ia3")
-    with pytest.raises(UsageError, match="model.path: .* is a IA3 adapter"):
+    with pytest.raises(UsageError, match=r"model.path: .* is a IA3 adapter"):
         read(path=str(tmp_path / "ia3"))
 
 

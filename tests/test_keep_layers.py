@@ -296,7 +296,7 @@ def test_models_with_several_stacks_or_shared_layers_are_refused(source_of: Call
     parts = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "config.json").write_text(json.dumps({"model_type": "vision-encoder-decoder", **parts}))
-    with pytest.raises(UsageError, match="keep_layers: .* type vision-encoder-decoder"):
+    with pytest.raises(UsageError, match=r"keep_layers: .* type vision-encoder-decoder"):
         load("llama", tmp_path / "two", keep_layers=[0])
 
     folder, _ = source_of("bert")
