@@ -14,7 +14,7 @@ AFTER = of(loss=0.45, accuracy=0.84, agreement=0.92, kl=0.05)
 TEACHER = of(loss=0.25, accuracy=0.90)
 
 
-def test_a_distilled_run_stands_beside_its_control_and_its_teacher(tmp_path: Path) -> None:
+def test_a_distilled_run_is_shown_with_its_control_and_its_teacher(tmp_path: Path) -> None:
     run = write_run(tmp_path / "kd", AFTER, baseline=BEFORE, teacher=TEACHER, settings=KD)
     control = write_run(tmp_path / "sft", of(loss=0.50, accuracy=0.82), baseline=of(loss=9.9, accuracy=0.1))
     found = evidence(run, control)
@@ -49,7 +49,7 @@ def test_a_control_without_final_numbers_leaves_no_gap(tmp_path: Path) -> None:
     assert (list(found.evaluations), found.gap_closed, found.against) == (["untrained", "KD", "teacher"], {}, None)
 
 
-def test_fine_tuning_has_before_and_after_alone(tmp_path: Path) -> None:
+def test_fine_tuning_has_only_before_and_after(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "sft", of(loss=0.5, accuracy=0.82, ece=0.04), baseline=of(loss=1.1, accuracy=0.3, ece=0.2)
     )
@@ -79,7 +79,7 @@ def test_fine_tuning_with_its_teacher_evaluated_has_a_gap(tmp_path: Path) -> Non
     assert found.gap_closed == pytest.approx({"validation/accuracy": 0.5})  # not of ece: no aim of training
 
 
-def test_markdown_says_what_the_gap_is_and_that_rows_were_drawn(tmp_path: Path) -> None:
+def test_markdown_explains_the_gap_and_the_sampled_rows(tmp_path: Path) -> None:
     sampled = [of(accuracy=value, samples=50, samples_of=1000) for value in (0.3, 0.84, 0.9)]
     run = write_run(tmp_path / "kd", sampled[1], baseline=sampled[0], teacher=sampled[2], settings=KD)
     text = evidence_markdown(evidence(run))

@@ -105,7 +105,7 @@ def test_stacked_adapters_are_merged_one_after_the_other(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["head", "embeddings", "embeddings in full", "module in full"])
-def test_a_stack_whose_first_adapter_parts_a_tied_base_is_merged_and_loads_as_the_card_says(
+def test_a_stack_whose_first_adapter_unties_the_base_is_merged_and_loads_as_the_card_says(
     kind: str, dtype: str, tmp_path: Path
 ) -> None:
     """The base's files hold one weight for two layers; to the second adapter the two are different."""
@@ -130,7 +130,7 @@ def test_a_stack_whose_first_adapter_parts_a_tied_base_is_merged_and_loads_as_th
     torch.testing.assert_close(logits(scope["model"]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_parting_shared_weights_is_said_in_the_config_and_remembered(tmp_path: Path) -> None:
+def test_untying_is_recorded_in_the_config_and_remembered(tmp_path: Path) -> None:
     model = llama(write_llama(tmp_path / "base", tied=True))
     attach(model, LoraConfig(target_modules=["lm_head"]))
     untie(model)
@@ -162,9 +162,7 @@ def test_a_merged_model_takes_its_dtype_and_the_rounding_is_measured(dtype: str,
     assert found.before_rounding < 1e-4 < found.largest_difference < 0.1 * found.largest_logit
 
 
-def test_a_merge_that_loses_weights_is_an_error_and_not_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_loses_weights_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_llama(tmp_path / "base", tied=True)
     trained = llama(base)
     write_adapter(trained, base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
@@ -183,7 +181,7 @@ def test_a_merge_that_loses_weights_is_an_error_and_not_a_model(
         merged(trained, base, tmp_path / "adapter")
 
 
-def test_what_is_merged_must_be_the_model_that_was_trained(tmp_path: Path) -> None:
+def test_the_merged_model_must_be_the_trained_one(tmp_path: Path) -> None:
     """Two models that were built from the same wrong base would agree with each other."""
     base = write_llama(tmp_path / "base")
     trained = llama(base)
@@ -198,7 +196,7 @@ def test_what_is_merged_must_be_the_model_that_was_trained(tmp_path: Path) -> No
         merged(trained, base, tmp_path / "adapter")
 
 
-def test_numbers_beyond_the_dtype_are_an_error_and_not_a_model(tmp_path: Path) -> None:
+def test_numbers_out_of_range_are_an_error(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base")
     model = llama(base)
     model.model.norm.weight.data[0] = 1e5  # float16 ends at 65504
@@ -213,9 +211,7 @@ def test_numbers_beyond_the_dtype_are_an_error_and_not_a_model(tmp_path: Path) -
     merged(model, base, tmp_path / "adapter", "bfloat16")
 
 
-def test_logits_that_are_no_numbers_prove_nothing_but_where_they_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_logits_fail_the_proof_unless_they_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_llama(tmp_path / "base")
     model = llama(base)
     model.model.embed_tokens.weight.data[int(IDS[0, 1])] = float("nan")  # which the first row reads, and no other
@@ -286,7 +282,7 @@ def test_an_upload_makes_a_private_repository(tmp_path: Path) -> None:
     ]
 
 
-def test_an_upload_that_fails_is_told_of_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_upload_is_logged_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert not push_to_hub(tmp_path, "me/model", FakeHub(ConnectionError("no route\nto the hub")))
     told = "\n".join(record.message for record in caplog.records)
@@ -295,7 +291,7 @@ def test_an_upload_that_fails_is_told_of_and_loses_nothing(tmp_path: Path, caplo
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_nothing_is_uploaded_to_a_repository_that_is_public(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_uploaded_to_a_public_repository(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub = FakeHub(private=False)
     assert not push_to_hub(tmp_path, "me/model", hub)
     assert [call[0] for call in hub.calls] == ["create_repo"]
@@ -303,7 +299,7 @@ def test_nothing_is_uploaded_to_a_repository_that_is_public(tmp_path: Path, capl
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "/tmp/model", "me/my model", "me/"])
-def test_a_name_that_no_repository_can_have_is_refused_at_the_start(name: str) -> None:
+def test_an_impossible_repository_name_is_refused_at_the_start(name: str) -> None:
     assert ExportConfig(push_to_hub="me/my.model-2_b").push_to_hub == "me/my.model-2_b"
     with pytest.raises(ValidationError, match="push_to_hub"):
         ExportConfig(push_to_hub=name)
