@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from forge.config.explain import effective
+from forge.config.explain import effective, flatten
 from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
@@ -80,7 +80,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
         raise UsageError(f"{run.config_file} does not hold a config; is its folder a run directory?")
     with suppress(ValidationError):  # keys of another version: used as recorded, and shown if they differ
         tree = effective(Config.model_validate(tree))
-    return _flat(tree)
+    return {key: value for key, value in flatten(tree).items() if value != {}}  # an empty map sets nothing
 
 
 def read_evaluations(run: RunDirectory) -> dict[str, dict[str, float]]:
@@ -151,11 +151,3 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not (isinstance(value, int | float) or value in NOT_FINITE):
         return None
     return float(value) if isinstance(value, str) else value
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a tree of maps by dotted key; an empty map has none."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
