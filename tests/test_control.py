@@ -278,7 +278,7 @@ def test_a_run_and_its_control_are_twins_to_a_comparison(outputs: tuple[Path, Pa
     _, runs, _ = outputs
     found = compare_runs([RunDirectory(runs / name) for name in ("kd", "kd-sft")])
     assert [group.label for group in found.groups] == ["distillation.alpha 0.7", "distillation.alpha 0.0"]
-    assert [line.of for line in found.lines if line.kind == "gap closed"] == [(0, 1)]
+    assert [line.groups for line in found.lines if line.kind == "gap closed"] == [(0, 1)]
     assert not [note for note in found.notes if "differs in more" in note]
 
 

@@ -14,12 +14,12 @@ AFTER = of(loss=0.45, accuracy=0.84, agreement=0.92, kl=0.05)
 TEACHER = of(loss=0.25, accuracy=0.90)
 
 
-def test_a_distilled_run_stands_beside_its_control_and_its_teacher(tmp_path: Path) -> None:
+def test_a_distilled_run_is_shown_with_its_control_and_its_teacher(tmp_path: Path) -> None:
     run = write_run(tmp_path / "kd", AFTER, baseline=BEFORE, teacher=TEACHER, settings=KD)
     control = write_run(tmp_path / "sft", of(loss=0.50, accuracy=0.82), baseline=of(loss=9.9, accuracy=0.1))
     found = evidence(run, control)
-    assert list(found.rows) == ["untrained", "SFT", "KD", "teacher"]
-    assert [found.rows[name]["validation/accuracy"] for name in found.rows] == [0.30, 0.82, 0.84, 0.90]
+    assert list(found.evaluations) == ["untrained", "SFT", "KD", "teacher"]
+    assert [found.evaluations[name]["validation/accuracy"] for name in found.evaluations] == [0.30, 0.82, 0.84, 0.90]
     # loss (0.45 - 0.50) / (0.25 - 0.50); accuracy (0.84 - 0.82) / (0.90 - 0.82)
     assert found.gap_closed == pytest.approx({"validation/loss": 0.2, "validation/accuracy": 0.25})
     assert found.against == "SFT"
@@ -37,7 +37,7 @@ def test_a_distilled_run_stands_beside_its_control_and_its_teacher(tmp_path: Pat
 
 def test_without_a_control_the_gap_is_from_the_untrained_student(tmp_path: Path) -> None:
     found = evidence(write_run(tmp_path / "kd", AFTER, baseline=BEFORE, teacher=TEACHER, settings=KD), None)
-    assert list(found.rows) == ["untrained", "KD", "teacher"]
+    assert list(found.evaluations) == ["untrained", "KD", "teacher"]
     assert found.against == "untrained"
     assert found.gap_closed["validation/accuracy"] == pytest.approx((0.84 - 0.30) / (0.90 - 0.30))
     assert found.text == "gap closed: the share of the way from untrained to the teacher; one seed, no interval"
@@ -46,10 +46,10 @@ def test_without_a_control_the_gap_is_from_the_untrained_student(tmp_path: Path)
 def test_a_control_without_final_numbers_leaves_no_gap(tmp_path: Path) -> None:
     run = write_run(tmp_path / "kd", AFTER, baseline=BEFORE, teacher=TEACHER, settings=KD)
     found = evidence(run, write_run(tmp_path / "sft"))
-    assert (list(found.rows), found.gap_closed, found.against) == (["untrained", "KD", "teacher"], {}, None)
+    assert (list(found.evaluations), found.gap_closed, found.against) == (["untrained", "KD", "teacher"], {}, None)
 
 
-def test_fine_tuning_has_before_and_after_alone(tmp_path: Path) -> None:
+def test_fine_tuning_has_only_before_and_after(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "sft", of(loss=0.5, accuracy=0.82, ece=0.04), baseline=of(loss=1.1, accuracy=0.3, ece=0.2)
     )
@@ -75,11 +75,11 @@ def test_fine_tuning_with_its_teacher_evaluated_has_a_gap(tmp_path: Path) -> Non
         teacher=of(accuracy=0.9, ece=0.1),
     )
     found = evidence(run, None)
-    assert list(found.rows) == ["untrained", "SFT", "teacher"]
+    assert list(found.evaluations) == ["untrained", "SFT", "teacher"]
     assert found.gap_closed == pytest.approx({"validation/accuracy": 0.5})  # not of ece: no aim of training
 
 
-def test_markdown_says_what_the_gap_is_and_that_rows_were_drawn(tmp_path: Path) -> None:
+def test_markdown_explains_the_gap_and_the_sampled_rows(tmp_path: Path) -> None:
     sampled = [of(accuracy=value, samples=50, samples_of=1000) for value in (0.3, 0.84, 0.9)]
     run = write_run(tmp_path / "kd", sampled[1], baseline=sampled[0], teacher=sampled[2], settings=KD)
     text = evidence_markdown(evidence(run))
@@ -93,7 +93,7 @@ def test_markdown_says_what_the_gap_is_and_that_rows_were_drawn(tmp_path: Path) 
 
 def test_a_run_that_was_never_evaluated_has_nothing_to_show(tmp_path: Path) -> None:
     found = evidence(write_run(tmp_path / "a"))
-    assert (found.rows, found.metrics, evidence_markdown(found)) == ({}, [], "")
+    assert (found.evaluations, found.metrics, evidence_markdown(found)) == ({}, [], "")
 
 
 def test_large_and_broken_numbers_stay_readable(tmp_path: Path) -> None:

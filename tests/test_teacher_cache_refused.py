@@ -148,9 +148,9 @@ def test_the_key_sees_other_tokens_of_the_same_rows(config_file: Path, tiny_mode
 
 
 def read_origin(folder: Path) -> Any:
-    from forge.model.origin import Origin, Weights
+    from forge.model.origin import Origin, WeightFiles
 
-    return Origin(Weights("t", str(folder), sha256="0" * 64))
+    return Origin(WeightFiles(name="t", location=str(folder), sha256="0" * 64))
 
 
 def test_the_key_has_the_teachers_labels_its_image_processor_and_the_token_before_a_transcript(

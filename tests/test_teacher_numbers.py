@@ -30,7 +30,7 @@ from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.origin import Origin, Weights, hash_of_files
+from forge.model.origin import Origin, WeightFiles, hash_of_files
 from forge.run.files import read_json, read_json_lines
 from forge.student import stored_metrics as storage
 from forge.student.stored_metrics import numbers_key, store_numbers, stored_numbers
@@ -207,7 +207,7 @@ class Task:
     train, validation = (), {}  # type: ignore[var-annotated]
 
 
-ORIGIN = Origin(Weights("t", "/t", sha256="a" * 64))
+ORIGIN = Origin(WeightFiles(name="t", location="/t", sha256="a" * 64))
 METRICS = {"matched/loss": 0.5, "matched/perplexity": math.inf, "matched/samples": 13}
 
 
@@ -248,7 +248,7 @@ def test_numbers_are_evaluated_once_for_each_key(
     assert [ask(), ask(), ask(compute=None)] == [METRICS] * 3
     assert len(calls) == 1
     assert caplog.text.count("the teacher's numbers are those of the run a (20") == 2
-    assert ask(Origin(Weights("t", "/t", sha256="b" * 64))) == METRICS
+    assert ask(Origin(WeightFiles(name="t", location="/t", sha256="b" * 64))) == METRICS
     assert ask(None) == METRICS  # a teacher whose files are not known is evaluated each time
     assert len(calls) == 3
     assert len(list((tmp_path / "outputs" / ".teachers").iterdir())) == 2

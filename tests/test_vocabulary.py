@@ -28,7 +28,7 @@ from vocabularies import changed_vocabulary, sentencepiece, write_llm
 
 from forge.config.loader import load_config
 from forge.errors import UsageError
-from forge.model.origin import Origin, Weights
+from forge.model.origin import Origin, WeightFiles
 from forge.model.source import with_run_paths
 from forge.task.load import load_task
 from forge.teacher.vocabulary import compare, for_teacher
@@ -310,7 +310,7 @@ def test_a_run_with_such_a_teacher_has_the_rows_of_any_other_and_a_content_key_o
     before = load_task(plain)
     task = for_teacher(config, before)
     assert task.fingerprint == before.fingerprint
-    origin = Origin(Weights("t", str(stranger), sha256="w"))
+    origin = Origin(WeightFiles(name="t", location=str(stranger), sha256="w"))
     assert content_key(config, task, origin, "float32") != content_key(config, before, origin, "float32")
 
 

@@ -12,9 +12,9 @@ from accelerate.utils import set_seed
 
 from forge.config.loader import LoadedConfig
 from forge.config.schema import Config, TrainingConfig
-from forge.model.lineage import lineage
 from forge.model.load import LoadedModel
 from forge.model.lora import with_lora
+from forge.model.origin import lineage
 from forge.model.source import origin_of
 from forge.ranks.deepspeed import plans_of
 from forge.ranks.world import Ranks

@@ -1,13 +1,11 @@
 """Exports the final model of a run with its tokenizer or processor, and checks a merged one against its adapter."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from forge.attempt.attempt import Attempt
 from forge.checkpoint.contents import Training
@@ -15,8 +13,8 @@ from forge.checkpoint.shards import PROJECTIONS
 from forge.data.batches import model_inputs
 from forge.errors import TrainingError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.export import MERGED, export_adapter, export_merged, export_model, in_dtype, model_logits
-from forge.model.trained import AdapterWeights
+from forge.model.export import MERGED, Merge, MergeProof, cast_weight, model_logits
+from forge.model.weights import TrainedWeights
 from forge.ranks.agreement import on_rank_0
 from forge.ranks.deepspeed import any_partitioned, gathered
 from forge.ranks.partitions import whole_float32
@@ -25,33 +23,27 @@ from forge.task.task import Task
 
 logger = logging.getLogger(__name__)
 
-ROWS_OF_PROOF = 4  # whose logits are compared, of the model with its adapter and of the merged one
+PROOF_ROWS = 4  # rows whose logits are compared between the trained model and the merged one
 
 
-def export(attempt: Attempt, model: PreTrainedModel, training: Training) -> None:
-    """Publish the folder final/, on rank 0; model: the bare one. Raises TrainingError where it cannot be written."""
-    wanted, weights, task = attempt.config.export, training.weights, attempt.components.task
+def export(attempt: Attempt, weights: TrainedWeights, training: Training) -> None:
+    """Publish the folder final/, on rank 0. Raises TrainingError if it cannot be written."""
+    settings, model, task = attempt.config.export, weights.model, attempt.components.task
     assert attempt.lock is not None
     run, check = attempt.run, attempt.lock.check
-    merged: dict[str, Any] = {}
-    is_adapter = isinstance(weights, AdapterWeights)
-    state = _whole_state(training, "float32" if is_adapter else wanted.dtype)
-    proof: tuple[Any, ...] = ()
-    if is_adapter and wanted.merge:
-        proof = (*_few_inputs(task), None)
-        if any_partitioned(model):  # all ranks run it, or none
-            proof = (*proof[:2], model_logits(model, *proof[:2]))
+    state = _whole_state(training, weights.export_dtype(settings))
+    proof: MergeProof | None = None
+    if weights.merges(settings):
+        proof = _merge_proof(task)
+        if any_partitioned(model):  # all ranks run it together
+            proof = replace(proof, trained_logits=model_logits(model, proof))
+    merge: Merge | None = None
 
     def write(folder: Path) -> None:
-        if not isinstance(weights, AdapterWeights):
-            export_model(model, folder, wanted.dtype, state)
-        else:
-            export_adapter(weights, folder, state)
-            if wanted.merge:
-                merged.update(
-                    asdict(export_merged(folder, weights.below, task.auto_model, model, wanted.dtype, *proof))
-                )
-                task.save_processing(folder / MERGED)
+        nonlocal merge
+        merge = weights.export(folder, settings, state=state, proof=proof)
+        if merge is not None:
+            task.save_processing(folder / MERGED)
         task.save_processing(folder)
 
     def publish() -> None:
@@ -59,7 +51,9 @@ def export(attempt: Attempt, model: PreTrainedModel, training: Training) -> None
             publish_folder(run.final, write, check)
             metadata = read_json(run.metadata_file)
             metadata.pop("merged", None)  # of an earlier export, which this one replaces
-            write_json(run.metadata_file, {**metadata, "merged": merged} if merged else metadata, check)
+            if merge is not None:
+                metadata["merged"] = asdict(merge)
+            write_json(run.metadata_file, metadata, check)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(
@@ -71,21 +65,23 @@ def export(attempt: Attempt, model: PreTrainedModel, training: Training) -> None
 
 
 def _whole_state(training: Training, dtype: str) -> dict[str, Tensor] | None:
-    """On rank 0 the weights by the names of their file, whole, on the CPU and in that dtype, of a training that is
-    sharded; one weight at a time is whole elsewhere. None on the other ranks, and where nothing is sharded. On every
-    rank at once; what does not fit in the dtype is an error on all of them."""
+    """Gather the weights of a sharded training on rank 0: whole, on the CPU, in that dtype, by their names in the file.
+
+    Called by every rank at once; the other ranks hold one whole weight at a time. Returns None on them, and where
+    nothing is sharded. A value that is out of range for the dtype is an error on every rank.
+    """
     named, is_main = training.named, training.accelerator.is_main_process
     if training.partitions is None or named is None:
         return None
     state: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> TrainingError | None:
-        """What is wrong with it, to be raised when no rank waits for another."""
+        """Return the error, if any, to be raised when no rank waits for another."""
         if not is_main:
             return None
         on_cpu = tensor.detach().cpu()
         try:
-            state[name] = in_dtype(on_cpu, dtype, name).clone() if on_cpu.is_floating_point() else on_cpu.clone()
+            state[name] = cast_weight(on_cpu, dtype, name).clone() if on_cpu.is_floating_point() else on_cpu.clone()
         except TrainingError as error:
             return error
         return None
@@ -107,10 +103,11 @@ def _raise(problem: TrainingError | None) -> None:
         raise problem
 
 
-def _few_inputs(task: Task) -> tuple[dict[str, Any], Tensor | None]:
-    """What the model is given for the first rows of the first validation split, and which of its logits are learned;
-    None: all, where none is."""
+def _merge_proof(task: Task) -> MergeProof:
+    """Return the first rows of the first validation split, with a mask of their learned logits if there are any."""
     rows = next(iter(task.validation.values()))
-    batch = task.collate([rows[i] for i in range(min(ROWS_OF_PROOF, len(rows)))])
+    batch = task.collate([rows[i] for i in range(min(PROOF_ROWS, len(rows)))])
     counted = batch["labels"] != IGNORE
-    return {**model_inputs(batch), **task.forward_options}, counted if counted.any() else None
+    return MergeProof(
+        task.auto_model, {**model_inputs(batch), **task.forward_options}, counted if counted.any() else None
+    )

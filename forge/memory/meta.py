@@ -11,7 +11,7 @@ from forge.config.schema import CausalLmTask, ClassificationTask, Config, ModelC
 from forge.errors import UsageError
 from forge.memory.sizes import RowShape, sizes_of
 from forge.memory.totals import Job
-from forge.model.adapter import put_on
+from forge.model.adapter import attach
 from forge.model.layers import cut_config
 from forge.model.load import LoadedModel, kept_layers, load_own_tokenizer, scratch_config, set_dropout
 from forge.model.lora import with_lora
@@ -127,7 +127,7 @@ def student_on_meta(config: Config) -> PreTrainedModel:
     if section.continue_adapter:
         adapter = peft.LoraConfig.from_pretrained(source.adapters[-1].location)
         adapter.inference_mode = False
-        put_on(model, cast(peft.LoraConfig, adapter))
+        attach(model, cast(peft.LoraConfig, adapter))
         return model
     loaded = LoadedModel(model, source, _new_weights(model, source, section, config), [])
     return with_lora(loaded, section, config.training.seed).model

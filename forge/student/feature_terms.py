@@ -18,7 +18,7 @@ from forge.losses.hidden_states import hidden_state_loss
 from forge.losses.relations import relation_loss
 from forge.model.attention import attention_modules, width_of
 from forge.teacher.layers import known_depth, layer_map
-from forge.teacher.teacher import Teacher, TeacherOutputs, hidden_states_of, hidden_widths, wanting
+from forge.teacher.teacher import Teacher, TeacherOutputs, hidden_state_options, hidden_states_of, hidden_widths
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Features(nn.Module):
         super().__init__()
         self.config, self.pairs, self.attention = config, dict(pairs), dict(attention)
         self.projections = projections
-        self.options = wanting(list(self.pairs))  # of the student's forward
+        self.options = hidden_state_options(list(self.pairs))  # of the student's forward
 
     def forward(
         self, result: Any, heard: dict[str, Tensor], batch: Batch, teacher: TeacherOutputs

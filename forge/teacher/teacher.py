@@ -102,7 +102,7 @@ class ModelTeacher(Teacher):
         """The same for every temperature."""
         trains = split is None
         layers = self.layers if trains else ()
-        options = {**self.forward_options, **wanting(layers)}
+        options = {**self.forward_options, **hidden_state_options(layers)}
         with listening(self.model, self._attention if trains else {}) as heard:
             outputs, result = self._at_labels(batch, options)
         states = hidden_states_of(result) if layers else ()
@@ -153,7 +153,7 @@ def hidden_states_of(result: Any) -> tuple[Tensor, ...]:
     return tuple(states if states is not None else result.hidden_states)
 
 
-def wanting(layers: Sequence[int]) -> dict[str, Any]:
+def hidden_state_options(layers: Sequence[int]) -> dict[str, Any]:
     """The option of a forward that gives the hidden states of these layers; a model that can keeps no others."""
     return {"output_hidden_states": list(layers)} if layers else {}
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from forge.config.schema import Config
 from forge.data.batches import Batch
 from forge.errors import UsageError
-from forge.model.labels import align
+from forge.model.classifier import align
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, load_model_config, model_source, origin_of
@@ -66,7 +66,7 @@ class TeacherCache:
             "commit": self.origin.base.commit,
             "weights_sha256": self.origin.weights_sha256,
             "location_sha256": self.origin.base.sha256,
-            "adapters": [asdict(adapter) for adapter in self.origin.adapters],
+            "adapters": [adapter.model_dump() for adapter in self.origin.adapters],
             "cache": {"folder": str(self.folder.absolute()), "digest": self.manifest["digest"]},
         }
 

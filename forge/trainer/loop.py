@@ -26,7 +26,7 @@ from forge.losses.cross_entropy import count_labels
 from forge.model.head import LinearHead, find_head
 from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
-from forge.model.trained import trained_weights
+from forge.model.weights import trained_weights
 from forge.ranks.agreement import on_every_rank, on_rank_0, rank_seed
 from forge.ranks.deepspeed import clip_grad_norm, device_to_build_on, plans_of, prepare, weights_to_round
 from forge.ranks.partitions import Partitions
@@ -225,9 +225,9 @@ class LoopTrainer:
         student = self._build_student(model)
         if training.compile and isinstance(self.teacher, ModelTeacher):
             compile_layers(self.teacher.model)
-        weights = trained_weights(model, loaded.below)
+        self.weights = trained_weights(model, loaded.base_origin)
         optimizer = build_optimizer(student, training)
-        named = Named.of(weights.tensors(), model, student.projections, optimizer)
+        named = Named.of(self.weights.tensors(), model, student.projections, optimizer)
         unrounded = weights_to_round(accelerator, named.trained.values())
         self.student, self.optimizer = prepare(accelerator, student, optimizer)
         partitions = Partitions(self.optimizer) if plans_of(accelerator) else None
@@ -236,7 +236,7 @@ class LoopTrainer:
         # From here on every rank draws its own dropout.
         torch.manual_seed(rank_seed(training.seed, accelerator.process_index))
         self.training = Training(
-            accelerator, weights, self.optimizer, training.seed, student.projections, named, partitions
+            accelerator, self.weights, self.optimizer, training.seed, student.projections, named, partitions
         )
 
     def _build_student(self, model: PreTrainedModel) -> Student:

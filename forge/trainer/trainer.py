@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel
-
 from forge.checkpoint.contents import Training
+from forge.model.weights import TrainedWeights
 
 
 class Trainer(Protocol):
     """Trains in an attempt, which owns its files, checkpoints and stops."""
 
     total_steps: int  # optimizer steps of the whole run
-    model: PreTrainedModel  # the bare model
+    weights: TrainedWeights  # of the bare model, as files name them
     training: Training  # what checkpoints and the export take: weights, optimizer, random numbers
 
     def restore(self, checkpoint: Path | None) -> None:
