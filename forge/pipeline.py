@@ -44,7 +44,6 @@ from forge.report.model_card import compare, model_card
 from forge.run.directory import RunDirectory, check_run_name, check_writable
 from forge.run.files import (
     read_json,
-    read_json_lines,
     sync_file,
     unguarded,
     write_atomically,
@@ -52,6 +51,7 @@ from forge.run.files import (
 )
 from forge.run.lock import RunLock
 from forge.run.log import RunLog
+from forge.run.metrics import read_metrics
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
 from forge.teacher.loading import evaluates_teacher
@@ -403,5 +403,5 @@ def _recorded_evaluation(run: RunDirectory, stage: str) -> dict[str, Any]:
     """The last evaluation of that stage in metrics.jsonl, without its step and stage."""
     if not run.metrics_file.exists():
         return {}
-    found = [row for row in read_json_lines(run.metrics_file) if row.get("stage") == stage]
+    found = [row for row in read_metrics(run.metrics_file) if row.get("stage") == stage]
     return {name: value for name, value in found[-1].items() if name not in ("step", "stage")} if found else {}

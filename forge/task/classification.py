@@ -56,7 +56,7 @@ class Classification(Task):
     pipeline_tag: ClassVar[str] = "text-classification"
     auto_model: ClassVar[type[Any]] = AutoModelForSequenceClassification
     main_metric: ClassVar[str] = "accuracy"
-    headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+    headline: ClassVar[tuple[str, ...]] = ("ce", "accuracy", "macro_f1")
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A classifier whose outputs are named like the labels of the data."""

@@ -19,6 +19,7 @@ from forge.checkpoint.contents import Training, restore
 from forge.checkpoint.shards import Named
 from forge.cluster.signals import StopRequest, in_loader_worker
 from forge.config.explain import effective
+from forge.config.former_names import current_headline
 from forge.config.placing import located
 from forge.config.schema import Config, LossConfig, TrainingConfig
 from forge.data.batches import FILLER, Batch, preparing
@@ -249,7 +250,7 @@ class FinetuningTrainer:
         except Stopped:
             self._save_and_stop()
         self._on_rank_0_of_this_attempt(lambda: self.callbacks.evaluated(self.state, stage, metrics))
-        bad = [name for name, value in metrics.items() if name.endswith("/loss") and not math.isfinite(value)]
+        bad = [name for name, value in metrics.items() if name.endswith("/ce") and not math.isfinite(value)]
         if bad and stage == "baseline":  # training would fail at its first report, and blame the rate
             raise TrainingError(
                 f"{bad[0]} is {metrics[bad[0]]} before any training, with mixed precision "
@@ -346,7 +347,7 @@ class FinetuningTrainer:
             # Those that a checkpoint may be chosen by, and not those of a single class.
             there = [key for key, value in metrics.items() if isinstance(value, float) and key.count("/") == 1]
             there = [key for key in there if not key.endswith("/seconds")]
-            meant = [key for key in there if key.endswith(f"/{name}")]
+            meant = [key for key in there if key.endswith(f"/{current_headline([name])[0]}")]
             hint = f"; did you mean {meant[0]}?" if meant else ""
             raise UsageError(f"checkpoint.best_metric is {name}, and the evaluation has: {', '.join(there)}{hint}")
         return name

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from forge.run.directory import RunDirectory
-from forge.run.files import append_json_line, read_json_lines, write_atomically
+from forge.run.files import append_json_line, write_atomically
+from forge.run.metrics import read_metrics
 from forge.run.state import TrainingState
 from forge.task.task import Sample
 
@@ -114,7 +115,7 @@ class MetricsFile(Callback):
         """Rewrites the file without the other rows, and without the torn line of an attempt that was killed."""
         if not self._file.exists():
             return
-        text = "".join(json.dumps(row) + "\n" for row in read_json_lines(self._file) if wanted(row))
+        text = "".join(json.dumps(row) + "\n" for row in read_metrics(self._file) if wanted(row))
         if text.encode() != self._file.read_bytes():
             write_atomically(self._file, text)
 
