@@ -59,7 +59,7 @@ def train(trainer: Trainer, attempt: Attempt) -> None:
 
 def export_model(trainer: Trainer, attempt: Attempt) -> None:
     """Publish the trained model in final/."""
-    export(attempt, trainer.weights, trainer.training)
+    export(attempt, trainer.model, trainer.training)
 
 
 def evaluate_final(trainer: Trainer, attempt: Attempt) -> None:

@@ -295,7 +295,7 @@ def test_a_run_from_scratch_with_packing_learns_and_its_model_answers(tmp_path: 
     assert done.returncode == 0, done.stderr + done.stdout
     run = next((tmp_path / "outputs").rglob("run_metadata.json")).parent
     evaluations = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "stage" in row]
-    before, after = (row["validation/loss"] for row in evaluations)
+    before, after = (row["validation/ce"] for row in evaluations)
     assert after < before - 0.2
     assert evaluations[0]["validation/perplexity"] == pytest.approx(math.exp(before), rel=1e-4)
     assert evaluations[0]["validation/labels"] == evaluations[1]["validation/labels"] > 0
@@ -330,7 +330,7 @@ def test_two_ranks_take_the_steps_of_one_from_a_stream_and_from_packed_rows(tmp_
             done = run("--config", tmp_path / "c.yaml", "--set", f"{name}=true", "--output_root", out)
             assert done.returncode == 0, done.stderr + done.stdout
             rows_told = [json.loads(line) for line in next(out.rglob("metrics.jsonl")).open()]
-            told[name, ranks] = [row.get("loss", row.get("validation/loss")) for row in rows_told]
+            told[name, ranks] = [row.get("loss", row.get("validation/ce")) for row in rows_told]
             assert len(told[name, ranks]) == 6  # four steps between two evaluations
         assert told[name, 2] == pytest.approx(told[name, 1], rel=1e-4)
 

@@ -30,21 +30,21 @@ def test_only_the_last_checkpoints_stay(build_trainer: Build) -> None:
 
 def test_the_best_checkpoint_stays_beside_the_last(build_trainer: Build) -> None:
     trainer = build_trainer(
-        *("evaluation.every_steps=1", "checkpoint.every_steps=null", "checkpoint.best_metric=matched/loss"),
+        *("evaluation.every_steps=1", "checkpoint.every_steps=null", "checkpoint.best_metric=matched/ce"),
         "checkpoint.keep_last=1",
     )
     values = iter([0.9, 0.5, 0.7, 0.6, 0.8])
-    trainer.evaluate = lambda stage: {"matched/loss": next(values)}
+    trainer.evaluate = lambda stage: {"matched/ce": next(values)}
     trainer.train()
 
-    assert trainer.state.best_metric == {"name": "matched/loss", "value": 0.5, "step": 2}
+    assert trainer.state.best_metric == {"name": "matched/ce", "value": 0.5, "step": 2}
     assert [step for step, _ in trainer.attempt.callbacks.saves] == [1, 2]  # only where it got better
     assert [path.name for path in trainer.attempt.run.path.glob("checkpoint-*")] == ["checkpoint-2"]
 
     settings = ("evaluation.every_steps=1", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
     trainer = build_trainer(*settings)
     values = iter([0.2, 0.9, 0.7, 0.9, 0.8])
-    trainer.evaluate = lambda stage: {"matched/accuracy": next(values), "matched/loss": 0.0}
+    trainer.evaluate = lambda stage: {"matched/accuracy": next(values), "matched/ce": 0.0}
     trainer.train()
     assert trainer.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 2}  # the first of two
     assert checkpoint_names(trainer) == [
@@ -59,7 +59,7 @@ def test_the_best_checkpoint_stays_beside_the_last(build_trainer: Build) -> None
 
 def test_an_unknown_best_metric_is_named_beside_those_there_are(build_trainer: Build) -> None:
     trainer = build_trainer("evaluation.every_steps=1", "checkpoint.best_metric=matched/bleu")
-    with pytest.raises(UsageError, match=r"best_metric is matched/bleu, and the evaluation has: matched/loss, matc"):
+    with pytest.raises(UsageError, match=r"best_metric is matched/bleu, and the evaluation has: matched/ce, matc"):
         trainer.train()
 
 

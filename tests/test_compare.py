@@ -33,7 +33,7 @@ ACCURACY = "validation/accuracy"
 def three(root: Path, name: str, accuracies: Sequence[float], **options: Any) -> list[RunDirectory]:
     """One run for each accuracy, with the seeds 1, 2, …."""
     return [
-        write_run(root / f"{name}{seed}", of(loss=1 - accuracy, accuracy=accuracy), seed=seed, **options)
+        write_run(root / f"{name}{seed}", of(ce=1 - accuracy, accuracy=accuracy), seed=seed, **options)
         for seed, accuracy in enumerate(accuracies, start=1)
     ]
 
@@ -270,7 +270,7 @@ def test_the_paired_difference_is_over_the_common_seeds(tmp_path: Path) -> None:
     kd = three(tmp_path, "kd", [0.83, 0.85, 0.84], settings=KD)
     comparison = compare_runs([*kd, *sft])  # the distilled one comes first in the difference, whatever the order
     by_metric = {item.metric: item for item in comparison.paired}
-    assert list(by_metric) == ["validation/loss", ACCURACY]
+    assert list(by_metric) == ["validation/ce", ACCURACY]
     found = by_metric[ACCURACY]
     assert (found.left, found.right) == ("distillation.alpha 0.9", "distillation.alpha 0.0")
     assert found.difference.values == pytest.approx({1: 0.03, 2: 0.03, 3: 0.0}, abs=1e-12)
@@ -279,7 +279,7 @@ def test_the_paired_difference_is_over_the_common_seeds(tmp_path: Path) -> None:
     text = printed(comparison)
     assert "distillation.alpha 0.9 minus distillation.alpha 0.0, seed by seed:" in text
     assert "validation/accuracy: +0.0200 ± 0.0430 (seeds 1, 2, 3)" in text
-    assert "validation/loss: -0.0200 ± 0.0430 (seeds 1, 2, 3)" in text
+    assert "validation/ce: -0.0200 ± 0.0430 (seeds 1, 2, 3)" in text
 
 
 def test_without_a_control_the_difference_is_later_minus_earlier(tmp_path: Path) -> None:
@@ -303,29 +303,29 @@ def test_a_control_with_the_same_steps_is_a_twin_whichever_key_set_them(tmp_path
     """evaluation.control writes the steps into its config, where that of its run may have epochs."""
     by_epochs = {"training.max_steps": None, "training.epochs": 2.0}
     taken = {"step": 70, "total_steps": 70}
-    kd = write_run(tmp_path / "kd", of(loss=0.5), teacher=of(loss=0.4), settings=KD | by_epochs, state=taken)
-    sft = write_run(tmp_path / "sft", of(loss=0.6), settings={"training.max_steps": 70})
-    other = write_run(tmp_path / "short", of(loss=0.9), settings={"training.max_steps": 50})
+    kd = write_run(tmp_path / "kd", of(ce=0.5), teacher=of(ce=0.4), settings=KD | by_epochs, state=taken)
+    sft = write_run(tmp_path / "sft", of(ce=0.6), settings={"training.max_steps": 70})
+    other = write_run(tmp_path / "short", of(ce=0.9), settings={"training.max_steps": 50})
     comparison = compare_runs([kd, sft, other])
     assert labels(comparison)[:2] == ["distillation.alpha 0.9, training.max_steps 70", "gap closed"]
     assert line_of(comparison, "gap closed").groups == (0, 1)
     assert comparison.groups[1].differs == {"distillation.alpha": 0.0, "training.max_steps": 70}
     assert not [note for note in comparison.notes if "control" in note.split(":")[0]]
     assert not [note for note in comparison.notes if "differs" in note]
-    again = write_run(tmp_path / "again", of(loss=0.6), settings=by_epochs, state=taken)
+    again = write_run(tmp_path / "again", of(ce=0.6), settings=by_epochs, state=taken)
     with pytest.raises(UsageError, match=r"the same config and the same seed \(1\)"):
         compare_runs([sft, again])
 
 
 def test_the_gap_is_closed_from_the_control_to_the_teacher(tmp_path: Path) -> None:
-    teacher = of(loss=0.10, accuracy=0.90)
+    teacher = of(ce=0.10, accuracy=0.90)
     sft = three(tmp_path, "sft", [0.80, 0.82, 0.84])
     kd = three(tmp_path, "kd", [0.84, 0.83, 0.85], settings=KD, teacher=teacher)
     comparison = compare_runs([*sft, *kd])
     assert labels(comparison) == ["distillation.alpha 0.0", "distillation.alpha 0.9", "gap closed", "teacher"]
     cells = line_of(comparison, "gap closed").cells
-    # accuracy (0.84 - 0.82) / (0.90 - 0.82); loss (0.16 - 0.18) / (0.10 - 0.18)
-    assert (cells[ACCURACY].mean, cells["validation/loss"].mean) == pytest.approx((0.25, 0.25), rel=1e-9)
+    # accuracy (0.84 - 0.82) / (0.90 - 0.82); ce (0.16 - 0.18) / (0.10 - 0.18)
+    assert (cells[ACCURACY].mean, cells["validation/ce"].mean) == pytest.approx((0.25, 0.25), rel=1e-9)
     assert line_of(comparison, "teacher").cells[ACCURACY].half_width is None  # one model, whatever the seed
     assert printed(comparison).count("25 %") == 2
 
@@ -339,13 +339,13 @@ def test_the_gap_is_closed_from_the_control_to_the_teacher(tmp_path: Path) -> No
         ("v/accuracy", 0.90, 0.85, 0.80, None),  # a teacher that is worse: no gap
         ("v/accuracy", 0.90, 0.85, 0.9005, None),  # tiny
         ("v/accuracy", 0.90, 0.85, 0.90, None),
-        ("v/loss", 0.5, 0.4, 0.3, 0.5),
-        ("v/loss", 0.3, 0.4, 0.5, None),
-        ("v/loss", 0.3, 0.4, 0.3, None),
+        ("v/ce", 0.5, 0.4, 0.3, 0.5),
+        ("v/ce", 0.3, 0.4, 0.5, None),
+        ("v/ce", 0.3, 0.4, 0.3, None),
         ("v/cer", 0.5, 0.4, 0.3, 0.5),
         ("v/perplexity", 30.0, 25.0, 10.0, 0.25),
-        ("v/loss", float("nan"), 0.4, 0.3, None),
-        ("v/loss", 0.5, float("inf"), 0.3, None),
+        ("v/ce", float("nan"), 0.4, 0.3, None),
+        ("v/ce", 0.5, float("inf"), 0.3, None),
     ],
 )
 def test_the_share_of_a_gap(metric: str, before: float, after: float, teacher: float, expected: float | None) -> None:
@@ -353,7 +353,7 @@ def test_the_share_of_a_gap(metric: str, before: float, after: float, teacher: f
 
 
 def test_a_control_that_differs_in_more_is_named_and_two_of_them_are_ambiguous(tmp_path: Path) -> None:
-    numbers = {"teacher": of(loss=0.1, accuracy=0.9)}
+    numbers = {"teacher": of(ce=0.1, accuracy=0.9)}
     kd = three(tmp_path, "kd", [0.85], settings={**KD, "training.learning_rate": 1e-3}, **numbers)
     other = three(tmp_path, "sft", [0.80])
     comparison = compare_runs([*other, *kd])
@@ -412,8 +412,8 @@ def test_equal_untrained_numbers_are_one_line_even_without_common_seeds(tmp_path
 
 
 def test_lines_without_a_common_metric_stay_apart(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", of(loss=0.5, accuracy=0.8), baseline=of(loss=1.1))
-    b = write_run(tmp_path / "b", of(loss=0.5, accuracy=0.8), baseline=of(accuracy=0.3), settings=KD)
+    a = write_run(tmp_path / "a", of(ce=0.5, accuracy=0.8), baseline=of(ce=1.1))
+    b = write_run(tmp_path / "b", of(ce=0.5, accuracy=0.8), baseline=of(accuracy=0.3), settings=KD)
     assert len([line for line in compare_runs([a, b]).lines if line.kind == "untrained"]) == 2
 
 
@@ -424,7 +424,7 @@ def test_two_teachers_have_a_line_each(tmp_path: Path) -> None:
 
 
 def test_agreement_kl_and_ece_follow_the_headline_if_they_exist(tmp_path: Path) -> None:
-    numbers = of(loss=0.5, accuracy=0.8, ece=0.1) | of("hard", loss=0.7, accuracy=0.6, ece=0.2)
+    numbers = of(ce=0.5, accuracy=0.8, ece=0.1) | of("hard", ce=0.7, accuracy=0.6, ece=0.2)
     with_teacher = {"validation/agreement": 0.9, "validation/kl": 0.05}
     runs = [
         write_run(tmp_path / "a", numbers),
@@ -432,28 +432,31 @@ def test_agreement_kl_and_ece_follow_the_headline_if_they_exist(tmp_path: Path) 
         write_run(tmp_path / "c", numbers, settings=KD, seed=2),
     ]
     comparison = compare_runs(runs)
-    first = [f"validation/{name}" for name in ("loss", "accuracy", "agreement", "kl", "ece")]
-    assert comparison.metrics == [*first, "hard/loss", "hard/accuracy", "hard/ece"]
+    first = [f"validation/{name}" for name in ("ce", "accuracy", "agreement", "kl", "ece")]
+    assert comparison.metrics == [*first, "hard/ce", "hard/accuracy", "hard/ece"]
     assert "distillation.alpha 0.9: some seeds lack validation/agreement, validation/kl" in comparison.notes
-    assert [item.metric for item in comparison.paired] == [*first[:2], "hard/loss", "hard/accuracy"]
+    assert [item.metric for item in comparison.paired] == [*first[:2], "hard/ce", "hard/accuracy"]
 
 
 def test_chosen_metrics(tmp_path: Path) -> None:
-    numbers = of(loss=0.5, accuracy=0.8) | of("hard", loss=0.7, accuracy=0.6)
+    numbers = of(ce=0.5, accuracy=0.8) | of("hard", ce=0.7, accuracy=0.6)
     run = write_run(tmp_path / "a", numbers)
     assert compare_runs([run], ["accuracy"]).metrics == [ACCURACY, "hard/accuracy"]
-    assert compare_runs([run], ["hard/loss", "correct/neutral", "loss"]).metrics == [
-        "hard/loss", "validation/correct/neutral", "hard/correct/neutral", "validation/loss"
+    assert compare_runs([run], ["hard/ce", "correct/neutral", "ce"]).metrics == [
+        "hard/ce", "validation/correct/neutral", "hard/correct/neutral", "validation/ce"
     ]  # fmt: skip
+    for former, name in (("loss", "ce"), ("hard/loss", "hard/ce")):
+        with pytest.raises(UsageError, match=rf"--metric {former}: no final evaluation has it; did you mean {name}\?"):
+            compare_runs([run], [former])
     with pytest.raises(UsageError, match=r"--metric acuracy: no final evaluation has it; did you mean accuracy\?"):
         compare_runs([run], ["acuracy"])
 
 
 def test_seconds_per_step_weigh_reports_by_their_steps() -> None:
     rows = [
-        {"step": 0, "stage": "baseline", "v/loss": 1.0},
+        {"step": 0, "stage": "baseline", "v/ce": 1.0},
         {"step": 10, "samples_per_second": 32.0},  # 10 steps of 1 s
-        {"step": 10, "stage": "training", "v/loss": 1.0},
+        {"step": 10, "stage": "training", "v/ce": 1.0},
         {"step": 40, "samples_per_second": 64.0},  # 30 steps of half a second
         {"step": 45, "samples_per_second": "inf"},  # tells nothing
     ]
@@ -490,7 +493,7 @@ def test_rows_drawn_with_the_seed_are_noted(tmp_path: Path) -> None:
 
 def kd_table(root: Path, alphas: Sequence[float]) -> Comparison:
     """Groups with eight metrics in two splits, over three seeds each."""
-    names = ("loss", "accuracy", "agreement", "kl")
+    names = ("ce", "accuracy", "agreement", "kl")
     runs = [
         write_run(
             root / f"{alpha}-{seed}",
@@ -527,9 +530,9 @@ def test_a_gap_stays_next_to_the_group_that_closed_it(tmp_path: Path) -> None:
     runs = [
         write_run(
             tmp_path / str(alpha),
-            of(loss=0.2, accuracy=0.8, macro_f1=0.8),
+            of(ce=0.2, accuracy=0.8, macro_f1=0.8),
             settings={"distillation.alpha": alpha},
-            teacher=of(loss=0.1, accuracy=0.9, macro_f1=0.9),
+            teacher=of(ce=0.1, accuracy=0.9, macro_f1=0.9),
         )
         for alpha in (0.0, 0.5, 0.9)
     ]
@@ -543,7 +546,7 @@ def test_a_gap_stays_next_to_the_group_that_closed_it(tmp_path: Path) -> None:
 
 
 def test_markdown(tmp_path: Path) -> None:
-    teacher = of(loss=0.1, accuracy=0.9)
+    teacher = of(ce=0.1, accuracy=0.9)
     sft, kd = three(tmp_path, "sft", [0.8]), three(tmp_path, "kd", [0.85], settings=KD, teacher=teacher)
     assert (
         comparison_markdown(compare_runs([*sft, *kd], ["accuracy"]), 160)
@@ -568,21 +571,21 @@ control
 
 
 def test_json_holds_every_number_of_every_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = write_run(tmp_path / "a", of(loss="inf", accuracy=0.8), baseline=of(loss=1.1, accuracy=0.3))
-    append_json_line(a.metrics_file, {"step": 50, "stage": "training", **of(loss=0.7)})
-    write_run(tmp_path / "b", of(loss=0.4, accuracy=0.9), seed=2, baseline=of(loss=1.1, accuracy=0.3))
+    a = write_run(tmp_path / "a", of(ce="inf", accuracy=0.8), baseline=of(ce=1.1, accuracy=0.3))
+    append_json_line(a.metrics_file, {"step": 50, "stage": "training", **of(ce=0.7)})
+    write_run(tmp_path / "b", of(ce=0.4, accuracy=0.9), seed=2, baseline=of(ce=1.1, accuracy=0.3))
     assert main(["compare", "a", str(tmp_path / "b"), "--json", "--output_root", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["groups"][0]["seeds"] == [1, 2]
     assert [run["path"] for run in found["groups"][0]["runs"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
     evaluations = found["groups"][0]["runs"][0]["evaluations"]
-    assert (list(evaluations), evaluations["final"]["validation/loss"]) == (["baseline", "final"], "inf")
+    assert (list(evaluations), evaluations["final"]["validation/ce"]) == (["baseline", "final"], "inf")
     untrained, trained = found["lines"]
     assert (untrained["kind"], untrained["metrics"][ACCURACY]) == (
         "untrained", {"mean": 0.3, "half_width": None, "values": {"1": 0.3, "2": 0.3}}
     )  # fmt: skip
     assert trained["metrics"][ACCURACY]["half_width"] == pytest.approx(12.706205 * 0.05, rel=1e-6)
-    assert trained["metrics"]["validation/loss"]["mean"] == "nan"
+    assert trained["metrics"]["validation/ce"]["mean"] == "nan"
 
 
 def test_the_command_prints_the_table_and_imports_nothing_heavy(tmp_path: Path) -> None:
@@ -614,7 +617,7 @@ def test_a_real_run_has_every_key_of_the_written_ones(config_file: Path, tmp_pat
     (folder,) = tmp_path.glob("outputs/**/real")
     real = RunDirectory(folder)
     report = {"step": 2, "samples_per_second": 64.0}
-    numbers = {f"{split}/{name}": 0.5 for split in ("matched", "other") for name in ("loss", "accuracy", "macro_f1")}
+    numbers = {f"{split}/{name}": 0.5 for split in ("matched", "other") for name in ("ce", "accuracy", "macro_f1")}
     written = write_run(tmp_path / "written", numbers, baseline=numbers, reports=[report])
 
     assert differs_from(read(real.state_file), read(written.state_file)) == []

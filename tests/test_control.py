@@ -131,7 +131,7 @@ def test_the_control_is_the_plain_run_to_the_last_bit(outputs: tuple[Path, Path,
     assert (state["pipeline_complete"], state["step"], state["attempts"]) == (True, 6, 1)
     alone, beside = evaluation(runs / "plain", "final"), evaluation(runs / "kd-sft", "final")
     assert {name: beside[name] for name in alone} == {  # beside a teacher the cross-entropy is rounded elsewhere
-        name: pytest.approx(value, rel=1e-5) if name.endswith("/loss") else value for name, value in alone.items()
+        name: pytest.approx(value, rel=1e-5) if name.endswith("/ce") else value for name, value in alone.items()
     }
     assert {name for name in beside if name not in alone} == {
         f"{split}/{metric}" for split in ("matched", "other") for metric in ("agreement", "kl")
@@ -145,7 +145,7 @@ def test_the_control_is_the_plain_run_to_the_last_bit(outputs: tuple[Path, Path,
 def test_the_teachers_numbers_are_its_own_and_computed_once(outputs: tuple[Path, Path, str]) -> None:
     _, runs, _ = outputs
     own = evaluation(runs / "kd", "teacher")  # tests/test_teacher_numbers.py has them from the model itself
-    assert own["matched/loss"] != evaluation(runs / "kd", "baseline")["matched/loss"]
+    assert own["matched/ce"] != evaluation(runs / "kd", "baseline")["matched/ce"]
     assert evaluation(runs / "kd-sft", "teacher") == own
     assert "the teacher's numbers are those of" not in (runs / "kd" / "output.log").read_text()
     reused = f"the teacher's numbers are those of {runs / 'kd'} ("
@@ -161,7 +161,7 @@ def test_the_table_has_untrained_sft_kd_and_teacher(outputs: tuple[Path, Path, s
     assert ["metric", "untrained", "SFT", "KD", "teacher", "gap closed"] in lines
     before, teacher = evaluation(runs / "kd", "baseline"), evaluation(runs / "kd", "teacher")
     after, sft = evaluation(runs / "kd", "final"), evaluation(runs / "kd-sft", "final")
-    for metric in ("matched/loss", "matched/accuracy", "other/macro_f1", "matched/ece"):
+    for metric in ("matched/ce", "matched/accuracy", "other/macro_f1", "matched/ece"):
         (row,) = [line for line in lines if line[0] == metric]
         assert row[1:5] == [f"{numbers[metric]:.4f}" for numbers in (before, sft, after, teacher)]
     (row,) = [line for line in lines if line[0] == "matched/kl"]
@@ -172,14 +172,14 @@ def test_the_table_has_untrained_sft_kd_and_teacher(outputs: tuple[Path, Path, s
         "-",
         "-",
     ]
-    for metric in ("loss", "accuracy", "macro_f1"):
+    for metric in ("ce", "accuracy", "macro_f1"):
         share = gap_closed(metric, *(numbers[f"matched/{metric}"] for numbers in (sft, after, teacher)))
         (row,) = [line for line in lines if line[0] == f"matched/{metric}"]
         assert row[5] == ("-" if share is None else f"{100 * share:.0f} %")
     assert "gap closed: the share of the way from SFT to the teacher" in printed
 
     card = (runs / "kd" / "final" / "README.md").read_text()
-    assert f"| matched/loss | {before['matched/loss']:.4f} | {sft['matched/loss']:.4f} |" in card
+    assert f"| matched/ce | {before['matched/ce']:.4f} | {sft['matched/ce']:.4f} |" in card
     sha256 = read_json(runs / "kd" / "run_metadata.json")["teacher"]["weights_sha256"]
     assert f"- Teacher: {runs.parents[1] / 'teacher'}, weights `{sha256[:12]}`, replicated\n" in card
     assert "; alpha 0.7, T 2, D forward_kl\n" in card
@@ -201,7 +201,7 @@ def test_each_log_has_its_own_runs_lines(outputs: tuple[Path, Path, str]) -> Non
     assert "gap closed" not in control
     assert main.splitlines()[-1].endswith("# train it further")
     for text in (main, control):
-        assert text.count("best: matched/loss") == 1
+        assert text.count("best: matched/ce") == 1
     assert "best: " in main.split("final evaluation, other")[1].split("control run")[0]
     (line,) = [line for line in main.splitlines() if "step 4/6" in line]
     (row,) = [row for row in read_json_lines(runs / "kd" / "metrics.jsonl") if row["step"] == 4 and "ce" in row]
@@ -215,7 +215,7 @@ def test_peaks_are_those_of_the_evaluations(outputs: tuple[Path, Path, str]) -> 
     found = read_json(runs / "kd" / "peak_metrics.json")
     rows = [row for row in read_json_lines(runs / "kd" / "metrics.jsonl") if row.get("stage") not in (None, "teacher")]
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
-    for metric, best in {"matched/kl": min, "other/loss": min, "matched/accuracy": max, "other/agreement": max}.items():
+    for metric, best in {"matched/kl": min, "other/ce": min, "matched/accuracy": max, "other/agreement": max}.items():
         assert found[metric]["value"] == best(row[metric] for row in rows)
         at = next(row for row in rows if row[metric] == found[metric]["value"])
         assert (found[metric]["step"], found[metric]["stage"]) == (at["step"], at["stage"])
@@ -382,8 +382,8 @@ def test_two_ranks_train_both_runs(outputs: tuple[Path, Path, str], tiny_model: 
     for name in ("two", "two-sft"):
         assert [attempt["ranks"] for attempt in read_json(runs / name / "run_metadata.json")["attempts"]] == [2]
     one, two = evaluation(runs / "kd", "teacher"), evaluation(runs / "two", "teacher")
-    assert {name: value for name, value in two.items() if not name.endswith(("loss", "ece"))} == {
-        name: value for name, value in one.items() if not name.endswith(("loss", "ece"))
+    assert {name: value for name, value in two.items() if not name.endswith(("/ce", "/ece"))} == {
+        name: value for name, value in one.items() if not name.endswith(("/ce", "/ece"))
     }
 
 

@@ -120,7 +120,7 @@ def test_metrics_hold_baseline_steps_and_final_in_order(finished: tuple[Path, st
     assert rows[2]["learning_rate"] == pytest.approx(5e-5 / 3)
     assert rows[0]["matched/samples"] == 13
     assert rows[0]["other/samples"] == 7
-    assert rows[3]["matched/loss"] != rows[0]["matched/loss"]
+    assert rows[3]["matched/ce"] != rows[0]["matched/ce"]
 
 
 def test_the_final_model_loads_and_gives_the_final_numbers(finished: tuple[Path, str, str], data_folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_final_model_loads_and_gives_the_final_numbers(finished: tuple[Path,
         loss = torch.nn.functional.cross_entropy(model(**inputs).logits, torch.tensor([row["label"] for row in rows]))
 
     assert model.config.label2id == {"entailment": 0, "neutral": 1, "contradiction": 2}
-    recorded = read_json_lines(finished[0] / "metrics.jsonl")[-1]["other/loss"]
+    recorded = read_json_lines(finished[0] / "metrics.jsonl")[-1]["other/ce"]
     assert loss.item() == pytest.approx(recorded, abs=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_the_model_card_has_the_numbers_before_and_after(finished: tuple[Path, s
     rows = read_json_lines(finished[0] / "metrics.jsonl")
 
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-classification"
-    assert f"| matched/loss | {rows[0]['matched/loss']:.4f} | {rows[-1]['matched/loss']:.4f} |" in card
+    assert f"| matched/ce | {rows[0]['matched/ce']:.4f} | {rows[-1]['matched/ce']:.4f} |" in card
     assert read_json(finished[0] / "run_metadata.json")["data"]["fingerprint"] in card
 
 
@@ -188,7 +188,7 @@ def test_the_recorded_config_runs_again_to_the_same_numbers(finished: tuple[Path
     assert again.returncode == 0, again.stderr
     first, second = (read_json_lines(folder / "metrics.jsonl") for folder in (run, only_run(tmp_path)))
     assert [row.get("loss") for row in second] == [row.get("loss") for row in first]
-    assert second[-1]["matched/loss"] == first[-1]["matched/loss"]
+    assert second[-1]["matched/ce"] == first[-1]["matched/ce"]
 
 
 def test_an_existing_run_name_is_refused_and_a_complete_run_is_left_alone(finished: tuple[Path, str, str]) -> None:
@@ -384,7 +384,7 @@ def test_two_ranks_take_the_same_trajectory_as_one(config_file: Path, tmp_path: 
     assert [row["grad_norm"] for row in two if "loss" in row] == pytest.approx(
         [row["grad_norm"] for row in one if "loss" in row], rel=1e-4
     )
-    for name in ("matched/loss", "other/loss"):
+    for name in ("matched/ce", "other/ce"):
         assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-5)
     for name in ("matched/samples", "other/samples", "matched/accuracy", "other/labelled/neutral"):
         assert two[-1][name] == one[-1][name]

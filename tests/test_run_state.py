@@ -71,6 +71,11 @@ def test_an_older_file_without_a_newer_key_is_read(tmp_path: Path) -> None:
     assert type(state.epoch) is float
 
 
+def test_the_best_metric_of_an_older_file_has_the_name_of_today(tmp_path: Path) -> None:
+    path = saved(tmp_path, best_metric={"name": "matched/loss", "value": 0.5, "step": 4})
+    assert TrainingState.load(path).best_metric == {"name": "matched/ce", "value": 0.5, "step": 4}
+
+
 def test_a_file_of_a_newer_forge_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, colour="red")
     with pytest.raises(UsageError, match="was written by a newer forge: this one does not know colour") as refusal:

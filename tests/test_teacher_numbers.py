@@ -97,7 +97,7 @@ def test_a_classifiers_numbers_are_the_models_own(
         losses.append(-logits.log_softmax(0)[label].item())
         right.append(int(logits.argmax()) == label)
     found = numbers(with_teacher(config_file, classifier), accelerator)
-    assert found["matched/loss"] == pytest.approx(sum(losses) / 13, abs=1e-5)
+    assert found["matched/ce"] == pytest.approx(sum(losses) / 13, abs=1e-5)
     assert found["matched/accuracy"] == pytest.approx(sum(right) / 13)
     assert found["other/samples"] == 7
     assert not [name for name in found if name.endswith(("/agreement", "/kl"))]
@@ -143,7 +143,7 @@ def test_a_language_models_numbers_are_the_models_own(
         right += int((logits.argmax(-1) == targets)[counted].sum())
         labels += int(counted.sum())
     assert found["validation/labels"] == labels
-    assert found["validation/loss"] == pytest.approx(ce_sum / labels, abs=1e-5)
+    assert found["validation/ce"] == pytest.approx(ce_sum / labels, abs=1e-5)
     assert found["validation/perplexity"] == pytest.approx(math.exp(ce_sum / labels), rel=1e-5)
     assert found["validation/token_accuracy"] == pytest.approx(right / labels)
 
@@ -175,8 +175,8 @@ def test_a_reader_of_lines_is_the_same_offloaded_and_writes_texts_in_half_precis
     assert (whole["validation/samples"], whole["validation/samples_of"]) == (4, 6)
     assert whole["validation/cer"] > 0.5
     assert of(placement="offload") == whole
-    assert half["validation/loss"] == pytest.approx(whole["validation/loss"], rel=0.02)
-    assert half["validation/loss"] != whole["validation/loss"]
+    assert half["validation/ce"] == pytest.approx(whole["validation/ce"], rel=0.02)
+    assert half["validation/ce"] != whole["validation/ce"]
 
 
 def test_weights_that_are_not_finite_name_the_teacher(
@@ -185,7 +185,7 @@ def test_weights_that_are_not_finite_name_the_teacher(
     model = BertForSequenceClassification.from_pretrained(classifier)
     torch.nn.init.constant_(model.classifier.weight, float("nan"))
     model.save_pretrained(classifier)
-    with pytest.raises(TrainingError, match=r"matched/loss of the teacher .*classifier is nan in float32: a student"):
+    with pytest.raises(TrainingError, match=r"matched/ce of the teacher .*classifier is nan in float32: a student"):
         numbers(with_teacher(config_file, classifier), accelerator)
 
 
@@ -208,7 +208,7 @@ class Task:
 
 
 ORIGIN = Origin(WeightFiles(name="t", location="/t", sha256="a" * 64))
-METRICS = {"matched/loss": 0.5, "matched/perplexity": math.inf, "matched/samples": 13}
+METRICS = {"matched/ce": 0.5, "matched/perplexity": math.inf, "matched/samples": 13}
 
 
 @pytest.fixture(autouse=True)
@@ -265,12 +265,21 @@ def test_a_file_that_cannot_be_used_is_warned_of_once_and_replaced(
     for broken in (whole[:40], "[]", '{"key": {}}', whole.replace("matched/", ""), another):
         file.write_text(broken)
         caplog.clear()
-        found = teacher_numbers(config, Task(), ORIGIN, accelerator, lambda: {"matched/loss": 0.7}, "b")  # type: ignore[arg-type]
-        assert found == {"matched/loss": 0.7}
+        found = teacher_numbers(config, Task(), ORIGIN, accelerator, lambda: {"matched/ce": 0.7}, "b")  # type: ignore[arg-type]
+        assert found == {"matched/ce": 0.7}
         assert caplog.text.count("cannot be used") == 1
         stored = stored_numbers(root, key)
         assert stored is not None
-        assert (stored.metrics, stored.made_by) == ({"matched/loss": 0.7}, "b")
+        assert (stored.metrics, stored.made_by) == ({"matched/ce": 0.7}, "b")
+
+
+def test_numbers_that_were_stored_under_a_former_name_are_read_under_the_one_of_today(
+    config: Config, tmp_path: Path
+) -> None:
+    store_numbers(tmp_path, key_of(config), {"matched/loss": 0.5, "matched/accuracy": 0.8}, "a")
+    found = stored_numbers(tmp_path, key_of(config))
+    assert found is not None
+    assert found.metrics == {"matched/ce": 0.5, "matched/accuracy": 0.8}
 
 
 def test_numbers_that_another_forge_counted_otherwise_are_not_taken(
@@ -368,5 +377,5 @@ def test_a_run_goes_on_with_its_own_teacher_or_with_one_that_is_allowed(
     assert done.returncode == 0, done.stderr
     assert f"changed: the weights of the teacher: {then[:12]} -> {now[:12]}" in done.stderr
     (after,) = [row for row in read_json_lines(run / "metrics.jsonl") if row.get("stage") == "teacher"]
-    assert after["matched/loss"] != before[0]["matched/loss"]  # it is the new teacher's
+    assert after["matched/ce"] != before[0]["matched/ce"]  # it is the new teacher's
     assert "teacher" in done.stdout.splitlines()[2]

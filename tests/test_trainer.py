@@ -12,7 +12,7 @@ from forge.errors import TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
 
 Build = Callable[..., Any]
-SHOWN = ("loss", "accuracy", "macro_f1", "ece")
+SHOWN = ("ce", "accuracy", "macro_f1", "ece")
 
 
 def trajectory(trainer: Any) -> tuple[list[float], list[float]]:
@@ -39,7 +39,7 @@ def test_the_loop_learns_what_can_be_learned(build_trainer: Build) -> None:
 
     assert before["matched/accuracy"] < 0.6
     assert after["matched/accuracy"] == 1.0
-    assert after["matched/loss"] < 0.2 < before["matched/loss"]
+    assert after["matched/ce"] < 0.2 < before["matched/ce"]
 
 
 def test_the_classic_accumulation_gives_the_same_step_as_batch_size(build_trainer: Build) -> None:
@@ -192,7 +192,7 @@ def test_evaluation_counts_every_row_once_and_leaves_training_as_it_was(build_tr
     with torch.no_grad():
         logits = trainer.model.eval()(**rows).logits
     assert metrics["matched/accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
-    assert metrics["matched/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["matched/ce"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 def test_a_quick_look_says_of_how_many_rows_it_is(build_trainer: Build) -> None:
@@ -216,7 +216,7 @@ def test_evaluation_during_training_comes_when_it_is_due_and_not_twice_at_the_en
     assert alone.callbacks.evaluations == [("training", 3), ("training", 6)]
 
 
-@pytest.mark.parametrize(("name", "hint"), [("loss", "; did you mean matched/loss?"), ("matched/bleu", "")])
+@pytest.mark.parametrize(("name", "hint"), [("loss", "; did you mean matched/ce?"), ("matched/bleu", "")])
 def test_a_best_metric_that_there_is_not_is_refused_after_the_baseline(
     build_trainer: Build, name: str, hint: str
 ) -> None:
@@ -247,5 +247,5 @@ def test_weights_that_are_not_sound_are_told_before_training(build_trainer: Buil
         next(model.parameters()).data.fill_(float("nan"))
 
     trainer = build_trainer(mutate=spoil)
-    with pytest.raises(TrainingError, match=r"matched/loss is nan before any training, with mixed precision no: the"):
+    with pytest.raises(TrainingError, match=r"matched/ce is nan before any training, with mixed precision no: the"):
         trainer.evaluate("baseline")

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from forge.config.former_names import current_headline
 from forge.config.schema import CheckpointConfig, Config
 from forge.errors import TrainingError, UsageError
 from forge.report.figures import LOWER_IS_BETTER
@@ -29,7 +30,7 @@ class BestMetric:
             # The metrics that a checkpoint may be chosen by, not those of a single class.
             there = [key for key, value in metrics.items() if isinstance(value, float) and key.count("/") == 1]
             there = [key for key in there if not key.endswith("/seconds")]
-            meant = [key for key in there if key.endswith(f"/{name}")]
+            meant = [key for key in there if key.endswith(f"/{current_headline([name])[0]}")]
             hint = f"; did you mean {meant[0]}?" if meant else ""
             raise UsageError(f"checkpoint.best_metric is {name}, but an evaluation has only {', '.join(there)}{hint}")
         return name
@@ -51,7 +52,7 @@ class BestMetric:
             TrainingError: A cross-entropy is not finite before any training.
             UsageError: The evaluation has no metric of the name that the config gives.
         """
-        bad = [name for name, value in metrics.items() if name.endswith("/loss") and not math.isfinite(value)]
+        bad = [name for name, value in metrics.items() if name.endswith("/ce") and not math.isfinite(value)]
         if bad:  # training would fail at its first report, and blame the rate
             raise TrainingError(
                 f"{bad[0]} is {metrics[bad[0]]} before any training, with mixed precision {mixed_precision}: the "

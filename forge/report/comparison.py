@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from forge.config.former_names import current_headline, current_metric
 from forge.errors import UsageError
 from forge.report.estimate import Estimate, estimate
 from forge.report.figures import RunFigures, gap_closed, read_figures, shown_metrics, splits_of
@@ -137,7 +138,8 @@ def _chosen(names: Sequence[str], figures: Sequence[RunFigures]) -> list[str]:
         found = [metric for metric in known if name in (metric, metric.partition("/")[2])]
         if not found:
             short = dict.fromkeys([*known, *(metric.partition("/")[2] for metric in known)])
-            near = difflib.get_close_matches(name, short, n=1)
+            near = [now for now in (current_metric(name), *current_headline([name])) if now in short]
+            near += difflib.get_close_matches(name, short, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise UsageError(f"--metric {name}: no final evaluation has it; {hint}")
         chosen += [metric for metric in found if metric not in chosen]

@@ -11,15 +11,17 @@ import yaml
 from pydantic import ValidationError
 
 from forge.config.explain import effective, flatten
+from forge.config.former_names import current_headline
 from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json, read_json_lines
+from forge.run.files import read_json
+from forge.run.metrics import read_metrics
 from forge.run.state import TrainingState
 
 ALSO_SHOWN = ("agreement", "kl", "kl_top_k", "ece")  # after the headline; all but ece need a teacher
-LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer", "kl", "kl_top_k", "ece")
+LOWER_IS_BETTER = ("ce", "perplexity", "cer", "wer", "kl", "kl_top_k", "ece")
 NOT_FINITE = ("nan", "inf", "-inf")  # as metrics.jsonl writes them
 TINY = 1e-3  # relative to the larger number: a smaller gap is due to rounding, or to a row or two
 
@@ -45,7 +47,7 @@ class RunFigures:
 
     @property
     def headline(self) -> list[str]:
-        return list(self.metadata["task"]["headline"])
+        return current_headline(self.metadata["task"]["headline"])
 
     @property
     def config_name(self) -> Path:
@@ -55,7 +57,7 @@ class RunFigures:
 def read_figures(run: RunDirectory) -> RunFigures:
     """Read what a comparison needs of a run. Raises UsageError, which names the file, if one is missing or broken."""
     metadata, state = read_json(run.metadata_file), TrainingState.load(run.state_file)
-    rows = read_json_lines(run.metrics_file)
+    rows = read_metrics(run.metrics_file)
     try:
         sizes = state.step_sizes or [[0, metadata["world"]["rows_per_step"]]]
         figures = RunFigures(
@@ -84,8 +86,8 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
 
 
 def read_evaluations(run: RunDirectory) -> dict[str, dict[str, float]]:
-    """Return the run's last evaluation of each stage, such as {"final": {"matched/loss": 0.5, …}, …}."""
-    return evaluations_of(read_json_lines(run.metrics_file))
+    """Return the run's last evaluation of each stage, such as {"final": {"matched/ce": 0.5, …}, …}."""
+    return evaluations_of(read_metrics(run.metrics_file))
 
 
 def evaluations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from forge.config.explain import to_yaml
+from forge.config.former_names import current_headline
 from forge.config.schema import Config
 from forge.model.layers import KeptLayers
 from forge.model.origin import short
@@ -43,7 +44,9 @@ def model_card(
         "tags": ["forge"],
         **({"base_model": model["location"]} if hub_id else {}),
     }
-    lines = "\n".join(f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, task["headline"]))
+    lines = "\n".join(
+        f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, current_headline(task["headline"]))
+    )
     numbers = f"| | before | after |\n|---|---|---|\n{lines}" if lines else "It was not evaluated."
     numbers = numbers if evidence_table is None else evidence_table or "It was not evaluated."
     labels = f"- Labels: {', '.join(model['labels'])}\n" if model["labels"] else ""

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
+from forge.config.former_names import current_metric
 from forge.errors import UsageError
 from forge.run.files import Guard, write_json
 
@@ -86,6 +87,8 @@ class TrainingState:
         values = {key: _checked(path, key, value, hints[key]) for key, value in values.items()}
         if "run_id" not in values or "stage" not in values:
             raise UsageError(f"{path} is broken: it names no run_id or no stage; start the run anew under another name")
+        if best := values.get("best_metric"):
+            values["best_metric"] = {**best, "name": current_metric(best["name"])}
         return cls(**values)
 
 

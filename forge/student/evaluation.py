@@ -34,7 +34,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     """The task's metrics and those of any task, of each validation split, as `split/metric`; the same on every rank.
 
-    loss: cross-entropy in nats, the mean over all labels of the split. ece: the expected calibration error of the
+    ce: cross-entropy in nats, the mean over all labels of the split. ece: the expected calibration error of the
     probability of the likeliest label, in 15 bins (Guo et al. 2017, arXiv 1706.04599). With a teacher also agreement,
     the share of labels where it has the same likeliest one, and kl, KL(teacher || student) at temperature 1, nats a
     label; of a teacher's top k instead kl_top_k, the KL over its k tokens and all others as one, which is at most that.
@@ -111,7 +111,7 @@ def _evaluate_split(
     if total != len(chosen):
         raise RuntimeError(f"evaluated {total} rows of {len(chosen)}; this is a bug in forge")
     right, confidence = calibration.unbind(dim=1)
-    metrics = {"loss": ce_sum / labels, **counted.compute(), "ece": ((right - confidence).abs().sum() / labels).item()}
+    metrics = {"ce": ce_sum / labels, **counted.compute(), "ece": ((right - confidence).abs().sum() / labels).item()}
     if kl_name is not None:
         metrics |= {"agreement": agreed / labels, kl_name: kl_sum / labels}
     metrics["samples"] = total

@@ -2,10 +2,11 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from forge.config.former_names import current_metrics
 from forge.config.schema import Config
 from forge.model.origin import Origin
 from forge.run.files import write_atomically
@@ -57,6 +58,7 @@ def stored_numbers(output_root: Path, key: ContentKey) -> TeacherNumbers | None:
         if values["key"] != json.loads(json.dumps(key)):
             raise ValueError("it is of another teacher, or of other rows")
         found = TeacherNumbers(**values["numbers"])
+        found = replace(found, metrics=current_metrics(found.metrics))
         if not found.metrics or not all(isinstance(name, str) and "/" in name for name in found.metrics):
             raise ValueError("it holds no numbers")
     except FileNotFoundError:

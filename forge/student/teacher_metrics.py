@@ -97,7 +97,7 @@ def evaluate_teacher(
         )
     finally:
         teacher.model.eval()  # an evaluation leaves what it has evaluated in training mode
-    bad = [name for name, value in metrics.items() if name.endswith("/loss") and not math.isfinite(value)]
+    bad = [name for name, value in metrics.items() if name.endswith("/ce") and not math.isfinite(value)]
     if bad:
         raise TrainingError(
             f"{bad[0]} of the teacher {config.teacher.path} is {metrics[bad[0]]} in {str(dtype).removeprefix('torch.')}"

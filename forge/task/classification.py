@@ -57,7 +57,7 @@ class Classification(Task):
     pipeline_tag: ClassVar[str] = "text-classification"
     auto_model: ClassVar[type[Any]] = AutoModelForSequenceClassification
     main_metric: ClassVar[str] = "accuracy"
-    headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+    headline: ClassVar[tuple[str, ...]] = ("ce", "accuracy", "macro_f1")
     one_label_per_row: ClassVar[bool] = True
 
     @classmethod

@@ -75,8 +75,8 @@ class CausalLm(Task):
     title: ClassVar[str] = "A causal language model"
     pipeline_tag: ClassVar[str] = "text-generation"
     auto_model: ClassVar[type[Any]] = AutoModelForCausalLM
-    main_metric: ClassVar[str] = "loss"
-    headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    main_metric: ClassVar[str] = "ce"
+    headline: ClassVar[tuple[str, ...]] = ("ce", "perplexity", "token_accuracy")
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     has_language_head: ClassVar[bool] = True
     aligns_labels: ClassVar[bool] = True
@@ -202,7 +202,7 @@ class CausalLmMetrics(Metrics):
         self.counts = self.counts.to(labels.device) + sums
 
     def compute(self) -> dict[str, float | int]:
-        """perplexity, the exponential of the mean loss; token_accuracy, the share of labels that are the likeliest
+        """perplexity, the exponential of ce; token_accuracy, the share of labels that are the likeliest
         token, each behind the true text; labels, their number. Fills samples, on the first rank."""
         labels, right, ce_sum = self.counts.cpu()  # waits for the GPU
         if self._shown:

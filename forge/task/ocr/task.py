@@ -60,7 +60,7 @@ class Ocr(Task):
     pipeline_tag: ClassVar[str] = "image-to-text"
     auto_model: ClassVar[type[Any]] = AutoModelForImageTextToText
     main_metric: ClassVar[str] = "cer"
-    headline: ClassVar[tuple[str, ...]] = ("loss", "cer", "wer", "exact_match")
+    headline: ClassVar[tuple[str, ...]] = ("ce", "cer", "wer", "exact_match")
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     inputs_need_model: ClassVar[bool] = True
     num_workers: ClassVar[int] = 2
