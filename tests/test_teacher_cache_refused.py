@@ -516,7 +516,7 @@ def test_configs_that_cannot_be_cached_are_refused(
 
 
 def test_a_layer_that_the_teacher_lacks_is_refused(config_file: Path, teacher: Path) -> None:
-    with pytest.raises(UsageError, match="the teacher has no 3"):
+    with pytest.raises(UsageError, match="the teacher has no layer 3"):
         fill(load_config(config_file, distilled(teacher, "distillation.hidden.layers={1: 3}")).config)
 
 
