@@ -24,7 +24,9 @@ def reset() -> None:
 
 def fill(config: Config) -> tuple[Path, dict[str, Any]]:
     reset()
-    return cache_teacher(config, StopRequest())
+    filled = cache_teacher(config, StopRequest())
+    filled.close()
+    return filled.folder, filled.manifest
 
 
 def opened(config: Config) -> tuple[Task, CachedTeacher, Any]:
@@ -35,9 +37,7 @@ def opened(config: Config) -> tuple[Task, CachedTeacher, Any]:
     student = task.load_model(config.model, config.training)
     task = for_teacher(config, task.for_model(student))
     found = find_teacher_cache(config, task, student, accelerator, "forge cache-teacher X.yaml")
-    placed = found.placed(accelerator, None)
-    assert isinstance(placed, CachedTeacher)
-    return task, placed, found
+    return task, found.place(accelerator, task, None), found
 
 
 def distilled(teacher: Path, *settings: str) -> list[str]:

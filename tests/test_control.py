@@ -144,7 +144,7 @@ def test_the_control_is_the_plain_run_to_the_last_bit(outputs: tuple[Path, Path,
 
 def test_the_teachers_numbers_are_its_own_and_computed_once(outputs: tuple[Path, Path, str]) -> None:
     _, runs, _ = outputs
-    own = evaluation(runs / "kd", "teacher")  # tests/test_teacher_numbers.py has them from the model itself
+    own = evaluation(runs / "kd", "teacher")  # tests/test_teacher_metrics.py has them from the model itself
     assert own["matched/ce"] != evaluation(runs / "kd", "baseline")["matched/ce"]
     assert evaluation(runs / "kd-sft", "teacher") == own
     assert "the teacher's numbers are those of" not in (runs / "kd" / "output.log").read_text()

@@ -239,7 +239,7 @@ def test_a_model_that_was_never_trained_for_the_task_is_no_teacher(
     settings = [part for setting in distilled(tiny_model) for part in ("--set", setting)]
     run = forge("--config", config_file, *settings)
     assert run.returncode == 2
-    assert "it was not trained for this task, and could only teach noise" in run.stdout + run.stderr
+    assert "it was not trained for this task" in run.stdout + run.stderr
     assert not list((tmp_path / "outputs").rglob("training_state.json"))
 
 

@@ -341,7 +341,7 @@ def test_the_default_map_spreads_the_students_layers_over_the_teachers() -> None
     assert list(layer_map({2: 5, 1: 0}, 2, 6).items()) == [(1, 0), (2, 5)]
 
 
-@pytest.mark.parametrize(("layers", "whose"), [({3: 1}, "student has no 3"), ({1: 7}, "teacher has no 7")])
+@pytest.mark.parametrize(("layers", "whose"), [({3: 1}, "student has no layer 3"), ({1: 7}, "teacher has no layer 7")])
 def test_a_layer_that_there_is_not_is_refused(layers: dict[int, int], whose: str) -> None:
     with pytest.raises(UsageError, match=f"the {whose}: the student has 2 layers and the teacher 6"):
         layer_map(layers, 2, 6)
@@ -589,8 +589,8 @@ def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Pa
 
 
 BAD_INPUT = {
-    "layers={3: 1}": "draws layer 3 to 1, and the student has no 3: the student has 2 layers and the teacher 3",
-    "layers={1: 4}": "draws layer 1 to 4, and the teacher has no 4: the student has 2 layers and the teacher 3",
+    "layers={3: 1}": "the student has no layer 3: the student has 2 layers and the teacher 3",
+    "layers={1: 4}": "the teacher has no layer 4: the student has 2 layers and the teacher 3",
     "layers={-1: 1}": "layers.-1.[key] is -1; it must be at least 0",
     "layers={}": "distillation.hidden.layers has no entries; it needs at least 1",
 }

@@ -45,7 +45,7 @@ from forge.teacher_cache.job import cache_teacher
 from forge.teacher_cache.key import token_columns
 from forge.teacher_cache.reader import token_places
 from forge.teacher_cache.top_k import at_temperature, top_k, truncation_kl
-from forge.teacher_cache.writer import Keeper, index_dtype
+from forge.teacher_cache.writer import CacheWriter, index_dtype
 
 Build = Callable[..., Any]
 
@@ -491,8 +491,8 @@ def test_a_job_that_dies_at_any_write_goes_on_to_the_same_bytes(
         opened(load_config(config_file, [*settings, "teacher.placement=cached"]).config)
 
     computed: list[Shard] = []
-    compute = Keeper.compute
-    monkeypatch.setattr(Keeper, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
+    compute = CacheWriter.compute
+    monkeypatch.setattr(CacheWriter, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
     folder, _ = fill(load_config(config_file, settings).config)
     assert shard_bytes(folder) == expected
     assert len(computed) == 6 - max(0, at - 1) // 2  # a shard without its record is computed again
@@ -503,15 +503,15 @@ def test_a_stop_keeps_the_finished_shards_and_says_how_to_go_on(
     config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "SHARD_ROWS", 13)
-    stop, compute = StopRequest(), Keeper.compute
+    stop, compute = StopRequest(), CacheWriter.compute
 
-    def signalled(self: Keeper, shard: Shard) -> Any:
+    def signalled(self: CacheWriter, shard: Shard) -> Any:
         if (shard.split, shard.number) == ("train", 2):
             stop.reason = "SIGTERM"
             raise stopped_early("SIGTERM")
         return compute(self, shard)
 
-    monkeypatch.setattr(Keeper, "compute", signalled)
+    monkeypatch.setattr(CacheWriter, "compute", signalled)
     with pytest.raises(Stopped, match=r"stopped by SIGTERM; 2 of 6 shards are in .*, and the same command goes on"):
         cache_teacher(load_config(config_file, distilled(teacher)).config, stop)
 
@@ -520,8 +520,8 @@ SMALL_SHARDS = (
     "import sys; from forge.teacher_cache import files; files.SHARD_ROWS = 3; from forge.cli.main import main; "
 )
 SLOWLY = (
-    "import time; from forge.teacher_cache.writer import Keeper; compute = Keeper.compute; "
-    "Keeper.compute = lambda self, shard: (time.sleep(0.05), compute(self, shard))[1]; "
+    "import time; from forge.teacher_cache.writer import CacheWriter; compute = CacheWriter.compute; "
+    "CacheWriter.compute = lambda self, shard: (time.sleep(0.05), compute(self, shard))[1]; "
 )
 
 

@@ -37,7 +37,7 @@ from forge.teacher_cache.files import Shard, only_writer
 from forge.teacher_cache.job import report
 from forge.teacher_cache.key import LAYERS, cache_key, changed, content_key
 from forge.teacher_cache.reader import check_loss
-from forge.teacher_cache.writer import Keeper
+from forge.teacher_cache.writer import CacheWriter
 
 
 @pytest.fixture(scope="module")
@@ -433,8 +433,8 @@ def test_a_damaged_shard_is_named_and_written_anew(
     with pytest.raises(UsageError, match=rf"{file} .*`forge cache-teacher X.yaml` writes it anew"):
         opened(cached)
     computed: list[Shard] = []
-    compute = Keeper.compute
-    monkeypatch.setattr(Keeper, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
+    compute = CacheWriter.compute
+    monkeypatch.setattr(CacheWriter, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
     fill(load_config(config_file, settings).config)
     assert computed == [Shard("train", 1, 20, 20)]
     assert file.read_bytes() == whole
@@ -516,7 +516,7 @@ def test_configs_that_cannot_be_cached_are_refused(
 
 
 def test_a_layer_that_the_teacher_lacks_is_refused(config_file: Path, teacher: Path) -> None:
-    with pytest.raises(UsageError, match="the teacher has no 3"):
+    with pytest.raises(UsageError, match="the teacher has no layer 3"):
         fill(load_config(config_file, distilled(teacher, "distillation.hidden.layers={1: 3}")).config)
 
 

@@ -21,9 +21,10 @@ from forge.ranks.world import Ranks
 from forge.student.feature_terms import check_features
 from forge.task.load import load_task
 from forge.task.task import Task
-from forge.teacher.loading import load_teacher
+from forge.teacher.placement import LoadedTeacher, load_teacher
+from forge.teacher.teacher import TeacherSource
 from forge.teacher.vocabulary import for_teacher, tell_of_columns
-from forge.teacher_cache.reader import TeacherCache, find_teacher_cache
+from forge.teacher_cache.reader import find_teacher_cache
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,12 @@ class Components:
 
     task: Task  # as the two models need it
     student: LoadedModel
-    teacher: LoadedModel | TeacherCache | None  # in memory, or files with its outputs; None: the config wants none
+    teacher: TeacherSource | None  # in memory, or files with its outputs; None: the config wants none
 
     @property
     def teacher_sha256(self) -> str | None:
         """The hash of the teacher's weights; None where there is none, or it is not known."""
-        origin = self.teacher.origin if self.teacher is not None else None
-        return origin.weights_sha256 if origin is not None else None
+        return self.teacher.weights_sha256 if self.teacher is not None else None
 
     def facts(self, config: Config, accelerator: Accelerator) -> dict[str, Any]:
         """What run_metadata.json tells of them, and of the ranks."""
@@ -72,7 +72,7 @@ def load_components(loaded: LoadedConfig, ranks: Ranks, command: Sequence[str]) 
         making = cache_command(loaded.file, command)
         return Components(task, student, find_teacher_cache(config, task, student, ranks.accelerator, making))
     teacher = ranks.on_every_rank(lambda: _load_teacher(config, task, student))
-    return Components(task, student, _with_origin(teacher, ranks, "teacher"))
+    return Components(task, student, LoadedTeacher(_with_origin(teacher, ranks, "teacher"), config.teacher))
 
 
 def world_facts(accelerator: Accelerator, training: TrainingConfig) -> dict[str, Any]:

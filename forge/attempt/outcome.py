@@ -23,7 +23,7 @@ from forge.run.lock import RunLock
 from forge.run.metrics import read_metrics
 from forge.run.registry import unregister
 from forge.run.state import Stage, TrainingState
-from forge.teacher.loading import evaluates_teacher
+from forge.teacher.placement import evaluates_teacher
 
 logger = logging.getLogger(__name__)
 

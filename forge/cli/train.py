@@ -147,13 +147,15 @@ def _cache_teacher(args: argparse.Namespace, stop: "StopRequest", log: "RunLog")
     config = Overrides.of(args).load(Path(args.config)).config
     stop.breaks(_import_caching)
     from forge.data.progress import hide_progress_bars
-    from forge.student.teacher_metrics import keep_numbers
+    from forge.student.teacher_metrics import keep_teacher_metrics
     from forge.teacher_cache import job
 
     log.adopt_library_loggers()
     if rank() > 0 or not log.console.is_terminal:
         hide_progress_bars()
-    job.cache_teacher(config, stop, functools.partial(keep_numbers, stop))
+    cache = job.cache_teacher(config, stop)
+    keep_teacher_metrics(cache, stop)
+    cache.close()
 
 
 def _import_pipeline() -> None:

@@ -21,8 +21,8 @@ from forge.task.causal_lm.task import CausalLm
 from forge.task.classification import Classification
 from forge.task.ocr.characters import character_tokenizer
 from forge.task.ocr.task import Ocr
-from forge.teacher.layers import known_depth, teacher_layers
-from forge.teacher.loading import teacher_config
+from forge.teacher.placement import teacher_config
+from forge.teacher.teacher import known_depth, teacher_layers
 
 logger = logging.getLogger(__name__)
 TASKS = {task.name: task for task in (Classification, Ocr, CausalLm)}

@@ -1,7 +1,6 @@
 """The loop over Accelerate: it fine-tunes (SFT), and with a teacher it distils (KD)."""
 
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -35,9 +34,9 @@ from forge.student.evaluation import evaluate
 from forge.student.feature_terms import build_features
 from forge.student.objective import Objective
 from forge.student.student import Student
-from forge.student.teacher_metrics import evaluate_teacher, teacher_numbers
-from forge.teacher.loading import evaluates_teacher
-from forge.teacher.teacher import ModelTeacher, Teacher, TeacherOutputs
+from forge.student.teacher_metrics import evaluate_teacher, teacher_metrics
+from forge.teacher.placement import evaluates_teacher
+from forge.teacher.teacher import Teacher, TeacherOutputs
 from forge.trainer.meter import StepMeter
 from forge.trainer.optimizer import build_optimizer, learning_rate
 
@@ -80,23 +79,19 @@ class LoopTrainer:
 
         They are computed, or read from an earlier run with the same teacher and rows. Raises Stopped.
         """
-        if self.teacher is None or not evaluates_teacher(self.config):
+        teacher, config = self.teacher, self.config
+        if teacher is None or not evaluates_teacher(config):
             return
         known = on_rank_0(self.accelerator, lambda: bool(last_evaluation(self.attempt.run, "teacher")))
         if known and not self.attempt.point.other_teacher:
             return
-        if self.config.distillation.aligns_tokens:
+        if config.distillation.aligns_tokens:
             logger.info("the teacher reads other tokens than the student: its own metrics are not evaluated")
             return
-        taught = self.components.teacher
-        compute: Callable[[], dict[str, Any]] | None = None
-        if isinstance(taught, LoadedModel) and isinstance(self.teacher, ModelTeacher):
-            given = (self.config, self.task, taught, self.teacher, self.accelerator)
-            compute = partial(evaluate_teacher, *given, self.attempt.stop_if_asked)
-        origin = taught.origin if taught is not None else None
+        compute = partial(evaluate_teacher, config, self.task, teacher, self.accelerator, self.attempt.stop_if_asked)
         try:
             made_by = str(self.attempt.run.path)
-            metrics = teacher_numbers(self.config, self.task, origin, self.accelerator, compute, made_by)
+            metrics = teacher_metrics(config, self.task, teacher.origin, self.accelerator, compute, made_by)
         except Stopped:
             self.attempt.save_and_stop()
         if metrics is not None:
@@ -223,8 +218,8 @@ class LoopTrainer:
         if training.compile:
             compile_layers(model)
         student = self._build_student(model)
-        if training.compile and isinstance(self.teacher, ModelTeacher):
-            compile_layers(self.teacher.model)
+        if training.compile and self.teacher is not None:
+            self.teacher.compile()
         self.weights = trained_weights(model, loaded.base_origin)
         optimizer = build_optimizer(student, training)
         named = Named.of(self.weights.tensors(), model, student.projections, optimizer)

@@ -18,10 +18,8 @@ from forge.attempt.components import Components
 from forge.config.plans import read_plan
 from forge.memory.meta import job_of, row_shape
 from forge.memory.totals import GIB, Parts, Setting, memory_of
-from forge.model.load import LoadedModel
 from forge.ranks.agreement import gather_values, on_rank_0
 from forge.run.files import read_json, write_json
-from forge.teacher.teacher import ModelTeacher
 from forge.trainer.loop import LoopTrainer
 
 logger = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ def _predicted(trainer: LoopTrainer, parts: Components) -> Parts | None:
     """As `forge plan` counts, with the longest row that there is; None, and a warning, for a model that it cannot
     read: a run does not fail by that."""
     config, accelerator, student = trainer.config, trainer.accelerator, parts.student.model
-    teacher = parts.teacher.model if isinstance(parts.teacher, LoadedModel) else None
+    teacher = parts.teacher.model if parts.teacher is not None else None
     sharded = accelerator.distributed_type == DistributedType.DEEPSPEED and config.deepspeed.student is not None
     ranks = accelerator.num_processes
     rows = trainer.task.train
@@ -93,8 +91,8 @@ def _predicted(trainer: LoopTrainer, parts: Components) -> Parts | None:
 def _held(trainer: LoopTrainer) -> int:
     """Bytes of the weights and of the optimizer's state in this process's memory: a resumed run has both."""
     tensors: list[Tensor] = [*trainer.student.parameters(), *trainer.student.buffers()]
-    if isinstance(trainer.teacher, ModelTeacher):
-        tensors += trainer.teacher.model.parameters()
+    if trainer.teacher is not None:
+        tensors += trainer.teacher.parameters()
     states: Iterable[Any] = trainer.optimizer.state.values()
     tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
     here = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]  # an offloaded one is there
