@@ -148,13 +148,13 @@ def test_a_step_of_another_size_deals_out_what_the_epoch_has_left() -> None:
         again.adopt(start, third.step_sizes)
         assert again.step_sizes == [[0, 4], [2, 5], [3, 3]]
         assert ledger(again, start, 13 - start) == rest[start - 3 :]
-    assert [third.samples_at(step) for step in (0, 1, 2, 3, 4, 5, 6, 7, 13)] == [0, 4, 8, 13, 16, 19, 21, 24, 42]
+    assert [third.rows_at(step) for step in (0, 1, 2, 3, 4, 5, 6, 7, 13)] == [0, 4, 8, 13, 16, 19, 21, 24, 42]
 
 
 def test_samples_and_epochs_are_counted_in_rows() -> None:
     loader = batches()  # six steps an epoch, the last of one row
 
-    assert [loader.samples_at(step) for step in (0, 1, 5, 6, 7, 12)] == [0, 4, 20, 21, 25, 42]
+    assert [loader.rows_at(step) for step in (0, 1, 5, 6, 7, 12)] == [0, 4, 20, 21, 25, 42]
     assert [loader.steps_for(epochs) for epochs in (0.01, 0.5, 1, 2, 2.5, 1 / 6)] == [1, 3, 6, 12, 15, 1]
     loader = batches(rows_per_step=2)  # eleven steps an epoch
     loader.adopt(5, [[0, 4]])  # one row is left

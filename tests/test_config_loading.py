@@ -95,7 +95,7 @@ def test_a_setting_beats_the_file_and_a_flag_beats_a_setting(write: Write) -> No
 def test_debug_is_a_few_rows_two_steps_and_nothing_for_wandb(write: Write) -> None:
     file = write(WHOLE + "training: {epochs: 9}\ntracking: {wandb: {project: p}}\n")
     config = load_config(file, debug=True).config
-    assert (config.training.max_steps, config.task.dataset.max_rows, config.evaluation.max_samples) == (2, 64, 16)
+    assert (config.training.max_steps, config.task.dataset.max_rows, config.evaluation.max_rows) == (2, 64, 16)
     assert (config.logging.every_steps, config.checkpoint.every_steps, config.tracking.wandb) == (1, 1, None)
     assert load_config(file, debug=True, max_steps="5").config.training.max_steps == 5
 

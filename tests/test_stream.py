@@ -128,7 +128,7 @@ def test_going_on_with_another_step_size_takes_what_follows() -> None:
 
     assert later.step_sizes == [[0, 4], [3, 5]]
     assert ledger(later, 3, 2) == [[12, 13, 14, 15, 16], [17, 18, 19, 20, 0]]
-    assert [later.samples_at(step) for step in (0, 2, 3, 5)] == [0, 8, 12, 22]
+    assert [later.rows_at(step) for step in (0, 2, 3, 5)] == [0, 8, 12, 22]
     same = stream(4)
     same.adopt(3, [[0, 4]])
     assert same.step_sizes == [[0, 4]]
@@ -210,13 +210,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_samples", "max_rows", "expected"), [(3, None, (10, "abc")), (3, 2, (2, "ac")), (100, 4, (4, "abce"))]
+    ("max_evaluated", "max_rows", "expected"), [(3, None, (10, "abc")), (3, 2, (2, "ac")), (100, 4, (4, "abce"))]
 )
 def test_of_a_hubs_stream_so_many_rows_are_read(
-    hub: None, max_samples: int, max_rows: int | None, expected: tuple[int, str]
+    hub: None, max_evaluated: int, max_rows: int | None, expected: tuple[int, str]
 ) -> None:
     config = DatasetConfig(name="some/texts", streaming=True, max_rows=max_rows)
-    train, validation, _ = load_stream(config, max_samples)
+    train, validation, _ = load_stream(config, max_evaluated)
 
     assert len(list(train)) == len(list(train)) == expected[0]
     assert "".join(validation["validation"]["text"]) == expected[1]

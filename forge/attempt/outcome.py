@@ -17,9 +17,10 @@ from forge.ranks.world import Ranks
 from forge.report.evidence import Evidence, evidence, evidence_markdown
 from forge.report.model_card import compare, model_card
 from forge.run.directory import RunDirectory
-from forge.run.files import Guard, read_json, read_json_lines, unguarded, write_atomically, write_json
+from forge.run.files import Guard, read_json, unguarded, write_atomically, write_json
 from forge.run.hints import resume_command
 from forge.run.lock import RunLock
+from forge.run.metrics import read_metrics
 from forge.run.registry import unregister
 from forge.run.state import Stage, TrainingState
 from forge.teacher.loading import evaluates_teacher
@@ -131,7 +132,7 @@ def last_evaluation(run: RunDirectory, stage: str) -> dict[str, Any]:
     """The last evaluation of that stage in metrics.jsonl, without its step and stage; empty if there is none."""
     if not run.metrics_file.exists():
         return {}
-    found = [row for row in read_json_lines(run.metrics_file) if row.get("stage") == stage]
+    found = [row for row in read_metrics(run.metrics_file) if row.get("stage") == stage]
     return {name: value for name, value in found[-1].items() if name not in ("step", "stage")} if found else {}
 
 

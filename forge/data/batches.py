@@ -71,11 +71,11 @@ def evaluation_batches(lengths: np.ndarray, rows: np.ndarray, batch_size: int, r
     return [batches[rank::ranks] for rank in range(ranks)]
 
 
-def evaluated_rows(count: int, max_samples: int | None, seed: int) -> np.ndarray:
+def evaluated_rows(count: int, max_rows: int | None, seed: int) -> np.ndarray:
     """The ids of the rows of a split that are evaluated, in ascending order: all, or so many drawn by the seed."""
-    if max_samples is None or max_samples >= count:
+    if max_rows is None or max_rows >= count:
         return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:max_samples])
+    return np.sort(np.random.default_rng(seed).permutation(count)[:max_rows])
 
 
 @contextmanager
@@ -149,7 +149,7 @@ class StepBatches:
         """Ends the worker processes, which would go on preparing batches for ever."""
         self._loaded = iter(())  # nothing else holds the loader's iterator, whose end is theirs
 
-    def samples_at(self, step: int) -> int:
+    def rows_at(self, step: int) -> int:
         """Rows trained on, over all ranks and epochs, once `step` steps are taken."""
         place = self._place(step)
         taken = len(self._rows) - len(place.rows) + min(place.steps * place.rows_per_step, len(place.rows))
@@ -157,7 +157,7 @@ class StepBatches:
 
     def epochs_at(self, step: int) -> float:
         """Epochs trained on, once `step` steps are taken."""
-        return self.samples_at(step) / len(self._rows)
+        return self.rows_at(step) / len(self._rows)
 
     def steps_for(self, epochs: float) -> int:
         """The step at which so many epochs are trained on, with the size that steps have now to the end."""

@@ -89,11 +89,11 @@ def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
     return splits[config.train_split], {_short(name): splits[name] for name in wanted}
 
 
-def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[StreamedRows, dict[str, Dataset], str]:
+def load_stream(config: DatasetConfig, max_evaluated: int | None) -> tuple[StreamedRows, dict[str, Dataset], str]:
     """The training split, to be read as it comes; the evaluated splits by their short names, loaded; what names the
     data, whose rows nobody has seen.
 
-    Of a hub's splits the first max_samples rows are evaluated; task.dataset.max_rows bounds every split, of the
+    Of a hub's splits the first max_evaluated rows are evaluated; task.dataset.max_rows bounds every split, of the
     training split its first rows. Raises UsageError as load_rows does.
     """
     if config.path is not None:
@@ -104,14 +104,14 @@ def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[Streame
         identity = f"{file.name} of {file.stat().st_size} bytes"
         splits = {name: _read(files[name]) for name in wanted}
     else:
-        assert max_samples is not None  # the config is refused without
+        assert max_evaluated is not None  # the config is refused without
         streams = _load_hub(config, streaming=True)
         wanted = _evaluated(config, list(streams))
         where = describe(config)
         read = {name: StreamedRows(rows, f"{where}, {name}") for name, rows in streams.items()}
         train = read[config.train_split]
         identity = f"{where} {config.revision} {config.train_split}"
-        splits = {name: Dataset.from_list(list(read[name].first(max_samples))) for name in wanted}
+        splits = {name: Dataset.from_list(list(read[name].first(max_evaluated))) for name in wanted}
     for name, rows in splits.items():
         if len(rows) == 0:
             raise UsageError(f"{describe(config)}: the split {name} is empty; forge needs at least one row in each")

@@ -86,7 +86,7 @@ class StreamBatches:
         """Stops reading."""
         self._loaded = iter(())
 
-    def samples_at(self, step: int) -> int:
+    def rows_at(self, step: int) -> int:
         """Rows read, over all ranks and passes, once `step` steps are taken."""
         ends = [size[0] for size in self.step_sizes[1:]] + [step]
         return sum(
@@ -98,14 +98,14 @@ class StreamBatches:
 
         Known of every step up to those that were taken, also by the attempts before: who goes on reads past their rows.
         """
-        return float((self.samples_at(step) - 1) // self._length) if self._length and step else 0.0
+        return float((self.rows_at(step) - 1) // self._length) if self._length and step else 0.0
 
     def steps_for(self, epochs: float) -> int:
         """Raises UsageError: nobody knows."""
         raise UsageError("a stream has no known length; set training.max_steps")
 
     def _from(self, step: int) -> Iterator[Batch]:
-        stream = self._endless(self.samples_at(step))
+        stream = self._endless(self.rows_at(step))
         for later in itertools.count(step):
             rows_per_step = next(size[1] for size in reversed(self.step_sizes) if size[0] <= later)
             taken = list(itertools.islice(stream, rows_per_step))

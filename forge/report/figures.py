@@ -11,11 +11,13 @@ import yaml
 from pydantic import ValidationError
 
 from forge.config.explain import effective
+from forge.config.former_names import current_config
 from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json, read_json_lines
+from forge.run.files import read_json
+from forge.run.metrics import read_metrics
 from forge.run.state import TrainingState
 
 BESIDE_HEADLINE = ("agreement", "kl", "kl_top_k", "ece")  # what an evaluation has once there is a teacher; ece always
@@ -55,7 +57,7 @@ class RunFigures:
 def read_figures(run: RunDirectory) -> RunFigures:
     """Raises UsageError, naming the file, where one is missing or broken."""
     metadata, state = read_json(run.metadata_file), TrainingState.load(run.state_file)
-    rows = read_json_lines(run.metrics_file)
+    rows = read_metrics(run.metrics_file)
     try:
         sizes = state.step_sizes or [[0, metadata["world"]["rows_per_step"]]]
         figures = RunFigures(
@@ -78,6 +80,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
         raise UsageError(f"{run.config_file} cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{run.config_file} holds no config; is its folder a run directory?")
+    tree = current_config(tree)
     with suppress(ValidationError):  # keys of another forge: taken as they were recorded, and shown where they differ
         tree = effective(Config.model_validate(tree))
     return _flat(tree)
@@ -85,7 +88,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
 
 def read_evaluations(run: RunDirectory) -> dict[str, dict[str, float]]:
     """The numbers of the run's last evaluation of each stage, as {"final": {"matched/loss": 0.5, …}, …}."""
-    return evaluations_of(read_json_lines(run.metrics_file))
+    return evaluations_of(read_metrics(run.metrics_file))
 
 
 def evaluations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -96,14 +99,14 @@ def evaluations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
 def seconds_per_step(rows: Sequence[Mapping[str, Any]], step_sizes: Sequence[Sequence[int]]) -> float | None:
     """Seconds of training per optimizer step, the mean over the reports of metrics.jsonl weighted by their steps.
 
-    A report tells samples a second since the report before it. step_sizes: [first step, rows of each step from there
+    A report tells rows a second since the report before it. step_sizes: [first step, rows of each step from there
     on], ascending.
     """
     seconds, steps, last = 0.0, 0, 0
     for row in rows:
-        if "samples_per_second" not in row:
+        if "rows_per_second" not in row:
             continue
-        speed = _number(row["samples_per_second"])
+        speed = _number(row["rows_per_second"])
         first, last = last, row["step"]
         if speed is None or not 0 < speed < math.inf:
             continue

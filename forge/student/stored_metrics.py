@@ -2,10 +2,11 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from forge.config.former_names import current_metrics
 from forge.config.schema import Config
 from forge.model.origin import Origin
 from forge.run.files import write_atomically
@@ -34,12 +35,12 @@ def numbers_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
 
     origin: of the teacher, with its hashes. dtype: that it computes in, such as float32.
     """
-    sampled = config.evaluation.max_samples
+    sampled = config.evaluation.max_rows
     return {
         **content_key(config, task, origin, dtype),
         "teacher.labels": config.teacher.labels,
         "forge's metrics": METRICS,
-        "evaluation.max_samples": sampled,
+        "evaluation.max_samples": sampled,  # the former name: another one would make every stored file useless
         "training.seed": config.training.seed if sampled else None,  # it draws the rows that are evaluated
     }
 
@@ -57,6 +58,7 @@ def stored_numbers(output_root: Path, key: ContentKey) -> TeacherNumbers | None:
         if values["key"] != json.loads(json.dumps(key)):
             raise ValueError("it is of another teacher, or of other rows")
         found = TeacherNumbers(**values["numbers"])
+        found = replace(found, metrics=current_metrics(found.metrics))
         if not found.metrics or not all(isinstance(name, str) and "/" in name for name in found.metrics):
             raise ValueError("it holds no numbers")
     except FileNotFoundError:

@@ -86,10 +86,10 @@ def evaluate_teacher(
     try:
         metrics, _ = evaluate(
             _Taught(teacher.model, task.forward_options, teacher.head),
-            _in_dtype(task.for_model(taught).without_samples(), dtype),
+            _in_dtype(task.for_model(taught).without_shown_texts(), dtype),
             accelerator,
             batch_size=config.evaluation.per_device_batch_size,
-            max_samples=config.evaluation.max_samples,
+            max_rows=config.evaluation.max_rows,
             seed=config.training.seed,
             num_workers=task.num_workers if workers is None else workers,
             teacher_outputs=lambda batch, split: None,

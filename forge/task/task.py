@@ -52,7 +52,7 @@ class Task(ABC):
     headline: ClassVar[tuple[str, ...]]  # the metrics of the table before and after
     forward_options: ClassVar[dict[str, Any]] = {}  # given to the model with every batch
     has_language_head: ClassVar[bool] = False  # the loss may be computed from hidden states, where the head allows it
-    samples: int | None = None  # of a split at most; None: as many as the ranks keep
+    shown_texts: int | None = None  # of a split at most; None: as many as the ranks keep
     num_workers: ClassVar[int] = 0  # processes that prepare batches, where the config does not say
 
     train: Dataset  # a row has at least the column `length`, by which rows are grouped
@@ -71,7 +71,7 @@ class Task(ABC):
         """The task as this model needs it."""
         return self
 
-    def without_samples(self) -> "Task":
+    def without_shown_texts(self) -> "Task":
         """The task with metrics that show no rows."""
         return self
 

@@ -110,7 +110,7 @@ class LoopTrainer:
                 self.task,
                 self.accelerator,
                 batch_size=self.config.evaluation.per_device_batch_size,
-                max_samples=self.config.evaluation.max_samples,
+                max_rows=self.config.evaluation.max_rows,
                 seed=self.config.training.seed,
                 num_workers=self.num_workers,
                 teacher_outputs=self._teacher_outputs_in_evaluation,
@@ -318,7 +318,7 @@ class LoopTrainer:
         self.total_steps = self.state.total_steps = steps
 
     def _note_position(self) -> None:
-        self.state.samples = self.batches.samples_at(self.state.step)
+        self.state.samples = self.batches.rows_at(self.state.step)
         self.state.epoch = self.batches.epochs_at(self.state.step)
 
     # Duties of the loop

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from forge.attempt.callbacks.callback import Callback, Metrics
 from forge.run.directory import RunDirectory
-from forge.run.files import append_json_line, read_json_lines, write_atomically
+from forge.run.files import append_json_line, write_atomically
+from forge.run.metrics import read_metrics
 from forge.run.state import TrainingState
 
 
@@ -31,6 +32,6 @@ class MetricsFile(Callback):
         """Rewrite the file without the other rows, and without the torn line of an attempt that was killed."""
         if not self._file.exists():
             return
-        text = "".join(json.dumps(row) + "\n" for row in read_json_lines(self._file) if wanted(row))
+        text = "".join(json.dumps(row) + "\n" for row in read_metrics(self._file) if wanted(row))
         if text.encode() != self._file.read_bytes():
             write_atomically(self._file, text)
