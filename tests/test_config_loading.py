@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from forge.config.explain import to_yaml
 from forge.config.loader import LoadedConfig, load_config
+from forge.config.shipped import find_config
 from forge.errors import BaseConfigError, ConfigError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -203,3 +204,21 @@ def value(loaded: LoadedConfig, dotted: str) -> Any:
     for key in dotted.split("."):
         found = getattr(found, key)
     return found
+
+
+def test_a_config_that_comes_with_forge_is_found_by_its_name_and_a_local_one_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = Path("configs/quickstart/sft.yaml")
+    loaded = load_config(name)
+    assert loaded.file == REPO / name
+    assert loaded.config.training.max_steps == 250
+    assert str(name) in loaded.notices[0]
+    assert str(loaded.file) in loaded.notices[0]
+    assert find_config(Path("configs/quickstart/nope.yaml")) == Path("configs/quickstart/nope.yaml")
+    assert find_config(Path("quickstart/sft.yaml")) == Path("quickstart/sft.yaml")
+    assert find_config(tmp_path / name) == tmp_path / name
+    name.parent.mkdir(parents=True)
+    name.write_text(WHOLE)
+    assert (load_config(name).file, load_config(name).notices) == (name, [])

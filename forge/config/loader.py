@@ -14,6 +14,7 @@ from forge.config.fields import PlainText
 from forge.config.former_names import current_config, current_key
 from forge.config.hints import schema_path, unknown_key, value_problem
 from forge.config.schema import ALTERNATIVES, Config
+from forge.config.shipped import find_config
 from forge.config.source import KeyPath, Layer, Origin, display, near_name, read_file, read_setting
 from forge.errors import BaseConfigError, ConfigError
 
@@ -55,8 +56,9 @@ def load_config(
 
     Former names of keys are an error, except in a run's own config.yaml, which an earlier version may have written.
     """
-    files, problems = read_chain(file)
-    if file.name == RUN_CONFIG and (file.parent / RUN_STATE).is_file():
+    found = find_config(file)
+    files, problems = read_chain(found)
+    if found.name == RUN_CONFIG and (found.parent / RUN_STATE).is_file():
         for layer in files:
             _with_current_names(layer)
     named = {"training.max_steps": max_steps, "training.epochs": epochs, "output_root": output_root}
@@ -92,7 +94,9 @@ def load_config(
         raise BaseConfigError(problems)
     if problems or config is None:
         raise ConfigError(_in_order(problems, files, [layer.name for layer in [*given, *flags]]))
-    return LoadedConfig(config, file, merged.origins, notices)
+    if found != file:
+        notices.insert(0, f"{file} is not in this folder; using the one that comes with forge, {found}")
+    return LoadedConfig(config, found, merged.origins, notices)
 
 
 def read_chain(file: Path) -> tuple[list[Layer], list[str]]:
