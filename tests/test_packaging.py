@@ -6,6 +6,7 @@ import sys
 import venv
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
@@ -124,12 +125,13 @@ def test_an_installed_forge_plans_trains_and_launches_from_an_empty_folder(
     installed_forge: Forge, tiny_model: Path, tmp_path: Path
 ) -> None:
     model = ("--set", f"model.path={tiny_model}", "--output-root", tmp_path)
-    planned = installed_forge("plan", QUICKSTART, "--gpus", "2x80", *model)
+    once = ("--debug", "--max-steps", "1", *model)
+    with ThreadPoolExecutor() as pool:  # each is one process, and mostly its imports
+        planning = pool.submit(installed_forge, "plan", QUICKSTART, "--gpus", "2x80", *model)
+        training = pool.submit(installed_forge, "train", "--config", QUICKSTART, "--run-name", "one", *once)
+        planned, trained = planning.result(), training.result()
     assert planned.returncode == 0, planned.stderr
     assert {"zero1", "zero2", "zero3_offload"} <= set(planned.stdout.split())
-
-    once = ("--debug", "--max-steps", "1", *model)
-    trained = installed_forge("train", "--config", QUICKSTART, "--run-name", "one", *once)
     assert trained.returncode == 0, trained.stderr
     launched = installed_forge(
         "launch", QUICKSTART, "--run-name", "two", "--processes", "2", "--deepspeed", "zero2", *once
