@@ -73,9 +73,9 @@ def write_run(
     return run
 
 
-def of(split: str = "validation", samples: int = 1000, seconds: float = 0.5, **numbers: Any) -> dict[str, Any]:
+def of(split: str = "validation", rows: int = 1000, seconds: float = 0.5, **numbers: Any) -> dict[str, Any]:
     """An evaluation: of(ce=0.5, accuracy=0.8)."""
-    counts = {"correct/neutral": 19, "samples": samples, "seconds": seconds}
+    counts = {"correct/neutral": 19, "rows": rows, "seconds": seconds}
     return {f"{split}/{name}": value for name, value in (numbers | counts).items()}
 
 

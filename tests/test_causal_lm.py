@@ -183,7 +183,7 @@ def test_packed_training_rows_hold_the_same_labels_and_evaluation_stays_as_it_is
 
 
 def test_the_metrics_are_of_label_tokens_and_their_perplexity_is_that_of_the_loss(load_lm: Any) -> None:
-    task = load_lm([conversation(0)], [conversation(1), conversation(2, turns=2)], "evaluation.samples=0")
+    task = load_lm([conversation(0)], [conversation(1), conversation(2, turns=2)], "evaluation.shown_texts=0")
     loaded = task.load_model(config_of(task).model, config_of(task).training)
     metrics = task.metrics("validation", loaded.model)
     batch = task.collate(list(task.validation["validation"]))
@@ -207,7 +207,7 @@ def config_of(task: CausalLm) -> Config:
 
 
 def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(load_lm: Any) -> None:
-    task = load_lm([conversation(0)], [conversation(i, turns=1 + i % 2) for i in range(5)], "evaluation.samples=3")
+    task = load_lm([conversation(0)], [conversation(i, turns=1 + i % 2) for i in range(5)], "evaluation.shown_texts=3")
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
     metrics = task.metrics("validation", model)
     metrics.counts += 1

@@ -95,7 +95,7 @@ def test_two_seeds_have_a_wide_interval_and_what_is_not_finite_has_none() -> Non
         ("training.num_workers", False),
         ("training.gradient_checkpointing", False),
         ("task.dataset.path", False),
-        ("evaluation.max_samples", True),
+        ("evaluation.max_rows", True),
         ("training.learning_rate", True),
         ("training.max_steps", True),  # a resume may change them, and the numbers do too
         ("training.epochs", True),
@@ -205,9 +205,9 @@ def test_keys_of_a_newer_forge_are_shown_as_recorded(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         ({"fingerprint": "0123456789abcdef"}, "data fingerprint 963c2d6e6018 and 0123456789ab;"),
-        ({"settings": {"evaluation.max_samples": 50}}, "evaluation.max_samples null and 50;"),
+        ({"settings": {"evaluation.max_rows": 50}}, "evaluation.max_rows null and 50;"),
         ({"final": of("matched", accuracy=0.8)}, "splits validation and matched;"),
-        ({"final": of(accuracy=0.8, samples=999)}, "evaluated rows validation 1000 and validation 999;"),
+        ({"final": of(accuracy=0.8, rows=999)}, "evaluated rows validation 1000 and validation 999;"),
     ],
 )
 def test_numbers_of_other_rows_are_refused(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -455,10 +455,10 @@ def test_chosen_metrics(tmp_path: Path) -> None:
 def test_seconds_per_step_weigh_reports_by_their_steps() -> None:
     rows = [
         {"step": 0, "stage": "baseline", "v/ce": 1.0},
-        {"step": 10, "samples_per_second": 32.0},  # 10 steps of 1 s
+        {"step": 10, "rows_per_second": 32.0},  # 10 steps of 1 s
         {"step": 10, "stage": "training", "v/ce": 1.0},
-        {"step": 40, "samples_per_second": 64.0},  # 30 steps of half a second
-        {"step": 45, "samples_per_second": "inf"},  # tells nothing
+        {"step": 40, "rows_per_second": 64.0},  # 30 steps of half a second
+        {"step": 45, "rows_per_second": "inf"},  # tells nothing
     ]
     assert seconds_per_step(rows, [[0, 32]]) == pytest.approx((10 + 15) / 40)
     # From step 20 on a step has twice the rows: 10 of half a second, 20 of a whole one.
@@ -467,7 +467,7 @@ def test_seconds_per_step_weigh_reports_by_their_steps() -> None:
 
 
 def test_the_time_per_step_is_a_column(tmp_path: Path) -> None:
-    report = {"step": 100, "samples_per_second": 64.0}
+    report = {"step": 100, "rows_per_second": 64.0}
     comparison = compare_runs([write_run(tmp_path / "a", of(accuracy=0.8), reports=[report])])
     assert line_of(comparison, "quickstart/sft").seconds_per_step == estimate({1: 0.5})
     assert "s/step" in printed(comparison)
@@ -486,8 +486,8 @@ def test_a_mixture_of_machines_is_noted(tmp_path: Path) -> None:
 
 
 def test_rows_drawn_with_the_seed_are_noted(tmp_path: Path) -> None:
-    final = of(accuracy=0.8, samples=50, samples_of=1000)
-    run = write_run(tmp_path / "a", final, settings={"evaluation.max_samples": 50})
+    final = of(accuracy=0.8, rows=50, rows_of=1000)
+    run = write_run(tmp_path / "a", final, settings={"evaluation.max_rows": 50})
     assert any(note.startswith("evaluated on 50 of 1000 rows of validation") for note in compare_runs([run]).notes)
 
 
@@ -616,7 +616,7 @@ def test_a_real_run_has_every_key_of_the_written_ones(config_file: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("outputs/**/real")
     real = RunDirectory(folder)
-    report = {"step": 2, "samples_per_second": 64.0}
+    report = {"step": 2, "rows_per_second": 64.0}
     numbers = {f"{split}/{name}": 0.5 for split in ("matched", "other") for name in ("ce", "accuracy", "macro_f1")}
     written = write_run(tmp_path / "written", numbers, baseline=numbers, reports=[report])
 
@@ -635,7 +635,7 @@ def test_a_real_run_has_every_key_of_the_written_ones(config_file: Path, tmp_pat
     comparison = compare_runs([real])
     trained = line_of(comparison, "tiny")
     assert trained.cells["matched/accuracy"].values == {42: last["matched/accuracy"]}
-    speeds = [row["samples_per_second"] for row in steps]
+    speeds = [row["rows_per_second"] for row in steps]
     assert trained.seconds_per_step is not None
     assert trained.seconds_per_step.mean == pytest.approx(sum(8 / speed for speed in speeds) / 2)
     assert as_json(comparison)["groups"][0]["runs"][0]["run_id"] == known["run_id"]

@@ -54,7 +54,7 @@ def a_run(run: Path, seconds: float) -> Path:
     rows: list[dict[str, Any]] = [{"step": 0, "stage": "baseline", "matched/ce": 1.5, "matched/seconds": seconds}]
     for step in range(1, 5):
         numbers = {"loss": 1 / step, "learning_rate": 1e-3, "grad_norm": 0.25 * step}
-        rows.append({"step": step, **numbers, "samples_per_second": 9 / seconds, "peak_memory_mib": 100 * seconds})
+        rows.append({"step": step, **numbers, "rows_per_second": 9 / seconds, "peak_memory_mib": 100 * seconds})
     rows.append({"step": 4, "stage": "final", "matched/ce": 0.5, "matched/seconds": seconds})
     write_rows(run, rows)
     return run

@@ -228,7 +228,7 @@ def test_what_is_missing_or_doubled_is_told_once(text: str, expected: str) -> No
         ("training.seed=4294967296", "training.seed is 4294967296; it must be less than 4294967296"),
         ("training.num_workers=-1", "training.num_workers is -1; it must be at least 0, or null"),
         ("evaluation.every_steps=0", "evaluation.every_steps is 0; it must be greater than 0, or null"),
-        ("evaluation.max_samples=0", "evaluation.max_samples is 0; it must be greater than 0, or null"),
+        ("evaluation.max_rows=0", "evaluation.max_rows is 0; it must be greater than 0, or null"),
         ("checkpoint.best_metric=matched/loss",
          "checkpoint.best_metric is `matched/loss`; it must be matched/ce, as that metric is now called"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0; it must be greater than 0"),

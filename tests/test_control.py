@@ -222,7 +222,7 @@ def test_peaks_are_those_of_the_evaluations(outputs: tuple[Path, Path, str]) -> 
     agreement = found["matched/agreement"]
     assert agreement["mean"] == pytest.approx(sum(row["matched/agreement"] for row in rows[1:]) / 3)
     assert agreement["evaluations"] == 3
-    assert not [name for name in found if name.endswith(("/samples", "/seconds", "/neutral"))]
+    assert not [name for name in found if name.endswith(("/rows", "/seconds", "/neutral"))]
     told = f"matched/accuracy {found['matched/accuracy']['value']:.4f} at step {found['matched/accuracy']['step']}"
     assert told in (runs / "kd" / "output.log").read_text().split("best: ")[1].splitlines()[0]
 
@@ -231,10 +231,10 @@ def test_a_peak_goes_with_its_row() -> None:
     """A resumed run drops the rows of steps that it takes again."""
     rows: list[dict[str, Any]] = [
         {"step": 0, "stage": "teacher", "a/accuracy": 0.99},
-        {"step": 0, "stage": "baseline", "a/accuracy": 0.1, "a/cer": 0.9, "a/samples": 9, "a/perplexity": "nan"},
+        {"step": 0, "stage": "baseline", "a/accuracy": 0.1, "a/cer": 0.9, "a/rows": 9, "a/perplexity": "nan"},
         {"step": 5, "loss": 0.1},
-        {"step": 5, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.4, "a/samples": 9},
-        {"step": 9, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.5, "a/samples": 9},
+        {"step": 5, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.4, "a/rows": 9},
+        {"step": 9, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.5, "a/rows": 9},
     ]
     assert peaks(rows) == {
         "a/accuracy": {"value": 0.7, "step": 5, "stage": "training"},

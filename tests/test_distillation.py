@@ -156,7 +156,7 @@ def test_an_offloaded_teacher_takes_the_same_steps(
 def reports_like(reports: list[dict[str, float]], trainer: Any) -> list[dict[str, float]]:
     """The reports, with the speeds and the memory of the other training."""
     own = trainer.attempt.callbacks.reports
-    measured = ("samples_per_second", "tokens_per_second", "peak_memory_mib")
+    measured = ("rows_per_second", "tokens_per_second", "peak_memory_mib")
 
     class Like(list):  # compared once the other has trained
         def __eq__(self, other: object) -> bool:

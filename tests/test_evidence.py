@@ -43,7 +43,7 @@ def test_a_distilled_run_is_shown_with_its_control_and_its_teacher(tmp_path: Pat
             ["validation/accuracy", "0.3000", "0.8200", "0.8400", "0.9000", "25 %"],
             ["validation/agreement", "0.2500", "-", "0.9200", "-", "-"],
             ["validation/kl", "0.9000", "-", "0.0500", "-", "-"],
-            ["validation/samples", "1,000", "1,000", "1,000", "1,000", "-"],
+            ["validation/rows", "1,000", "1,000", "1,000", "1,000", "-"],
         ],
     )
 
@@ -74,7 +74,7 @@ def test_fine_tuning_has_only_before_and_after(tmp_path: Path) -> None:
 | validation/ce | 1.1000 | 0.5000 |
 | validation/accuracy | 0.3000 | 0.8200 |
 | validation/ece | 0.2000 | 0.0400 |
-| validation/samples | 1,000 | 1,000 |"""
+| validation/rows | 1,000 | 1,000 |"""
     )
 
 
@@ -91,14 +91,14 @@ def test_fine_tuning_with_its_teacher_evaluated_has_a_gap(tmp_path: Path) -> Non
 
 
 def test_markdown_explains_the_gap_and_the_sampled_rows(tmp_path: Path) -> None:
-    sampled = [of(accuracy=value, samples=50, samples_of=1000) for value in (0.3, 0.84, 0.9)]
+    sampled = [of(accuracy=value, rows=50, rows_of=1000) for value in (0.3, 0.84, 0.9)]
     run = write_run(tmp_path / "kd", sampled[1], baseline=sampled[0], teacher=sampled[2], settings=KD)
     text = evidence_markdown(evidence(run))
     assert text.startswith("|  | untrained | KD | teacher | gap closed |\n")
     assert text.endswith(
-        "| validation/samples | 50 | 50 | 50 | - |\n\n"
+        "| validation/rows | 50 | 50 | 50 | - |\n\n"
         "Gap closed: the share of the way from untrained to the teacher; one seed, no interval.\n\n"
-        "Evaluated on a sample of the rows (evaluation.max_samples), not on all of them."
+        "Evaluated on a sample of the rows (evaluation.max_rows), not on all of them."
     )
 
 

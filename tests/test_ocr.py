@@ -494,7 +494,7 @@ output_root: {tmp_path / "outputs"}
     assert losses[-1] < losses[0]
     assert others == pytest.approx(losses, rel=1e-5)
     assert two[-1]["validation/ce"] == pytest.approx(one[-1]["validation/ce"], rel=1e-5)
-    names = [f"validation/{name}" for name in ("cer", "wer", "exact_match", "samples", "characters")]
+    names = [f"validation/{name}" for name in ("cer", "wer", "exact_match", "rows", "characters")]
     assert [two[-1][name] for name in names] == [one[-1][name] for name in names]
     final = runs / "both" / "final"
     image = Image.open(lines / "validation" / "0.png")

@@ -114,12 +114,12 @@ def test_metrics_hold_baseline_steps_and_final_in_order(finished: tuple[Path, st
     assert [(row["step"], row.get("stage")) for row in rows] == [(0, "baseline"), (2, None), (4, None), (4, "final")]
     assert set(rows[1]) == {
         *("step", "epoch", "loss", "learning_rate", "grad_norm"),
-        *("samples_per_second", "tokens_per_second", "peak_memory_mib"),
+        *("rows_per_second", "tokens_per_second", "peak_memory_mib"),
     }
     assert rows[1]["learning_rate"] == pytest.approx(5e-5)
     assert rows[2]["learning_rate"] == pytest.approx(5e-5 / 3)
-    assert rows[0]["matched/samples"] == 13
-    assert rows[0]["other/samples"] == 7
+    assert rows[0]["matched/rows"] == 13
+    assert rows[0]["other/rows"] == 7
     assert rows[3]["matched/ce"] != rows[0]["matched/ce"]
 
 
@@ -386,7 +386,7 @@ def test_two_ranks_take_the_same_trajectory_as_one(config_file: Path, tmp_path: 
     )
     for name in ("matched/ce", "other/ce"):
         assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-5)
-    for name in ("matched/samples", "other/samples", "matched/accuracy", "other/labelled/neutral"):
+    for name in ("matched/rows", "other/rows", "matched/accuracy", "other/labelled/neutral"):
         assert two[-1][name] == one[-1][name]
     weights, others = (load_file(runs / name / "final" / "model.safetensors") for name in ("alone", "both"))
     for name, weight in weights.items():

@@ -204,13 +204,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_samples", "max_rows", "expected"), [(3, None, (10, "abc")), (3, 2, (2, "ac")), (100, 4, (4, "abce"))]
+    ("max_evaluated", "max_rows", "expected"), [(3, None, (10, "abc")), (3, 2, (2, "ac")), (100, 4, (4, "abce"))]
 )
 def test_of_a_hubs_stream_so_many_rows_are_read(
-    hub: None, max_samples: int, max_rows: int | None, expected: tuple[int, str]
+    hub: None, max_evaluated: int, max_rows: int | None, expected: tuple[int, str]
 ) -> None:
     config = DatasetConfig(name="some/texts", streaming=True, max_rows=max_rows)
-    train, validation, _ = load_stream(config, max_samples)
+    train, validation, _ = load_stream(config, max_evaluated)
 
     assert len(list(train)) == len(list(train)) == expected[0]
     assert "".join(validation["validation"]["text"]) == expected[1]

@@ -102,7 +102,7 @@ def test_a_classifiers_numbers_are_the_models_own(
     found = metrics_of(with_teacher(config_file, classifier), accelerator)
     assert found["matched/ce"] == pytest.approx(sum(losses) / 13, abs=1e-5)
     assert found["matched/accuracy"] == pytest.approx(sum(right) / 13)
-    assert found["other/samples"] == 7
+    assert found["other/rows"] == 7
     assert not [name for name in found if name.endswith(("/agreement", "/kl"))]
 
 
@@ -128,7 +128,7 @@ def test_a_language_models_numbers_are_the_models_own(
         *(f"teacher.path={chat_model}", "evaluation.teacher=true", f"teacher.placement={placement}"),
     )
     monkeypatch.setattr(
-        "forge.task.causal_lm.task.generate_replies", lambda *_: pytest.fail("a teacher shows no samples")
+        "forge.task.causal_lm.task.generate_replies", lambda *_: pytest.fail("a teacher shows no texts")
     )
     found = metrics_of(config, accelerator)
     task = load_task(config)
@@ -161,7 +161,7 @@ def test_a_reader_of_lines_is_the_same_offloaded_and_writes_texts_in_half_precis
         {
             "task": {"type": "ocr", "dataset": {"path": str(tmp_path / "lines")}, "max_length": 16},
             "model": {"config": TINY, "new_tokenizer": {"kind": "characters"}},
-            "evaluation": {"teacher": True, "max_samples": 4},
+            "evaluation": {"teacher": True, "max_rows": 4},
             "training": {"num_workers": 0},
         }
     )
@@ -175,7 +175,7 @@ def test_a_reader_of_lines_is_the_same_offloaded_and_writes_texts_in_half_precis
         return metrics_of(config.model_copy(update={"teacher": named}), accelerator)
 
     whole, half = of(), of(dtype="bfloat16")
-    assert (whole["validation/samples"], whole["validation/samples_of"]) == (4, 6)
+    assert (whole["validation/rows"], whole["validation/rows_of"]) == (4, 6)
     assert whole["validation/cer"] > 0.5
     assert of(placement="offload") == whole
     assert half["validation/ce"] == pytest.approx(whole["validation/ce"], rel=0.02)
@@ -211,7 +211,7 @@ class Task:
 
 
 ORIGIN = Origin(WeightFiles(name="t", location="/t", sha256="a" * 64))
-METRICS = {"matched/ce": 0.5, "matched/perplexity": math.inf, "matched/samples": 13}
+METRICS = {"matched/ce": 0.5, "matched/perplexity": math.inf, "matched/rows": 13}
 
 
 @pytest.fixture(autouse=True)
@@ -279,8 +279,8 @@ def test_a_file_that_cannot_be_used_is_warned_of_once_and_replaced(
 def test_numbers_that_were_stored_under_a_former_name_are_read_under_the_one_of_today(
     config: Config, tmp_path: Path
 ) -> None:
-    store_numbers(tmp_path, key_of(config), {"matched/loss": 0.5, "matched/accuracy": 0.8}, "a")
-    found = stored_numbers(tmp_path, key_of(config))
+    store_metrics(tmp_path, key_of(config), {"matched/loss": 0.5, "matched/accuracy": 0.8}, "a")
+    found = stored_metrics(tmp_path, key_of(config))
     assert found is not None
     assert found.metrics == {"matched/ce": 0.5, "matched/accuracy": 0.8}
 
@@ -308,8 +308,8 @@ def test_the_key_holds_what_the_numbers_depend_on(config_file: Path) -> None:
 
     assert key("training.learning_rate=1", "training.seed=3", "evaluation.per_device_batch_size=2") == key()
     others = (
-        ("evaluation.max_samples=5",),
-        ("evaluation.max_samples=5", "training.seed=3"),
+        ("evaluation.max_rows=5",),
+        ("evaluation.max_rows=5", "training.seed=3"),
         ("task.max_length=16",),
         ("teacher.labels=[a, b, c]",),
         ("task.dataset.max_rows=20",),

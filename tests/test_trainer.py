@@ -184,8 +184,8 @@ def test_evaluation_counts_every_row_once_and_leaves_training_as_it_was(build_tr
     metrics = trainer.evaluate("baseline")
 
     assert trainer.student.training
-    assert metrics["matched/samples"] == 13
-    assert metrics["other/samples"] == 7
+    assert metrics["matched/rows"] == 13
+    assert metrics["other/rows"] == 7
     assert sum(metrics[f"matched/labelled/{name}"] for name in trainer.task.labels) == 13
     rows = trainer.task.collate([trainer.task.validation["matched"][i] for i in range(13)])
     labels = rows.pop("labels")
@@ -196,14 +196,14 @@ def test_evaluation_counts_every_row_once_and_leaves_training_as_it_was(build_tr
 
 
 def test_a_quick_look_says_of_how_many_rows_it_is(build_trainer: Build) -> None:
-    metrics = build_trainer("evaluation.max_samples=9").evaluate("final")
+    metrics = build_trainer("evaluation.max_rows=9").evaluate("final")
 
     drawn = np.random.default_rng(42).permutation(13)[:9]
     neutral = sum(pair_rows(13, offset=100)[row]["label"] == 1 for row in drawn)
     assert metrics["matched/labelled/neutral"] == neutral != 3  # 3 of the first nine
-    assert (metrics["matched/samples"], metrics["matched/samples_of"]) == (9, 13)
-    assert metrics["other/samples"] == 7
-    assert "other/samples_of" not in metrics
+    assert (metrics["matched/rows"], metrics["matched/rows_of"]) == (9, 13)
+    assert metrics["other/rows"] == 7
+    assert "other/rows_of" not in metrics
 
 
 def test_evaluation_during_training_comes_when_it_is_due_and_not_twice_at_the_end(build_trainer: Build) -> None:

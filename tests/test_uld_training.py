@@ -17,7 +17,12 @@ from forge.errors import ConfigError, UsageError
 from forge.trainer import loop as finetuning
 
 ROWS = [conversation(i, turns=1 + i % 3) for i in range(16)]
-ULD = ("distillation.alpha=0.3", "distillation.temperature=1.5", "distillation.divergence=uld", "evaluation.samples=0")
+ULD = (
+    "distillation.alpha=0.3",
+    "distillation.temperature=1.5",
+    "distillation.divergence=uld",
+    "evaluation.shown_texts=0",
+)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from forge.teacher.vocabulary import compare, for_teacher
 from forge.teacher_cache.key import content_key
 
 Build = Callable[..., Any]
-DISTIL = ("distillation.alpha=0.5", "evaluation.samples=0")
+DISTIL = ("distillation.alpha=0.5", "evaluation.shown_texts=0")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from forge.checkpoint.manifest import Manifest
 from forge.checkpoint.selection import remove_leftovers, select
 from forge.config.changes import ROWS, Change, Kind, allowances, changes, check_changes
 from forge.config.explain import effective
+from forge.config.former_names import current_keys
 from forge.config.loader import load_config
 from forge.config.placing import located
 from forge.config.schema import Config
@@ -167,4 +168,5 @@ def _changes(
         others = [change for change in found if change.key != key]
         found = [*others, Change(key, manifest.mixed_precision, precision, Kind.MEANING, reason)]
     # Each attempt records what still differs from its checkpoint: what the last one took back is allowed no more.
-    return found, metadata["attempts"][-1].get("allowed", {}) if metadata["attempts"] else {}
+    earlier = metadata["attempts"][-1].get("allowed", {}) if metadata["attempts"] else {}
+    return found, current_keys(earlier)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Self
 
+from forge.config.former_names import current_config
 from forge.errors import TrainingError
 from forge.run.files import write_atomically
 
@@ -89,7 +90,7 @@ class Manifest:
         if set(values) != {field.name for field in fields(cls)}:
             raise BadCheckpoint(f"its {MANIFEST_FILE} has other keys than this forge knows")
         files = {name: StoredFile(**file) for name, file in values["files"].items()}
-        return cls(**(values | {"files": files}))
+        return cls(**(values | {"files": files, "config": current_config(values["config"])}))
 
 
 def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:

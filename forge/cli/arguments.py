@@ -1,6 +1,7 @@
 """The arguments that the commands share, and the overrides of a config among them."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -19,6 +20,18 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take each flag with `-` or `_` between its words; argparse calls this for every subcommand too."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._as_declared(argument) for argument in given], namespace)
+
+    def _as_declared(self, argument: str) -> str:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--"):
+            return argument
+        declared = {name.replace("_", "-"): name for name in self._option_string_actions}
+        return f"{declared.get(flag.replace('_', '-'), flag)}{equals}{value}"
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"error: {message}; see `{self.prog} --help`\n")

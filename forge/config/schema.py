@@ -374,9 +374,9 @@ class EvaluationConfig(Section):
     control: Literal["sft"] | None = None
     """sft: train the same student without the teacher as well (alpha 0, the same steps and seed), in a run beside this
     one, and put it into the table at the end."""
-    max_samples: Positive | None = None
+    max_rows: Positive | None = None
     """Evaluate only so many rows of each split, chosen by the seed; the metrics say so."""
-    samples: Annotated[int, Field(ge=0)] = 4
+    shown_texts: Annotated[int, Field(ge=0)] = 4
     """Rows of each split that are shown with the text that the model itself gives, where a task has such."""
     per_device_batch_size: Positive = 64
     """Rows that go through the model at once on one device."""

@@ -94,11 +94,11 @@ def evaluation_batches(lengths: np.ndarray, rows: np.ndarray, batch_size: int, r
     return [batches[rank::ranks] for rank in range(ranks)]
 
 
-def evaluated_rows(count: int, max_samples: int | None, seed: int) -> np.ndarray:
-    """Return the ids of a split's evaluated rows in ascending order: all, or max_samples of them drawn by the seed."""
-    if max_samples is None or max_samples >= count:
+def evaluated_rows(count: int, max_rows: int | None, seed: int) -> np.ndarray:
+    """Return the ids of a split's evaluated rows in ascending order: all, or max_rows of them drawn by the seed."""
+    if max_rows is None or max_rows >= count:
         return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:max_samples])
+    return np.sort(np.random.default_rng(seed).permutation(count)[:max_rows])
 
 
 @contextmanager

@@ -85,12 +85,12 @@ def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
     return splits[config.train_split], {_short(name): splits[name] for name in wanted}
 
 
-def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[StreamedRows, dict[str, Dataset], str]:
+def load_stream(config: DatasetConfig, max_evaluated: int | None) -> tuple[StreamedRows, dict[str, Dataset], str]:
     """Return the training split as a stream, the evaluated splits by their short names, and the data's identity.
 
     The identity stands in for a hash of the training rows, which nobody has read yet. Of a hub's evaluated splits the
-    first max_samples rows are loaded. task.dataset.max_rows takes rows at equal distances of the evaluated splits, and
-    the first rows of the training split. Raises UsageError like load_rows.
+    first max_evaluated rows are loaded. task.dataset.max_rows takes rows of the evaluated splits at equal
+    distances, and the first rows of the training split. Raises UsageError like load_rows.
     """
     if config.path is not None:
         files = _find_files(Path(config.path), config)
@@ -100,14 +100,14 @@ def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[Streame
         identity = f"{file.name} of {file.stat().st_size} bytes"  # in the fingerprint of runs: never to be reworded
         splits = {name: _read(files[name]) for name in wanted}
     else:
-        assert max_samples is not None  # the config requires it
+        assert max_evaluated is not None  # the config requires it
         streams = _load_hub(config, streaming=True)
         wanted = _evaluated(config, list(streams))
         where = describe(config)
         read = {name: StreamedRows(rows, f"{where}, {name}") for name, rows in streams.items()}
         train = read[config.train_split]
         identity = f"{where} {config.revision} {config.train_split}"
-        splits = {name: Dataset.from_list(list(read[name].first(max_samples))) for name in wanted}
+        splits = {name: Dataset.from_list(list(read[name].first(max_evaluated))) for name in wanted}
     for name, rows in splits.items():
         if len(rows) == 0:
             raise UsageError(f"{describe(config)}: the split {name} is empty; forge needs at least one row in each")

@@ -100,7 +100,7 @@ def _check_same_rows(figures: Sequence[RunFigures]) -> None:
     first, *others = figures
     for run in others:
         for what, a, b in zip(
-            ("task", "data fingerprint", "evaluation.max_samples", "splits", "evaluated rows"),
+            ("task", "data fingerprint", "evaluation.max_rows", "splits", "evaluated rows"),
             _about(first),
             _about(run),
             strict=True,
@@ -116,11 +116,11 @@ def _about(run: RunFigures) -> tuple[str, ...]:
     """Return what shows which rows the final numbers are about, as text."""
     final = run.evaluations["final"]
     splits = splits_of(final)
-    counts = [f"{split} {final[name]:g}" for split in splits if (name := f"{split}/samples") in final]
+    counts = [f"{split} {final[name]:g}" for split in splits if (name := f"{split}/rows") in final]
     return (
         str(run.metadata["task"].get("type")),
         str(run.metadata["data"]["fingerprint"])[:12],  # of rows and tokenizer
-        str(run.config.get("evaluation.max_samples")).replace("None", "null"),
+        str(run.config.get("evaluation.max_rows")).replace("None", "null"),
         ", ".join(sorted(splits)),
         ", ".join(sorted(counts)),
     )
@@ -277,12 +277,12 @@ def _notes(groups: Sequence[Group], lines: Sequence[Line]) -> list[str]:
         notes.append(f"one seed, so no interval{which}; a difference between single runs may be chance")
     final = groups[0].runs[0].evaluations["final"]
     sampled = [
-        f"{final[f'{split}/samples']:g} of {final[f'{split}/samples_of']:g} rows of {split}"
+        f"{final[f'{split}/rows']:g} of {final[f'{split}/rows_of']:g} rows of {split}"
         for split in splits_of(final)
-        if f"{split}/samples_of" in final
+        if f"{split}/rows_of" in final
     ]
     if sampled:
-        notes.append(f"evaluated on {', '.join(sampled)}, sampled by each run with its seed (evaluation.max_samples)")
+        notes.append(f"evaluated on {', '.join(sampled)}, sampled by each run with its seed (evaluation.max_rows)")
     for group, line in zip(groups, (line for line in lines if line.kind == "trained"), strict=True):
         fewer = [name for name, cell in line.cells.items() if cell.seeds < len(group.runs)]
         if fewer:

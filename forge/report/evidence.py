@@ -41,7 +41,7 @@ class Evidence:
         if self.gap_closed:
             lines.append(f"gap closed: the share of the way from {self.against} to the teacher; one seed, no interval")
         if self.sampled:
-            lines.append("evaluated on a sample of the rows (evaluation.max_samples), not on all of them")
+            lines.append("evaluated on a sample of the rows (evaluation.max_rows), not on all of them")
         return "\n".join(lines)
 
 
@@ -67,10 +67,10 @@ def evidence(run: RunDirectory, control: RunDirectory | None = None) -> Evidence
     names = dict.fromkeys(name for numbers in evaluations.values() for name in numbers)
     return Evidence(
         evaluations,
-        [*metrics, *(name for name in names if name.endswith("/samples"))],
+        [*metrics, *(name for name in names if name.endswith("/rows"))],
         gaps,
         against if gaps else None,
-        any(name.endswith("/samples_of") for name in names),
+        any(name.endswith("/rows_of") for name in names),
     )
 
 

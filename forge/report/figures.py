@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from forge.config.explain import effective, flatten
-from forge.config.former_names import current_headline
+from forge.config.former_names import current_config, current_headline
 from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
@@ -80,6 +80,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
         raise UsageError(f"{run.config_file} cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{run.config_file} does not hold a config; is its folder a run directory?")
+    tree = current_config(tree)
     with suppress(ValidationError):  # keys of another version: used as recorded, and shown if they differ
         tree = effective(Config.model_validate(tree))
     return {key: value for key, value in flatten(tree).items() if value != {}}  # an empty map sets nothing
@@ -99,14 +100,14 @@ def seconds_per_step(rows: Sequence[Mapping[str, Any]], step_sizes: Sequence[Seq
     """Return the seconds of training per optimizer step: the mean over the reports, weighted by their steps.
 
     Args:
-        rows: the rows of metrics.jsonl. A report has the samples per second since the report before it.
+        rows: the rows of metrics.jsonl. A report has the rows per second since the report before it.
         step_sizes: [first step, rows of each step from there on], ascending.
     """
     seconds, steps, last = 0.0, 0, 0
     for row in rows:
-        if "samples_per_second" not in row:
+        if "rows_per_second" not in row:
             continue
-        speed = _number(row["samples_per_second"])
+        speed = _number(row["rows_per_second"])
         first, last = last, row["step"]
         if speed is None or not 0 < speed < math.inf:
             continue

@@ -51,8 +51,8 @@ def model_card(
     numbers = numbers if evidence_table is None else evidence_table or "It was not evaluated."
     labels = f"- Labels: {', '.join(model['labels'])}\n" if model["labels"] else ""
     learned = _layers(model) + _distillation(metadata, config) + _adapter(model)
-    sampled = any(name.endswith("/samples_of") for name in {**before, **after})
-    note = "\nEvaluated on a sample of the rows (evaluation.max_samples), not on all of them.\n" if sampled else ""
+    sampled = any(name.endswith("/rows_of") for name in {**before, **after})
+    note = "\nEvaluated on a sample of the rows (evaluation.max_rows), not on all of them.\n" if sampled else ""
     note = note if evidence_table is None else ""  # the table has its own
     rows_read = f"{data['rows']['train']:,}" if "train" in data["rows"] else "a stream of unknown length"
     return f"""---
@@ -86,7 +86,7 @@ def model_card(
 
 def compare(before: dict[str, Any], after: dict[str, Any], headline: Sequence[str]) -> list[tuple[str, str, str]]:
     """The headline metrics of two evaluations as text, `-` where one was not made: (name, before, after)."""
-    names = [name for name in {**before, **after} if name.split("/")[-1] in (*headline, "samples")]
+    names = [name for name in {**before, **after} if name.split("/")[-1] in (*headline, "rows")]
 
     def text(value: Any) -> str:
         return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"

@@ -26,7 +26,7 @@ def evaluate(
     accelerator: Accelerator,
     *,
     batch_size: int,
-    max_samples: int | None,
+    max_rows: int | None,
     seed: int,
     num_workers: int,
     teacher_outputs: Callable[[Batch, str], TeacherOutputs | None],
@@ -38,8 +38,8 @@ def evaluate(
     probability of the likeliest label, in 15 bins (Guo et al. 2017, arXiv 1706.04599). With a teacher also agreement,
     the share of labels where it has the same likeliest one, and kl, KL(teacher || student) at temperature 1, nats a
     label; of a teacher's top k instead kl_top_k, the KL over its k tokens and all others as one, which is at most that.
-    Beside the metrics, the samples of each split that has some. With max_samples the rows are drawn by the seed,
-    and `split/samples_of` says how many there are.
+    Beside the metrics, the samples of each split that has some. With max_rows the rows are drawn by the seed,
+    and `split/rows_of` says how many there are.
 
     teacher_outputs: of a batch and its split; None where there is no teacher. between_batches: called as often on every
     rank; may raise to break off.
@@ -49,7 +49,7 @@ def evaluate(
     samples: dict[str, list[Sample]] = {}
     try:
         for split, rows in task.validation.items():
-            chosen = evaluated_rows(len(rows), max_samples, seed)
+            chosen = evaluated_rows(len(rows), max_rows, seed)
             values, shown = _evaluate_split(
                 student, task, accelerator, split, chosen, batch_size, num_workers, teacher_outputs, between_batches
             )
@@ -114,11 +114,11 @@ def _evaluate_split(
     metrics = {"ce": ce_sum / labels, **counted.compute(), "ece": ((right - confidence).abs().sum() / labels).item()}
     if kl_name is not None:
         metrics |= {"agreement": agreed / labels, kl_name: kl_sum / labels}
-    metrics["samples"] = total
+    metrics["rows"] = total
     if len(chosen) < len(rows):
-        metrics["samples_of"] = len(rows)
+        metrics["rows_of"] = len(rows)
     metrics["seconds"] = round(time.perf_counter() - start, 3)
-    return metrics, sorted(gather_object(counted.samples), key=lambda sample: sample.row)[: task.samples]
+    return metrics, sorted(gather_object(counted.samples), key=lambda sample: sample.row)[: task.shown_texts]
 
 
 def _calibrate(bins: Tensor, outputs: dict[str, Tensor], batch: Batch) -> None:

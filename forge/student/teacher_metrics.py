@@ -123,10 +123,10 @@ def evaluate_teacher(
     try:
         metrics, _ = evaluate(
             _TeacherAsStudent(loaded.model, task.forward_options, teacher.head),
-            _in_dtype(task.for_model(loaded).without_samples(), dtype),
+            _in_dtype(task.for_model(loaded).without_shown_texts(), dtype),
             accelerator,
             batch_size=config.evaluation.per_device_batch_size,
-            max_samples=config.evaluation.max_samples,
+            max_rows=config.evaluation.max_rows,
             seed=config.training.seed,
             num_workers=task.num_workers if workers is None else workers,
             teacher_outputs=lambda batch, split: None,
@@ -173,12 +173,12 @@ def metrics_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
 
     origin is the teacher's, with its hashes. dtype is the one that it computes in, such as float32.
     """
-    max_rows = config.evaluation.max_samples
+    max_rows = config.evaluation.max_rows
     return {
         **content_key(config, task, origin, dtype),
         "teacher.labels": config.teacher.labels,
         "forge's metrics": METRICS_VERSION,
-        "evaluation.max_samples": max_rows,
+        "evaluation.max_samples": max_rows,  # the former name: another would make every stored file useless
         "training.seed": config.training.seed if max_rows else None,  # it draws the rows that are evaluated
     }
 

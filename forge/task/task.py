@@ -73,7 +73,7 @@ class Task(ABC):
     processing: PreTrainedTokenizerBase | ProcessorMixin
     fingerprint: str  # of everything that the model learns from
     description: str  # the data set in a few words
-    samples: int | None = None  # texts shown of each split at most; None: as many as the ranks keep
+    shown_texts: int | None = None  # texts shown of each split at most; None: as many as the ranks keep
     teacher_tokenizer: PreTrainedTokenizerBase | None = None  # of a teacher that is given inputs of its own
     same_tokens: bool = True  # teacher and student read the same tokens at the same positions
 
@@ -188,7 +188,7 @@ class Task(ABC):
     def metrics(self, split: str, model: PreTrainedModel) -> Metrics:
         """Return an empty count for one validation split; model: the bare one, which may be asked to generate texts."""
 
-    def without_samples(self) -> Self:
+    def without_shown_texts(self) -> Self:
         """Return the task with metrics that show no generated texts."""
         return self
 

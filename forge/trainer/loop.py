@@ -105,7 +105,7 @@ class LoopTrainer:
                 self.task,
                 self.accelerator,
                 batch_size=self.config.evaluation.per_device_batch_size,
-                max_samples=self.config.evaluation.max_samples,
+                max_rows=self.config.evaluation.max_rows,
                 seed=self.config.training.seed,
                 num_workers=self.num_workers,
                 teacher_outputs=self._teacher_outputs_in_evaluation,

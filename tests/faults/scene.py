@@ -18,7 +18,7 @@ from forge.checkpoint.manifest import BadCheckpoint, verify
 
 RUN_NAME = "run"
 MAX_STEPS = 6
-TIMES = ("samples_per_second", "tokens_per_second", "peak_memory_mib", "seconds")
+TIMES = ("rows_per_second", "tokens_per_second", "peak_memory_mib", "seconds")
 LEFTOVERS = (".tmp-*", ".trash-*", "*.tmp")
 Setup = list[tuple[str, dict[str, Any]]]
 

@@ -48,7 +48,7 @@ class ConsoleReport(Callback):
         line = (
             f"loss {metrics['loss']:.4f}{f' ({parts})' if parts else ''}  "
             f"rate {metrics['learning_rate']:.2e}  grad norm {metrics['grad_norm']:.2f}  "
-            f"{metrics['samples_per_second']:.1f} samples/s  {metrics['tokens_per_second']:.0f} tokens/s  "
+            f"{metrics['rows_per_second']:.1f} rows/s  {metrics['tokens_per_second']:.0f} tokens/s  "
             f"peak {metrics['peak_memory_mib']:.0f} MiB"
         )
         if "truncated" in metrics:
@@ -62,7 +62,7 @@ class ConsoleReport(Callback):
             values = {name.split("/", 1)[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}
             seconds = values.pop("seconds")
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
-            rows = f"{values['samples']} of {values['samples_of']}" if "samples_of" in values else values["samples"]
+            rows = f"{values['rows']} of {values['rows_of']}" if "rows_of" in values else values["rows"]
             logger.info("%s evaluation, %s (%s rows, %.1f s): %s", stage, split, rows, seconds, shown)
 
     def training_ended(self, state: TrainingState) -> None:

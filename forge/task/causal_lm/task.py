@@ -112,8 +112,8 @@ class CausalLm(Task):
         template = self.encoder.template
         return {} if template is None else {"the chat template": text_hash(template.text)}
 
-    def without_samples(self) -> "CausalLm":
-        return replace(self, evaluation=self.evaluation.model_copy(update={"samples": 0}))
+    def without_shown_texts(self) -> "CausalLm":
+        return replace(self, evaluation=self.evaluation.model_copy(update={"shown_texts": 0}))
 
     def for_teacher(self, tokenizer: PreTrainedTokenizerBase) -> "CausalLm":
         """With the training rows also as the teacher's own template and tokens, and the places where both have read the
@@ -166,8 +166,8 @@ class CausalLm(Task):
     def metrics(self, split: str, model: PreTrainedModel) -> "CausalLmMetrics":
         """An empty count, and the rows that the model is to write itself."""
         rows = self.validation[split]
-        chosen = evaluated_rows(len(rows), self.evaluation.max_samples, self.seed)
-        spread = np.linspace(0, len(chosen) - 1, min(self.evaluation.samples, len(chosen))).astype(int)
+        chosen = evaluated_rows(len(rows), self.evaluation.max_rows, self.seed)
+        spread = np.linspace(0, len(chosen) - 1, min(self.evaluation.shown_texts, len(chosen))).astype(int)
         return CausalLmMetrics(self, model, [rows[int(chosen[i])] for i in spread])
 
     def facts(self) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def load_causal_lm(whole: Config) -> CausalLm:
     train: Any
     stream = ""
     if config.dataset.streaming:
-        train, validation, stream = load_stream(config.dataset, whole.evaluation.max_samples)
+        train, validation, stream = load_stream(config.dataset, whole.evaluation.max_rows)
         columns = list(next(iter(validation.values())).column_names)
     else:
         train, validation = load_rows(config.dataset)

@@ -52,7 +52,7 @@ class Ocr(Task):
     truncated: dict[str, int]  # transcripts cut to max_length, by split
     broken: dict[str, int]  # images left out, by split
     description: str
-    samples: int = 4  # rows of each split that are shown
+    shown_texts: int = 4  # rows of each split that are shown
     special_tokens: dict[str, Any] = field(default_factory=dict)  # those that the model's generate goes by
 
     name: ClassVar[str] = "ocr"
@@ -128,8 +128,8 @@ class Ocr(Task):
         images = {"the image processor": text_hash(self.processing.image_processor.to_json_string())}
         return images | self.reader.key_parts()
 
-    def without_samples(self) -> "Ocr":
-        return replace(self, samples=0)
+    def without_shown_texts(self) -> "Ocr":
+        return replace(self, shown_texts=0)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Decodes the images, in the process that calls it."""
@@ -196,10 +196,10 @@ class OcrMetrics(Metrics):
 
     def _show(self, row: int, reference: str, prediction: str) -> None:
         """Keeps the first rows of the data, in whatever order they come."""
-        if len(self.samples) < self._task.samples or (self.samples and row < self.samples[-1].row):
+        if len(self.samples) < self._task.shown_texts or (self.samples and row < self.samples[-1].row):
             image = png(open_image(self._rows[row]["image"]))
             sample = Sample(row, reference, prediction, self._task.config.prompt, image)
-            self.samples = sorted([*self.samples, sample], key=lambda shown: shown.row)[: self._task.samples]
+            self.samples = sorted([*self.samples, sample], key=lambda shown: shown.row)[: self._task.shown_texts]
 
     def compute(self) -> dict[str, Any]:
         """cer and wer: edits over the characters and words of all references; exact_match and empty: shares of rows."""
@@ -263,7 +263,7 @@ def load_ocr(whole: Config) -> Ocr:
         truncated=truncated,
         broken=broken,
         description=describe(config.dataset),
-        samples=whole.evaluation.samples,
+        shown_texts=whole.evaluation.shown_texts,
     )
 
 
