@@ -65,7 +65,8 @@ def survive(trials: list[Trial]) -> None:
 
 
 def test_the_fork_server_runs_the_true_program(scene: Scene, tmp_path: Path) -> None:
-    done = forge(*scene.arguments(ONE, tmp_path), OMP_NUM_THREADS="1")  # as the fork server: sums of two threads differ
+    # One thread, as in the fork server: sums of two threads differ.
+    done = forge(*scene.arguments(ONE, tmp_path), fresh=True, OMP_NUM_THREADS="1")
 
     assert done.returncode == 0, done.stderr
     assert scene.unbroken(ONE).difference(ending(run_of(tmp_path))) is None
@@ -74,7 +75,7 @@ def test_the_fork_server_runs_the_true_program(scene: Scene, tmp_path: Path) -> 
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_the_fork_server_runs_two_ranks_as_the_launcher_does(scene: Scene, tmp_path: Path) -> None:
-    done = forge_on_two_ranks(*scene.arguments(TWO, tmp_path))
+    done = forge_on_two_ranks(*scene.arguments(TWO, tmp_path), fresh=True)
 
     assert done.returncode == 0, done.stderr
     assert scene.unbroken(TWO).difference(ending(run_of(tmp_path))) is None

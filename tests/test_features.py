@@ -617,6 +617,7 @@ def job(config_file: Path, teacher_folder: Path) -> list[Any]:
     return ["--config", config_file, *(part for setting in settings for part in ("--set", setting))]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_killed_job_ends_as_the_unbroken_one_and_exports_no_projections(
     config_file: Path, teacher_folder: Path, tmp_path: Path
 ) -> None:

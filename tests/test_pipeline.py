@@ -204,6 +204,7 @@ def test_an_existing_run_name_is_refused_and_a_complete_run_is_left_alone(finish
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_unbroken_end(config_file: Path, tmp_path: Path) -> None:
     settings = ["--config", config_file, "--set", "model.dropout=0.1", "--set", "training.max_steps=60"]
     whole = forge(*settings, "--run_name", "whole")
@@ -245,6 +246,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_unbroken_end(config_fil
     assert stages == ["baseline", "final"]
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.parametrize(("every_steps", "stage"), [("null", "final evaluation"), ("500", "step 40/")])
 def test_a_run_without_a_checkpoint_starts_its_training_again(
     every_steps: str, stage: str, config_file: Path, tmp_path: Path
@@ -303,6 +305,7 @@ def test_data_and_model_meet_by_label_name_through_the_whole_job(
     assert "Labels: CONTRADICTION, ENTAILMENT, NEUTRAL" in card
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_run_that_is_alive_is_not_resumed_and_an_interrupt_says_how_to_go_on(
     config_file: Path, tmp_path: Path
 ) -> None:
@@ -368,8 +371,8 @@ def test_a_broken_wandb_does_not_stop_training(config_file: Path, tmp_path: Path
 @pytest.mark.multiprocess
 def test_two_ranks_take_the_same_trajectory_as_one(config_file: Path, tmp_path: Path) -> None:
     settings = ["--config", config_file, "--set", "training.per_device_batch_size=4", "--set", "training.batch_size=20"]
-    alone = forge(*settings, "--run_name", "alone")
-    both = forge_on_two_ranks(*settings, "--run_name", "both")
+    alone = forge(*settings, "--run_name", "alone", fresh=True)
+    both = forge_on_two_ranks(*settings, "--run_name", "both", fresh=True)
     assert alone.returncode == 0, alone.stderr
     assert both.returncode == 0, both.stderr
 
@@ -460,6 +463,7 @@ def test_two_ranks_report_a_data_error_once_and_create_nothing(config_file: Path
 
 
 @pytest.mark.multiprocess
+@pytest.mark.usefixtures("warm_starts")
 def test_a_launcher_that_starts_one_process_of_two_is_found_out(config_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "forge/train.py"]
     done = subprocess.run(

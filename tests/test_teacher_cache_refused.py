@@ -463,6 +463,7 @@ def test_folders_that_are_something_else_are_left_alone(config_file: Path, teach
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_two_jobs_do_not_fill_one_folder(config_file: Path, teacher: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     code = "import sys, time; from pathlib import Path; from forge.teacher_cache.files import only_writer\n"
