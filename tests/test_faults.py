@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from faults.contenders import at_once_trials, frozen_trials
 from faults.corruption import DAMAGES, corruption_trials, none_left_trials, pointer_trials
 from faults.crash import Event, chosen_points, crash_trial, events, random_trial
 from faults.errors import error_trial
-from faults.forkserver import ForkServer
 from faults.launchers import signal_trials
 from faults.power import order_trials
 from faults.samples import Plan, sample_trials
@@ -47,10 +45,8 @@ NAIVE = [
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    server = ForkServer()
-    yield Scene(tmp_path_factory.mktemp("faults") / "scene", server)
-    server.close()
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(tmp_path_factory.mktemp("faults") / "scene")
 
 
 @pytest.fixture(scope="module")

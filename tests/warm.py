@@ -95,6 +95,10 @@ class WarmPython:
         self._socket.close()
         self._process.wait(30)
 
+    def threads(self) -> int:
+        """How many it has: none but the first one would be in a fork."""
+        return len(os.listdir(f"/proc/{self._process.pid}/task"))
+
     def serves(self, environment: dict[str, str]) -> bool:
         """False for a program whose imports could come out differently."""
         return _read_at_import(environment) == _read_at_import(self._environment)
@@ -325,7 +329,8 @@ def _become(program: Program, descriptors: list[int], preexec_fn: Any = None) ->
     except SystemExit as leaving:
         code = _exit_code(leaving)
     except BaseException as error:  # noqa: BLE001 - as the interpreter does
-        sys.excepthook(type(error), error, _of_the_program(error.__traceback__))
+        error.__traceback__ = _of_the_program(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
