@@ -139,7 +139,7 @@ def test_a_bad_row_is_named_with_its_split(load_lm: Any, row: dict[str, Any], ex
         (
             [{"text": "x y"}],
             ("model.new_tokenizer={kind: characters}", "model.config={model_type: llama}"),
-            "model.new_tokenizer.kind is characters, and a causal LM is given a bpe one; set kind: bpe",
+            "model.new_tokenizer.kind is characters, but a causal LM needs kind: bpe",
         ),
     ],
 )

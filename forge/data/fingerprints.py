@@ -25,6 +25,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([state, special], sort_keys=True).encode()).hexdigest()
 
 
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def source_hash(*files: str | None) -> str:
     """SHA-256 of source files: what they made and left on disk is not taken for what they would make once changed."""
     digest = hashlib.sha256()

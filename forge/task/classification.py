@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,7 +28,7 @@ from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.classifier import load_classifier
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer
-from forge.task.task import Metrics, Task
+from forge.task.task import Metrics, Task, task_section
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,31 @@ class Classification(Task):
     auto_model: ClassVar[type[Any]] = AutoModelForSequenceClassification
     main_metric: ClassVar[str] = "accuracy"
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+    one_label_per_row: ClassVar[bool] = True
+
+    @classmethod
+    def load(cls, config: Config) -> "Classification":
+        return prepare(task_section(config, ClassificationTask), load_own_tokenizer(config.model))
+
+    @classmethod
+    def adapted_config(cls, config: Config, section: ModelConfig, model: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the config with the number of labels, where task.labels gives it and the head starts new."""
+        labels = task_section(config, ClassificationTask).labels
+        if labels is not None and _head_is_new(section, model):
+            model.num_labels = len(labels)
+        return model
+
+    @classmethod
+    def new_weights(cls, section: ModelConfig, checkpoint: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
+        """Return the names of the head's weights, where the head starts new."""
+        if not _head_is_new(section, checkpoint):
+            return []
+        body = f"{model.base_model_prefix}."
+        return [name for name, _ in model.named_parameters() if not name.startswith(body)]
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.labels
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A classifier whose outputs are named like the labels of the data."""
@@ -173,12 +199,6 @@ class ClassificationMetrics(Metrics):
         return metrics
 
 
-def load_classification(whole: Config) -> Classification:
-    """Loads, checks and tokenizes the data. Raises UsageError for missing columns, bad labels and empty splits."""
-    assert isinstance(whole.task, ClassificationTask)
-    return prepare(whole.task, load_own_tokenizer(whole.model))
-
-
 def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> Classification:
     """The task from its data and a tokenizer."""
     train, validation = load_rows(config.dataset)
@@ -217,6 +237,12 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
         texts=splits,
         label_ids=list(range(len(labels))),
     )
+
+
+def _head_is_new(section: ModelConfig, checkpoint: PreTrainedConfig) -> bool:
+    """Return True unless the config of the checkpoint says that it is a classifier whose head is kept."""
+    architectures = checkpoint.architectures or []
+    return section.new_head or not any("ForSequenceClassification" in name for name in architectures)
 
 
 def _check_columns(config: ClassificationTask, split: str, rows: Dataset) -> None:

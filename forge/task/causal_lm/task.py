@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from forge.config.schema import CausalLmTask, Config, EvaluationConfig, ModelConfig, TrainingConfig
 from forge.data.batches import Batch, evaluated_rows
-from forge.data.fingerprints import tokenizer_hash
+from forge.data.fingerprints import text_hash, tokenizer_hash
 from forge.data.packing import check_packing, collate_packed, pack, shifted_labels
 from forge.data.rows import describe, fingerprint, load_rows, load_stream
 from forge.data.stream import RowStream
@@ -42,7 +42,7 @@ from forge.task.causal_lm.documents import (
     prepare_rows,
     training_texts,
 )
-from forge.task.task import Metrics, Sample, Task
+from forge.task.task import Metrics, Sample, Task, task_section
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,16 @@ class CausalLm(Task):
     headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     has_language_head: ClassVar[bool] = True
+    aligns_labels: ClassVar[bool] = True
+
+    @classmethod
+    def load(cls, config: Config) -> "CausalLm":
+        return load_causal_lm(config)
+
+    @classmethod
+    def _vocabulary_size(cls, section: ModelConfig) -> int:
+        _check_tokenizer_kind(section)
+        return super()._vocabulary_size(section)
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A causal LM with an embedding for every token, which stops where the rows do; one that mixes packed rows is
@@ -97,6 +107,10 @@ class CausalLm(Task):
             check_packing(loaded.model, self.forward_options)
         end_with(loaded.model, self.ends, int(tokenizer.pad_token_id))
         return loaded
+
+    def key_parts(self) -> dict[str, Any]:
+        template = self.encoder.template
+        return {} if template is None else {"the chat template": text_hash(template.text)}
 
     def without_samples(self) -> "CausalLm":
         return replace(self, evaluation=self.evaluation.model_copy(update={"samples": 0}))
@@ -272,8 +286,7 @@ def _last_reply(row: dict[str, Any]) -> tuple[int, int]:
 
 def load_causal_lm(whole: Config) -> CausalLm:
     """Loads, checks and tokenizes the data. Raises UsageError for a row that cannot be learned from."""
-    config = whole.task
-    assert isinstance(config, CausalLmTask)
+    config = task_section(whole, CausalLmTask)
     where = describe(config.dataset)
     train: Any
     stream = ""
@@ -337,12 +350,18 @@ def _tokenizer(whole: Config, config: CausalLmTask, form: RowForm, train: Any, w
     new = whole.model.new_tokenizer if whole.model.config is not None else None  # a checkpoint brings its own
     if new is None:
         return load_own_tokenizer(whole.model)
-    if new.kind != "bpe":
-        raise UsageError(f"model.new_tokenizer.kind is {new.kind}, and a causal LM is given a bpe one; set kind: bpe")
+    _check_tokenizer_kind(whole.model)
     chat = form.name == "messages"
     tokenizer = train_bpe(training_texts(config, form, train, where), new.vocab_size, chat=chat)
     logger.info("a new tokenizer of %d tokens is made from the training split", len(tokenizer))
     return tokenizer
+
+
+def _check_tokenizer_kind(section: ModelConfig) -> None:
+    """Raise UsageError for a new tokenizer of characters."""
+    new = section.new_tokenizer
+    if new is not None and new.kind != "bpe":
+        raise UsageError(f"model.new_tokenizer.kind is {new.kind}, but a causal LM needs kind: bpe")
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, encoded: dict[str, Dataset]) -> list[int]:
