@@ -5,6 +5,7 @@ from contextlib import closing
 from forge.attempt.attempt import Attempt
 from forge.attempt.components import load_components
 from forge.attempt.export import export
+from forge.attempt.measured_memory import measured_memory
 from forge.attempt.outcome import Result
 from forge.attempt.request import Request
 from forge.cluster.signals import StopRequest
@@ -12,7 +13,6 @@ from forge.ranks.world import join_ranks
 from forge.run.log import RunLog
 from forge.run.state import Stage
 from forge.trainer.build import build_trainer
-from forge.trainer.measured_memory import train_measured
 from forge.trainer.trainer import Trainer
 
 
@@ -54,7 +54,8 @@ def evaluate_baseline(trainer: Trainer, attempt: Attempt) -> None:
 
 def train(trainer: Trainer, attempt: Attempt) -> None:
     """Train; record how much memory that took, and how much was predicted."""
-    train_measured(trainer, attempt.components)
+    with measured_memory(attempt, trainer.model, trainer.training):
+        trainer.train()
 
 
 def export_model(trainer: Trainer, attempt: Attempt) -> None:
