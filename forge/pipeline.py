@@ -54,13 +54,13 @@ def evaluate_baseline(trainer: Trainer, attempt: Attempt) -> None:
 
 def train(trainer: Trainer, attempt: Attempt) -> None:
     """Train; record how much memory that took, and how much was predicted."""
-    with measured_memory(attempt, trainer.model, trainer.training):
+    with measured_memory(attempt, trainer.weights.model, trainer.training):
         trainer.train()
 
 
 def export_model(trainer: Trainer, attempt: Attempt) -> None:
     """Publish the trained model in final/."""
-    export(attempt, trainer.model, trainer.training)
+    export(attempt, trainer.weights, trainer.training)
 
 
 def evaluate_final(trainer: Trainer, attempt: Attempt) -> None:

@@ -191,7 +191,9 @@ class _Storages(TorchDispatchMode):
         super().__init__()
         own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
         self._weights = {id(storage): storage for storage in own}  # held, so that no other storage gets an id of theirs
-        self._alive: dict[int, tuple[int, Any]] = {}  # id of a storage: its number and a reference that says when it dies
+        self._alive: dict[
+            int, tuple[int, Any]
+        ] = {}  # id of a storage: its number and a reference that says when it dies
         self._bytes: list[int] = []  # by number
         self._events: list[tuple[int, int]] = []  # a storage's number, and 1 where it is made or -1 where it dies
         self._gradients: set[int] = set()

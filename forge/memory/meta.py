@@ -71,7 +71,9 @@ def running_job(
     None: as many as task.max_length allows.
     """
     half = form.products == 2
-    job = replace(_without_activations(config, student, teacher, half=half, on_cpu=form.on_cpu, longest=longest), rows=rows)
+    job = replace(
+        _without_activations(config, student, teacher, half=half, on_cpu=form.on_cpu, longest=longest), rows=rows
+    )
 
     def count() -> Job:
         each = Pass(form, job.checkpointing)

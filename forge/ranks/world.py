@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import release_memory
 
 from forge.cluster.signals import StopRequest, stopped_early
@@ -61,6 +63,9 @@ def join_ranks(config: Config, stop: StopRequest) -> Ranks:
 
 
 def leave_ranks() -> None:
-    """End the process group, if there is one, after the last run of this process is complete."""
+    """End the process group, if there is one, after the last run; this process may join ranks again."""
     if PartialState._shared_state:
         PartialState().destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        torch.use_deterministic_algorithms(False)
