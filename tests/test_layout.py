@@ -42,7 +42,7 @@ def test_the_house_is_in_order(check: str) -> None:
     "module",
     [
         *("forge.config.loader", "forge.config.changes", "forge.run.registry", "forge.cluster.launch"),
-        *("forge.memory.activations", "forge.memory.totals", "forge.memory.advice", "forge.cli.plan"),
+        *("forge.memory.totals", "forge.memory.advice", "forge.cli.plan"),
         *("forge.cli.main", "forge.cli.train", "forge.train"),
     ],
 )
