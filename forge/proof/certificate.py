@@ -10,7 +10,7 @@ from rich.table import Table
 
 from forge.checkpoint.manifest import BadCheckpoint, Manifest
 from forge.config.loader import LoadedConfig
-from forge.proof.compare import Comparison, Difference
+from forge.proof.compare import BitComparison, Difference
 from forge.proof.watch import Watch
 from forge.run.directory import RunDirectory
 from forge.run.files import read_json, write_atomically, write_json
@@ -58,7 +58,7 @@ class Proof:
     overrides: list[str] = field(default_factory=list)  # of the config, in all runs: key=value
     total_steps: int = 0
     kills: list[Kill] = field(default_factory=list)
-    comparisons: list[Comparison] = field(default_factory=list)  # of each killed run with the unbroken one
+    comparisons: list[BitComparison] = field(default_factory=list)  # of each killed run with the unbroken one
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -49,7 +49,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BitComparison:
     """The parts in the order in which a run makes them: the first difference is the one nearest to its cause."""
 
     parts: list[Part]
@@ -66,7 +66,7 @@ class Comparison:
         return dict(total)
 
 
-def compare_runs(unbroken: Path, killed: Path) -> Comparison:
+def compare_bits(unbroken: Path, killed: Path) -> BitComparison:
     """Compares two complete run directories. Speeds, times, memory and the model card may differ, nothing else.
 
     Raises nothing for a file that is missing or broken: that is a difference.
@@ -76,9 +76,11 @@ def compare_runs(unbroken: Path, killed: Path) -> Comparison:
     steps = [_newest_step(run.path) for run in (ones, others)]
     if steps[0] != steps[1] or steps[0] is None:
         names = ["absent" if step is None else f"checkpoint-{step}" for step in steps]
-        return Comparison([*parts, Part("checkpoint", {}, Difference("checkpoint", "the newest checkpoint", *names))])
+        return BitComparison(
+            [*parts, Part("checkpoint", {}, Difference("checkpoint", "the newest checkpoint", *names))]
+        )
     left, right = (run.checkpoint(steps[0]) for run in (ones, others))
-    return Comparison(
+    return BitComparison(
         [
             *parts,
             _part("data position", lambda counts: _compare_positions(left, right, counts)),

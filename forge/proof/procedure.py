@@ -215,19 +215,19 @@ class Procedure:
             arguments = ["--resume", str(run.path)]
 
     def _compare(self, failure: str | None) -> None:
-        from forge.proof.compare import Comparison, Difference, Part, compare_runs
+        from forge.proof.compare import BitComparison, Difference, Part, compare_bits
 
         start = time.monotonic()
         self._say("comparing")
-        self.proof.comparisons = [compare_runs(self.proof.unbroken.path, run.path) for run in self.proof.killed]
+        self.proof.comparisons = [compare_bits(self.proof.unbroken.path, run.path) for run in self.proof.killed]
         if failure is not None:
             found = Difference("resume", f"the end of {self.proof.killed[-1].name}", "complete", failure)
-            self.proof.comparisons[-1] = Comparison([Part("resume", {}, found)])
+            self.proof.comparisons[-1] = BitComparison([Part("resume", {}, found)])
         for number, kill in enumerate(self.proof.kills, start=1):
             if kill.all_ended_s is None:
                 found = Difference("orphans", f"what kill {number} left alive", "ended by itself", "had to be killed")
                 before = self.proof.comparisons[-1].parts
-                self.proof.comparisons[-1] = Comparison([Part("orphans", {}, found), *before])
+                self.proof.comparisons[-1] = BitComparison([Part("orphans", {}, found), *before])
                 break
         self.proof.seconds["comparison"] = round(time.monotonic() - start, 3)
 
