@@ -134,7 +134,7 @@ def test_a_bad_row_is_named_with_its_split(load_lm: Any, row: dict[str, Any], ex
         (
             [{"text": "x y"}],
             ("task.max_length=65",),
-            "task.max_length is 65, and the tokenizer's model takes at most 64",
+            "task.max_length is 65, but the tokenizer's model takes at most 64",
         ),
         (
             [{"text": "x y"}],

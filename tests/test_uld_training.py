@@ -176,7 +176,7 @@ def test_what_does_not_go_with_uld_is_refused(
     )
     short = sentencepiece(WORDS)
     short.model_max_length = 48
-    with pytest.raises(UsageError, match=r"task\.max_length is 64, and the teacher's tokenizer takes at most 48"):
+    with pytest.raises(UsageError, match=r"task\.max_length is 64, .* at most 48"):
         build(f"teacher.path={write_llm(tmp_path / 'short', short)}")
 
     other = sentencepiece(WORDS)
