@@ -97,7 +97,7 @@ class ChatTemplate:
             )
         reply = through[len(before) :]
         closed = reply.rstrip()
-        if closed.endswith(self.ends):  # white space after the end of the turn is the template's and never generated
+        if closed.endswith(self.ends):  # white space after the turn's end is the template's, and never generated
             reply = closed
         return len(before), len(before) + len(reply)
 
