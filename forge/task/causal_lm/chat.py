@@ -86,8 +86,8 @@ class ChatTemplate:
         before, _ = self._render(messages[:i], opened=True)
         if not text.startswith(before):
             raise BadRow(
-                f"is not rendered consistently: the chat template writes another text before message {i} than the prompt "
-                f"that asks for it; {MARKED}"
+                f"is not rendered consistently: the chat template writes another text before message {i} than in the "
+                f"prompt for it; {MARKED}"
             )
         through, _ = self._render(messages[: i + 1])
         if not text.startswith(through):
