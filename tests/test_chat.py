@@ -10,7 +10,8 @@ from forge.config.schema import CausalLmTask
 from forge.errors import UsageError
 from forge.task.causal_lm.bpe import train_bpe
 from forge.task.causal_lm.chat import CHATML, BadRow, ChatTemplate, check_roles, load_template
-from forge.task.causal_lm.documents import build_encoder, choose_form
+from forge.task.causal_lm.documents import build_encoder
+from forge.task.causal_lm.forms import choose_form
 
 TURNS = [("user", "Hi there"), ("assistant", "Hello!"), ("user", "And 2 + 2?"), ("assistant", "It is 4.")]
 WITH_SYSTEM = [("system", "Be brief."), *TURNS]
