@@ -197,7 +197,7 @@ class Procedure:
         return failure
 
     def _killed_run(self, run: RunDirectory, planned: list[PlannedKill]) -> tuple[list[PlannedKill], str | None]:
-        """Train a run to its end through its kills. Returns the kills that came too late, and why it failed, or None."""
+        """Train a run to its end through its kills. Returns those that came too late, and why it failed, or None."""
         waiting, missed, arguments = list(planned), list[PlannedKill](), self._new(run)
         while True:
             attempt = WatchedAttempt(self, run, waiting, missed)
