@@ -220,13 +220,8 @@ class Procedure:
             where = f"the end of {self.proof.killed[-1].name}"
             found = Difference(part="resume", where=where, unbroken="complete", killed=failure)
             self.proof.comparisons[-1] = BitComparison([ComparedPart("resume", {}, found)])
-        for number, kill in enumerate(self.proof.kills, start=1):
-            if kill.all_ended_s is None:
-                where = f"what kill {number} left alive"
-                found = Difference(part="orphans", where=where, unbroken="ended by itself", killed="had to be killed")
-                before = self.proof.comparisons[-1].parts
-                self.proof.comparisons[-1] = BitComparison([ComparedPart("orphans", {}, found), *before])
-                break
+        if orphans := _orphans(self.proof.kills):
+            self.proof.comparisons[-1] = BitComparison([orphans, *self.proof.comparisons[-1].parts])
         self.proof.seconds["comparison"] = round(time.monotonic() - start, 3)
 
 
@@ -314,6 +309,16 @@ def _kill_target(planned: PlannedKill, processes: Processes) -> str:
         return str(Target.LAUNCHER)
     processes.kill_all()
     return str(Target.ALL)
+
+
+def _orphans(kills: list[Kill]) -> ComparedPart | None:
+    """Return the first kill that left processes alive which did not end by themselves; None if there is none."""
+    kill = next((kill for kill in kills if kill.all_ended_s is None), None)
+    if kill is None:
+        return None
+    where = f"what kill {kill.number} left alive"
+    found = Difference(part="orphans", where=where, unbroken="ended by itself", killed="had to be killed")
+    return ComparedPart("orphans", {}, found)
 
 
 class _Lingering:

@@ -55,7 +55,7 @@ def stamp_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
             clock: list[Setup] = [[_clock(generator.uniform(-20, 20))] for _ in range(shape.ranks)]
             ended = wait(scene.start_again(shape, root, clock))
             if ended.code != 0 or f"from {expected}" not in ended.text:
-                return f"it did not go on from {expected} [{root}]"
+                return f"it did not resume from {expected} [{root}]"
             problem = scene.verdict(shape, root)
             return closed(problem, root)
 

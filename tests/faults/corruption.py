@@ -257,8 +257,8 @@ def _pointer(donors: Donors, text: str | None, named: str | None) -> Trial:
         state = json.loads((folder / "training_state.json").read_text())
         (folder / "training_state.json").write_text(json.dumps(state | {"latest_checkpoint": named}))
         problem, ended = donors.scene.finish(donors.shape, root)
-        if problem is None and "goes on from checkpoint-4" not in ended.text:
-            problem = "it did not go on from checkpoint-4"
+        if problem is None and "from checkpoint-4" not in ended.text:
+            problem = "it did not resume from checkpoint-4"
         return closed(problem, root)
 
     return Trial(f"latest_checkpoint {text!r}, the state names {named}", run)

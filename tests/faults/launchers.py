@@ -106,7 +106,7 @@ def _resumed(scene: Scene, shape: Shape, root: Path, text: str) -> str | None:
         return f"{problem} [{root}]"
     problem, ended = scene.finish(shape, root)
     if problem is None and "from checkpoint-" not in ended.text:
-        problem = "it did not go on from a checkpoint"
+        problem = "it did not resume from a checkpoint"
     if problem is None:
         drop(root)
     return problem and f"{problem}; the broken attempt said {last_words(text)} [{root}]"
