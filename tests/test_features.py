@@ -484,7 +484,7 @@ def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
     begun = projections_of(whole)
     losses, weights = trajectory(whole)
     assert set(begun) == {"0_to_0.weight", "1_to_2.weight", "2_to_3.weight"}
-    reports = whole.callbacks.reports
+    reports = whole.attempt.callbacks.reports
     for report in reports:
         assert min(report["hidden"], report["relation"]) > 0
         parts = 0.5 * report["ce"] + 0.5 * 4 * report["divergence"] + 0.5 * report["hidden"] + 2 * report["relation"]
@@ -498,7 +498,7 @@ def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
         assert split_losses == pytest.approx(losses, rel=1e-5)
         assert split_weights == pytest.approx(weights, abs=1e-5)
         for key in ("hidden", "relation"):
-            assert [r[key] for r in split.callbacks.reports] == pytest.approx([r[key] for r in reports], rel=1e-4)
+            assert [r[key] for r in split.attempt.callbacks.reports] == pytest.approx([r[key] for r in reports], rel=1e-4)
         for name, weight in projections_of(split).items():
             torch.testing.assert_close(weight, ended[name], rtol=0, atol=1e-5)
 
@@ -517,7 +517,7 @@ def test_a_restored_training_ends_with_the_same_projections(settings: tuple[str,
     unbroken = build(*settings)
     losses, weights = trajectory(unbroken)
     ended = projections_of(unbroken)
-    folder = unbroken.run.path / "checkpoint-2"
+    folder = unbroken.attempt.run.path / "checkpoint-2"
     assert "projections.safetensors" in read_json(folder / "manifest.json")["files"]
 
     resumed = build(*settings)

@@ -142,7 +142,7 @@ def test_a_run_goes_on_under_other_plans_and_on_other_ranks(config_file: Path, t
         assert (run / f"checkpoint-{step}" / file).is_file()
     unbroken = trainer_of(load_config(config_file, same).config, tmp_path / "unbroken")
     unbroken.train()
-    assert losses(run) == pytest.approx([report["loss"] for report in unbroken.callbacks.reports], rel=1e-5)
+    assert losses(run) == pytest.approx([report["loss"] for report in unbroken.attempt.callbacks.reports], rel=1e-5)
     final = AutoModelForSequenceClassification.from_pretrained(run / "final").state_dict()
     for name, tensor in unbroken.model.state_dict().items():
         torch.testing.assert_close(final[name], tensor, rtol=0, atol=1e-5)
