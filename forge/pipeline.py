@@ -37,21 +37,16 @@ from forge.errors import AlreadyComplete, LostRank, Stopped, Superseded
 from forge.model.export import push_to_hub
 from forge.model.load import LoadedModel
 from forge.model.source import with_run_paths
-from forge.ranks.agreement import StopVote, lost_rank, on_every_rank, on_rank_0
+from forge.ranks.agreement import lost_rank, on_every_rank, on_rank_0
 from forge.ranks.deepspeed import accelerator_of
+from forge.ranks.stop_vote import StopVote
 from forge.report.evidence import Evidence, evidence, evidence_markdown
 from forge.report.model_card import compare, model_card
 from forge.run.directory import RunDirectory, check_run_name, check_writable
-from forge.run.files import (
-    read_json,
-    read_json_lines,
-    sync_file,
-    unguarded,
-    write_atomically,
-    write_json,
-)
+from forge.run.files import read_json_lines, sync_file, unguarded, write_atomically
 from forge.run.lock import RunLock
 from forge.run.log import RunLog
+from forge.run.metadata import amend_metadata, named, read_metadata
 from forge.run.registry import unregister, update
 from forge.run.state import Stage, TrainingState
 from forge.teacher.loading import evaluates_teacher
@@ -119,7 +114,7 @@ def _run(request: Request, accelerator: Accelerator, log: RunLog, stop: StopRequ
 
         facts, headline = parts.facts(config, accelerator), parts.task.headline
         if request.control_of is not None:
-            facts["control_of"] = _named(request.control_of)
+            facts["control_of"] = named(request.control_of).model_dump()
         run, state = on_rank_0(accelerator, lambda: _open(request, beginning, facts, lock))
         if lock is None:
             lock = RunLock(run)
@@ -218,7 +213,7 @@ def _train_control(
     on_rank_0(accelerator, lambda: remove_half_made(control))
     root, _ = place_of(run, config)
     twin = twin.model_copy(update={"output_root": str(root)})
-    file = on_rank_0(accelerator, lambda: Path(read_json(run.metadata_file)["config_file"]))
+    file = on_rank_0(accelerator, lambda: read_metadata(run).config_file)
     asked = Request(
         LoadedConfig(twin, file),
         request.command,
@@ -341,10 +336,6 @@ def _place(request: Request) -> Path:
     return config_name(request.loaded.file)
 
 
-def _named(run: RunDirectory) -> dict[str, Any]:
-    return {"run_id": read_json(run.metadata_file)["run_id"], "name": run.name}
-
-
 def _accelerator(config: Config) -> Accelerator:
     return accelerator_of(config)
 
@@ -360,7 +351,7 @@ def _callbacks(
     callbacks: list[Callback] = [MetricsFile(run), ConsoleReport(log.console), SamplesFolder(run)]
     callbacks.append(PeakMetrics(run, headline))
     if config.tracking.wandb is not None:
-        contents = {**effective(config), "run_metadata": read_json(run.metadata_file)}
+        contents = {**effective(config), "run_metadata": read_metadata(run).model_dump(mode="json", exclude_unset=True)}
         callbacks.append(WandbTracker(config.tracking.wandb, run, state, contents))
     return callbacks
 
@@ -382,12 +373,11 @@ def _complete(
     run: RunDirectory, state: TrainingState, config: Config, headline: tuple[str, ...], lock: RunLock
 ) -> Result:
     before, after = _recorded_evaluation(run, "baseline"), _recorded_evaluation(run, "final")
-    metadata = read_json(run.metadata_file)
+    metadata = read_metadata(run)
     control = None
     if wants_control(config):
         control = control_of(run)
-        metadata["control"] = _named(control)
-        write_json(run.metadata_file, metadata, lock.check)
+        metadata = amend_metadata(run, lock.check, control=named(control))
     known = evidence(run, control) if evaluates_teacher(config) else None
     card = model_card(metadata, state.step, config, before, after, evidence_markdown(known) if known else None)
     write_atomically(run.final / "README.md", card, lock.check)

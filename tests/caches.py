@@ -9,7 +9,7 @@ from conversations import config_on, conversation
 from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
 from forge.data.batches import Batch, for_the_loop
-from forge.ranks.agreement import build_accelerator
+from forge.ranks.accelerator import build_accelerator
 from forge.task.load import load_task
 from forge.task.task import Task
 from forge.teacher.vocabulary import for_teacher

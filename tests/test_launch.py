@@ -104,7 +104,7 @@ def test_ranks_train_on_the_cpu_where_torch_has_no_gpu(
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     computer(monkeypatch, gpus=4, torch="2.13.0")
-    with pytest.raises(UsageError, match="8 processes need as many GPUs, and 4 can be seen here; give --processes 4"):
+    with pytest.raises(UsageError, match=r"8 processes .* 4 .*--processes 4"):
         training_command([], 8)
     assert "--multi_gpu" in training_command([], 4)[0]
 
@@ -230,7 +230,7 @@ def test_a_rank_that_is_killed_is_named(entry: Callable[[str], Path], tmp_path: 
         assert run_training([], 2, output) == 1
     said = (tmp_path / "output").read_text()
     assert "rank 1 (process " in said
-    assert "was ended by SIGKILL\n" in said
+    assert "was killed by SIGKILL\n" in said
     assert "Traceback" not in said
 
 

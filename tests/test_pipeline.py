@@ -399,7 +399,8 @@ def test_an_error_on_any_rank_ends_all_of_them_with_one_sentence(tmp_path: Path)
     script.write_text("""
 import sys
 sys.path.insert(0, sys.argv[1])
-from forge.ranks.agreement import build_accelerator, on_every_rank, on_rank_0, rank_0_first
+from forge.ranks.accelerator import build_accelerator
+from forge.ranks.agreement import on_every_rank, on_rank_0, rank_0_first
 from forge.errors import ForgeError, UsageError
 
 accelerator = build_accelerator("no", 0)

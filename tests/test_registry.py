@@ -57,8 +57,8 @@ def test_a_run_that_is_gone_or_complete_is_said_to_be_stale_and_its_entry_stays(
     gone.path.rmdir()
     TrainingState(run_id="done", stage=Stage.COMPLETE, pipeline_complete=True).save(complete.state_file)
     assert [entry.run_id for entry in incomplete_runs(tmp_path)] == ["live"]
-    assert f"the run {gone.path} is gone" in caplog.text
-    assert f"the run {complete.path} is complete" in caplog.text
+    assert f"{gone.path} is gone" in caplog.text
+    assert f"{complete.path} is complete" in caplog.text
     assert len(list((tmp_path / ".incomplete").iterdir())) == 3
 
 

@@ -27,7 +27,7 @@ from forge.cluster.signals import StopRequest
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.schema import Config
 from forge.errors import TrainingError, UsageError
-from forge.ranks.agreement import build_accelerator
+from forge.ranks.accelerator import build_accelerator
 from forge.run.files import read_json
 from forge.task.classification import Classification
 from forge.task.load import load_task

@@ -13,7 +13,7 @@ from forge.config.placing import located
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json
+from forge.run.metadata import read_metadata
 from forge.run.state import TrainingState
 
 SUFFIX = "-sft"
@@ -92,7 +92,7 @@ def check_control(
     ]
     if strange := [str(change) for change in found if change.key not in allowed]:
         raise UsageError(_other(control, f"its config differs: {'; '.join(strange)}"))
-    own = read_json(control.metadata_file)
+    own = read_metadata(control).model_dump()
     for section, name, words in FACTS if facts is not None and ROWS not in allowed else ():
         here = ((facts or {}).get(section) or {}).get(name)
         there = (own.get(section) or {}).get(name)

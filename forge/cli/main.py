@@ -233,8 +233,9 @@ def _resume_all(args: argparse.Namespace) -> int:
 
 def _go_on(run: "RunDirectory", args: argparse.Namespace, relay: "SignalRelay") -> int:
     """Trains the run to its end in a child process; forge's exit code."""
-    from forge.cluster.launch import run_training
+    from forge.cluster.launch import option_words, run_training
     from forge.config.loader import load_config
+    from forge.run.metadata import read_metadata
     from forge.run.state import TrainingState
 
     if TrainingState.load(run.state_file).pipeline_complete:
@@ -242,22 +243,9 @@ def _go_on(run: "RunDirectory", args: argparse.Namespace, relay: "SignalRelay") 
         return EXIT_COMPLETE
     # A wrong override is told here, at once, and not by every rank.
     load_config(run.config_file, args.set, max_steps=args.max_steps, epochs=args.epochs)
-    arguments = [f"--resume={run.path}", *(f"--set={setting}" for setting in args.set)]
-    arguments += [f"--{name}={value}" for name in ("max_steps", "epochs") if (value := getattr(args, name)) is not None]
-    arguments += [f"--allow-change={key}" for key in args.allow_change]
-    arguments += ["--take-over"] if args.take_over else []
-    return run_training(arguments, args.processes or _ranks_of_last_attempt(run), relay=relay)
-
-
-def _ranks_of_last_attempt(run: "RunDirectory") -> int:
-    from forge.run.files import read_json
-
-    attempts = read_json(run.metadata_file).get("attempts")
-    last = attempts[-1] if isinstance(attempts, list) and attempts else {"ranks": 1}
-    ranks = last.get("ranks") if isinstance(last, dict) else None
-    if not isinstance(ranks, int) or ranks < 1:
-        raise UsageError(f"{run.metadata_file} does not tell the ranks of the last attempt; give --processes")
-    return ranks
+    names = ("set", "max_steps", "epochs", "allow_change", "take_over")
+    arguments = option_words(resume=run.path, **{name: getattr(args, name) for name in names})
+    return run_training(arguments, args.processes or read_metadata(run).attempts[-1].ranks, relay=relay)
 
 
 def _outcome(run: "RunDirectory", code: int) -> str:
@@ -293,7 +281,15 @@ def _incomplete(root: Path) -> "list[tuple[RunDirectory, IncompleteRun]]":
             found += [(run, entry)] if entry is not None else []
             continue
         if not state.pipeline_complete:
-            known = IncompleteRun(state.run_id, run.path.absolute(), run.name, "", 0, state.created_at, state.stage)
+            known = IncompleteRun(
+                run_id=state.run_id,
+                path=run.path.absolute(),
+                name=run.name,
+                host="",
+                pid=0,
+                created_at=state.created_at,
+                stage=state.stage,
+            )
             found.append((run, entry or known))
     return found
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from forge.cluster.processes import rank, world_size
 from forge.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
@@ -136,7 +137,7 @@ def train(args: argparse.Namespace) -> int:
     from forge.cluster.launch import write_outcome
 
     code = _train(args)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank() == 0:
         write_outcome(code)
     return code
 
@@ -148,7 +149,7 @@ def _train(args: argparse.Namespace) -> int:
     from forge.run.state import TrainingState
 
     def work(log: "RunLog", stop: "StopRequest") -> int:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if rank() == 0:
             write_outcome(EXIT_FAILED)  # until the end says otherwise: from here on a signal is heard
         loaded, resumed = _loaded(args)
         if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
@@ -160,7 +161,7 @@ def _train(args: argparse.Namespace) -> int:
 
         request = Request(loaded, sys.orig_argv, args.run_name, resumed, args.allow_change, args.take_over)
         result = run_pipeline(request, log, stop)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if rank() == 0:
             _print_summary(result)
         return EXIT_COMPLETE
 
@@ -187,11 +188,10 @@ def launch(args: argparse.Namespace) -> int:
 
 def training_arguments(args: argparse.Namespace) -> list[str]:
     """The command line of `forge train` that asks for the same as parsed arguments of it do."""
-    arguments = [f"--set={setting}" for setting in args.set]
-    for name in ("config", "resume", "run_name", "max_steps", "epochs", "output_root"):
-        arguments += [f"--{name}={getattr(args, name)}"] if getattr(args, name) is not None else []
-    arguments += [f"--allow-change={key}" for key in args.allow_change]
-    return arguments + [flag for flag, on in (("--debug", args.debug), ("--take-over", args.take_over)) if on]
+    from forge.cluster.launch import option_words
+
+    names = ("set", "config", "resume", "run_name", "max_steps", "epochs", "output_root", "allow_change")
+    return option_words(**{name: getattr(args, name) for name in (*names, "debug", "take_over")})
 
 
 def cache_teacher(args: argparse.Namespace) -> int:
@@ -206,7 +206,7 @@ def cache_teacher(args: argparse.Namespace) -> int:
         from forge.teacher_cache import job as caching
 
         log.adopt_library_loggers()
-        if int(os.environ.get("RANK", "0")) > 0 or not log.console.is_terminal:
+        if rank() > 0 or not log.console.is_terminal:
             caching.hide_progress_bars()
         caching.cache_teacher(config, stop, functools.partial(keep_numbers, stop))
         return EXIT_COMPLETE
@@ -221,21 +221,20 @@ def _with_outcome(work: "Callable[[RunLog, StopRequest], int]") -> int:
 
     stop = StopRequest()
     stop.listen()
-    rank = int(os.environ.get("RANK", "0"))
-    log = start_logging(rank)
+    log = start_logging(rank())
     logger = logging.getLogger("forge")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if world_size() > 1 else "true")
     try:
         return work(log, stop)
     except AlreadyComplete as error:
         logger.info("%s", error)
         return error.exit_code
     except Stopped as stopped:
-        if rank == 0:
+        if rank() == 0:
             logger.warning("%s", stopped)
         return stopped.exit_code
     except ForgeError as error:
-        if rank == 0 or isinstance(error, LostRank | UnreadableRows):
+        if rank() == 0 or isinstance(error, LostRank | UnreadableRows):
             for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
                 logger.error(problem)
         return error.exit_code

@@ -8,7 +8,7 @@ from forge.config.placing import config_name
 from forge.errors import UsageError
 from forge.model.origin import Origin, Weights
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json
+from forge.run.metadata import read_metadata
 from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -38,18 +38,18 @@ def _line_of(role: str, weights: Weights) -> list[dict[str, Any]]:
     if run is None:
         return []
     try:
-        metadata, state = read_json(run.metadata_file), TrainingState.load(run.state_file)
+        metadata, state = read_metadata(run), TrainingState.load(run.state_file)
         own = {
             "role": role,
-            "run_id": metadata["run_id"],
+            "run_id": metadata.run_id,
             "name": run.name,
             "path": str(run.path.absolute()),
-            "config": str(config_name(Path(metadata["config_file"]))),
+            "config": str(config_name(metadata.config_file)),
             "weights_sha256": weights.sha256,
             "steps": _steps(folder, state),
         }
-        return [*metadata.get("lineage", []), own]
-    except (UsageError, KeyError, TypeError) as error:  # a run that was copied in part can still be trained on
+        return [*(ancestor.model_dump() for ancestor in metadata.lineage), own]
+    except UsageError as error:  # a run that was copied in part can still be trained on
         logger.warning("the run %s does not tell where it comes from (%s)", run.path, error)
         return []
 

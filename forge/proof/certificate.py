@@ -13,7 +13,8 @@ from forge.config.loader import LoadedConfig
 from forge.proof.compare import Comparison, Difference
 from forge.proof.watch import Watch
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json, write_atomically, write_json
+from forge.run.files import write_atomically, write_json
+from forge.run.metadata import read_metadata
 from forge.run.provenance import provenance
 from forge.run.state import now
 
@@ -86,7 +87,7 @@ def conclusion(proof: Proof) -> str:
     found = proof.difference
     if found is None:
         return f"identical: every bit is the unbroken run's {proof.circumstances}"
-    device = _world(proof).get("device", "cpu")
+    device = read_metadata(proof.unbroken).world.device
     hint = ""
     if found.part != "resume" and device != "cpu" and not proof.loaded.config.training.deterministic:
         hint = (
@@ -113,7 +114,7 @@ def count(number: int, word: str) -> str:
 
 
 def _certificate(proof: Proof) -> dict[str, Any]:
-    facts, world = provenance(None, sys.orig_argv), _world(proof)
+    facts, world = provenance(None, sys.orig_argv), read_metadata(proof.unbroken).world
     differences = [
         {"run": run.name, **asdict(part.difference)}
         for run, comparison in zip(proof.killed, proof.comparisons, strict=True)
@@ -124,7 +125,7 @@ def _certificate(proof: Proof) -> dict[str, Any]:
         "format": FORMAT,
         "verdict": "different" if differences else "identical",
         "created_at": now(),
-        "command": facts["command"],
+        "command": facts.command,
         "config": str(proof.loaded.file),
         "config_hash": _config_hash(proof.unbroken),
         "overrides": proof.overrides,
@@ -141,23 +142,19 @@ def _certificate(proof: Proof) -> dict[str, Any]:
         },
         "difference": differences[0] if differences else None,
         "differences": differences,
-        "versions": {"forge": facts["forge_version"], "python": facts["python_version"], **facts["packages"]},
-        "git": facts["git"],
+        "versions": {"forge": facts.forge_version, "python": facts.python_version, **facts.packages},
+        "git": facts.git.model_dump(),
         "machine": {
-            "host": facts["host"],
-            "platform": facts["platform"],
-            "device": world.get("device"),
-            "mixed_precision": world.get("mixed_precision"),
+            "host": facts.host,
+            "platform": facts.platform,
+            "device": world.device,
+            "mixed_precision": world.mixed_precision,
             "cpus": os.cpu_count(),
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-            "cuda_visible_devices": facts["cuda_visible_devices"],
+            "cuda_visible_devices": facts.cuda_visible_devices,
         },
         "seconds": proof.seconds,
     }
-
-
-def _world(proof: Proof) -> dict[str, Any]:
-    return read_json(proof.unbroken.metadata_file)["world"]
 
 
 def _config_hash(run: RunDirectory) -> str | None:

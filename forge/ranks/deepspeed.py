@@ -19,7 +19,7 @@ from forge.cluster.launch import free_port
 from forge.config.plans import filled, read_plan
 from forge.config.schema import Config
 from forge.errors import UsageError
-from forge.ranks.agreement import build_accelerator, check_started_ranks, resolve_precision, trains_on_cpu
+from forge.ranks.accelerator import build_accelerator, check_started_ranks, resolve_precision, trains_on_cpu
 
 logger = logging.getLogger(__name__)
 

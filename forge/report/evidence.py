@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from forge.report.figures import gap_closed, read_config, read_evaluations, shown_metrics
 from forge.report.table import ABSENT, markdown, number
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json
+from forge.run.metadata import read_metadata
 
 UNTRAINED, SFT, KD, TEACHER = "untrained", "SFT", "KD", "teacher"
 GAP_CLOSED = "gap closed"
@@ -56,7 +56,7 @@ def evidence(run: RunDirectory, control: RunDirectory | None = None) -> Evidence
     if control is not None:
         found[SFT] = read_evaluations(control).get("final")
     rows = {name: numbers for name in (UNTRAINED, SFT, KD, TEACHER) if (numbers := found.get(name))}
-    headline = read_json(run.metadata_file)["task"]["headline"]
+    headline = read_metadata(run).task.headline
     metrics = shown_metrics(list(rows.values()), [*headline])
     against = SFT if control is not None else UNTRAINED
     gaps = _gaps(metrics, headline, rows.get(against), rows.get(trained), rows.get(TEACHER))

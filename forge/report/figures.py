@@ -15,7 +15,8 @@ from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json, read_json_lines
+from forge.run.files import read_json_lines
+from forge.run.metadata import RunMetadata, read_metadata
 from forge.run.state import TrainingState
 
 BESIDE_HEADLINE = ("agreement", "kl", "kl_top_k", "ece")  # what an evaluation has once there is a teacher; ece always
@@ -30,7 +31,7 @@ class RunFigures:
 
     run: RunDirectory
     state: TrainingState
-    metadata: dict[str, Any]
+    metadata: RunMetadata
     config: dict[str, Any]  # the effective one, by dotted key
     evaluations: dict[str, dict[str, float]]  # by stage, the last one of each: baseline, final, teacher
     seconds_per_step: float | None  # None where no report tells of it
@@ -45,23 +46,23 @@ class RunFigures:
 
     @property
     def headline(self) -> list[str]:
-        return list(self.metadata["task"]["headline"])
+        return self.metadata.task.headline
 
     @property
     def config_name(self) -> Path:
-        return config_name(Path(self.metadata["config_file"]))
+        return config_name(self.metadata.config_file)
 
 
 def read_figures(run: RunDirectory) -> RunFigures:
     """Raises UsageError, naming the file, where one is missing or broken."""
-    metadata, state = read_json(run.metadata_file), TrainingState.load(run.state_file)
+    metadata, state = read_metadata(run), TrainingState.load(run.state_file)
     rows = read_json_lines(run.metrics_file)
     try:
-        sizes = state.step_sizes or [[0, metadata["world"]["rows_per_step"]]]
+        sizes = state.step_sizes or [[0, metadata.world.rows_per_step]]
         figures = RunFigures(
             run, state, metadata, read_config(run), evaluations_of(rows), seconds_per_step(rows, sizes)
         )
-        _ = figures.seed, figures.alpha, figures.headline, figures.config_name, metadata["data"]["fingerprint"]
+        _ = figures.seed, figures.alpha
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{run.path} does not tell all that a comparison needs ({type(error).__name__}: {error}); is it a run of "

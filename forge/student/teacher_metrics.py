@@ -20,8 +20,9 @@ from forge.data.batches import Batch, as_teacher_reads
 from forge.errors import Stopped, TrainingError
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
-from forge.ranks.agreement import StopVote, on_rank_0
+from forge.ranks.agreement import on_rank_0
 from forge.ranks.deepspeed import gathered
+from forge.ranks.stop_vote import StopVote
 from forge.student.evaluation import evaluate
 from forge.student.stored_metrics import numbers_key, store_numbers, stored_numbers
 from forge.student.student import Student

@@ -17,7 +17,8 @@ from forge.model.trained import AdapterWeights
 from forge.ranks.agreement import on_rank_0
 from forge.ranks.deepspeed import any_partitioned, gathered
 from forge.ranks.partitions import whole_float32
-from forge.run.files import publish_folder, read_json, write_json
+from forge.run.files import publish_folder
+from forge.run.metadata import Merged, amend_metadata
 from forge.task.task import Task
 from forge.trainer.loop import FinetuningTrainer
 
@@ -53,11 +54,8 @@ def export(trainer: FinetuningTrainer) -> None:
     def publish() -> None:
         try:
             publish_folder(trainer.run.final, write, trainer.lock.check)
-            metadata = read_json(trainer.run.metadata_file)
-            metadata.pop("merged", None)  # of an earlier export, which this one replaces
-            write_json(
-                trainer.run.metadata_file, {**metadata, "merged": merged} if merged else metadata, trainer.lock.check
-            )
+            proven = Merged(**merged) if merged else None  # of an earlier export, which this one replaces
+            amend_metadata(trainer.run, trainer.lock.check, merged=proven)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(

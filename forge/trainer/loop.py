@@ -29,14 +29,16 @@ from forge.model.head import LinearHead, find_head
 from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
 from forge.model.trained import trained_weights
-from forge.ranks.agreement import StopVote, on_rank_0, rank_seed
+from forge.ranks.accelerator import rank_seed
+from forge.ranks.agreement import on_rank_0
 from forge.ranks.deepspeed import clip_grad_norm, device_to_build_on, plans_of, prepare, weights_to_round
 from forge.ranks.partitions import Partitions
+from forge.ranks.stop_vote import StopVote
 from forge.report.figures import LOWER_IS_BETTER
 from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.provenance import code_facts
-from forge.run.state import Stage, TrainingState
+from forge.run.state import BestMetric, Stage, TrainingState
 from forge.student.evaluation import evaluate
 from forge.student.objective import Objective
 from forge.student.student import Student
@@ -334,9 +336,9 @@ class FinetuningTrainer:
         name = self._best_metric(metrics)
         value, best = metrics[name], self.state.best_metric
         lower = name.split("/")[-1] in LOWER_IS_BETTER
-        if best is not None and best["name"] == name and (value >= best["value"] if lower else value <= best["value"]):
+        if best is not None and best.name == name and (value >= best.value if lower else value <= best.value):
             return False
-        self.state.best_metric = {"name": name, "value": value, "step": self.state.step}
+        self.state.best_metric = BestMetric(name=name, value=value, step=self.state.step)
         return True
 
     def _best_metric(self, metrics: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from forge.memory.meta import job_of, row_shape
 from forge.memory.totals import GIB, Parts, Setting, memory_of
 from forge.model.load import LoadedModel
 from forge.ranks.agreement import gather_values, on_rank_0
-from forge.run.files import read_json, write_json
+from forge.run.metadata import Memory, amend_metadata
 from forge.teacher.teacher import ModelTeacher
 from forge.trainer.components import Parts as RunParts
 from forge.trainer.distillation import DistillationTrainer
@@ -44,22 +44,22 @@ def train_measured(trainer: FinetuningTrainer, parts: RunParts) -> None:
         return
     measured = [_gib(value) for value in gather_values(_measured(device, start))]
     predicted = _predicted(trainer, parts)
-    facts = {
-        "device": device.type,
-        "predicted_gib": None if predicted is None else _gib(predicted.total),
-        "measured_gib": max(measured),
-        "measured": ON_CUDA if device.type == "cuda" else ON_CPU,
-        "measured_gib_by_rank": measured,
-        "predicted_parts": None if predicted is None else predicted.as_gib(),
-    }
+    facts = Memory(
+        device=device.type,
+        predicted_gib=None if predicted is None else _gib(predicted.total),
+        measured_gib=max(measured),
+        measured=ON_CUDA if device.type == "cuda" else ON_CPU,
+        measured_gib_by_rank=measured,
+        predicted_parts=None if predicted is None else predicted.as_gib(),
+    )
     run, guard = trainer.run, trainer.lock.check
 
     def record() -> None:
-        write_json(run.metadata_file, {**read_json(run.metadata_file), "memory": facts}, guard)
+        amend_metadata(run, guard, memory=facts)
 
     on_rank_0(trainer.accelerator, record)
     told = "not known" if predicted is None else f"{_gib(predicted.total):.2f} GiB"
-    logger.info("memory: %.2f GiB measured at most, %s predicted", facts["measured_gib"], told)
+    logger.info("memory: %.2f GiB measured at most, %s predicted", facts.measured_gib, told)
 
 
 def _predicted(trainer: FinetuningTrainer, parts: RunParts) -> Parts | None:
