@@ -1,17 +1,23 @@
 """What a training saves and when, what it keeps, what it goes on from, and what no failure of a save costs."""
 
+import random
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_trainer import trajectory
 
+from forge.checkpoint.contents import restore, take_snapshot, write_snapshot
 from forge.errors import Stopped, Superseded, TrainingError, UsageError
-from forge.run.files import read_json
+from forge.run.files import read_json, write_json
 from forge.run.state import BestMetric
 
 Build = Callable[..., Any]
@@ -388,3 +394,44 @@ def test_a_file_system_that_loses_bytes_without_a_word_gets_nothing_named(
         assert told in caplog.text
         assert not list(trainer.run.path.glob("*checkpoint-*"))
         caplog.clear()
+
+
+def test_every_random_number_generator_is_restored(build_trainer: Build, tmp_path: Path) -> None:
+    trainer = build_trainer()
+    folder = tmp_path / "checkpoint-0"
+    folder.mkdir()
+    write_snapshot(take_snapshot(trainer.parts, trainer.state, {}, copy=False), folder)
+    drawn = draws()
+    assert draws() != drawn
+    for restored in range(2):
+        restore(trainer.parts, folder)
+        assert draws() == drawn, restored
+
+
+def test_a_rank_that_the_checkpoint_does_not_know_draws_numbers_of_its_own(build_trainer: Build) -> None:
+    trainer = build_trainer("checkpoint.every_steps=3", "checkpoint.keep_last=2")
+    trainer.train()
+
+    def drawn_by(rank: int, step: int) -> list[float]:
+        accelerator = SimpleNamespace(process_index=rank, scaler=None)
+        restore(replace(trainer.parts, accelerator=accelerator), trainer.run.path / f"checkpoint-{step}")
+        return torch.rand(4).tolist()
+
+    numbers = [drawn_by(rank, step) for rank in range(3) for step in (3, 6)]
+    assert len({tuple(drawn) for drawn in numbers}) == 6  # by rank and by step
+    assert drawn_by(2, 6) == numbers[-1]
+
+
+def test_a_state_of_a_newer_forge_in_a_checkpoint_is_refused(build_trainer: Build) -> None:
+    trainer = build_trainer("checkpoint.every_steps=3")
+    trainer.train()
+    file = trainer.run.path / "checkpoint-6" / "state.json"
+    values = read_json(file)
+    assert list(values) == ["state", "progress"]
+    write_json(file, values | {"state": values["state"] | {"colour": "red"}})
+    with pytest.raises(UsageError, match=r"state\.json was written by a newer forge.*state\.colour"):
+        trainer.restore(file.parent)
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.random()), float(torch.rand(()))

@@ -18,7 +18,6 @@ from rich.console import Console
 from teachers import write_classifier
 
 from forge import pipeline
-from forge.trainer import components as parts
 from forge.attempt.callbacks.peak import PeakMetrics, peaks
 from forge.attempt.control import check_control, control_config, control_of, is_half_made, place_of, wants_control
 from forge.cluster.signals import StopRequest
@@ -32,6 +31,7 @@ from forge.run.directory import RunDirectory
 from forge.run.files import append_json_line, read_json, read_json_lines
 from forge.run.lock import RunLock
 from forge.run.state import Stage, TrainingState
+from forge.trainer import components as parts
 
 CONTROLLED = ("--set", "distillation.alpha=0.7", "--set", "evaluation.control=sft")
 

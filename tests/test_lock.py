@@ -131,3 +131,20 @@ def test_a_holder_that_has_not_said_who_it_is_yet(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is being trained by another process"):
         RunLock(RunDirectory(tmp_path)).take()
     other.kill()
+
+
+def test_an_attempt_whose_file_vanished_writes_nothing_more(tmp_path: Path) -> None:
+    """The next attempt would be given the same number, and neither would know of the other."""
+    lock = RunLock(RunDirectory(tmp_path))
+    assert lock.take(after=2) == 3
+    lock.check()
+    (tmp_path / "attempts" / "3.json").unlink()
+    with pytest.raises(Superseded, match=r"attempts/3\.json is gone"):
+        lock.check()
+
+
+def test_an_attempt_is_numbered_above_those_that_the_state_knows(tmp_path: Path) -> None:
+    (tmp_path / "attempts").mkdir()
+    (tmp_path / "attempts" / "4.json").write_text("")
+    lock = RunLock(RunDirectory(tmp_path))
+    assert (lock.take(after=9), lock.take(after=2)) == (10, 11)

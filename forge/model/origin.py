@@ -17,7 +17,7 @@ from transformers.utils import (
 )
 
 from forge.errors import UsageError
-from forge.run.files import read_json
+from forge.run.files import read_json, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,6 @@ ADAPTER_CONFIG = "adapter_config.json"  # its folder is an adapter
 BASE_FILE = "base.json"  # beside an adapter: what it was trained on
 FORMAT = 1
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,4 @@ def _sha256(file: Path) -> str:
     blob = file.resolve()
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name  # the hub's cache names a large file by its SHA-256
-    hashed_bytes = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(READ_BYTES):
-            hashed_bytes.update(block)
-    return hashed_bytes.hexdigest()
+    return sha256_of(file)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from forge.config.explain import effective
+from forge.config.explain import effective, flattened
 from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
@@ -81,7 +81,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
         raise UsageError(f"{run.config_file} holds no config; is its folder a run directory?")
     with suppress(ValidationError):  # keys of another forge: taken as they were recorded, and shown where they differ
         tree = effective(Config.model_validate(tree))
-    return _flat(tree)
+    return {key: value for key, value in flattened(tree).items() if value != {}}  # an empty map says nothing
 
 
 def read_evaluations(run: RunDirectory) -> dict[str, dict[str, float]]:
@@ -150,11 +150,3 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not (isinstance(value, int | float) or value in NOT_FINITE):
         return None
     return float(value) if isinstance(value, str) else value
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted key; a map without keys says nothing."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
