@@ -3,12 +3,14 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from forge.run.directory import RunDirectory, create_run_directory
-from forge.run.registry import incomplete_runs, register, unregister, update
+from forge.run.registry import incomplete_runs, is_alive, register, unregister, update
 from forge.run.state import Stage, TrainingState
 
 
@@ -102,3 +104,17 @@ def a_run(root: Path, run_id: str) -> RunDirectory:
 def rewrite(root: Path, run_id: str, **changes: object) -> None:
     file = root / ".incomplete" / f"{run_id}.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_process_is_alive_only_if_it_is_forge_and_on_this_host(tmp_path: Path) -> None:
+    a_run(tmp_path, "abc")
+    (entry,) = incomplete_runs(tmp_path)
+    command = [sys.executable, "-c", "input()"]
+    with subprocess.Popen([*command, "forge.py"], stdin=subprocess.PIPE) as forge:
+        assert is_alive(entry.model_copy(update={"pid": forge.pid})) is True
+        assert is_alive(entry.model_copy(update={"pid": forge.pid, "host": "node7"})) is None
+        forge.communicate(b"\n")
+    with subprocess.Popen([*command, "another.py"], stdin=subprocess.PIPE) as other:  # was given the pid since
+        assert is_alive(entry.model_copy(update={"pid": other.pid})) is False
+        other.communicate(b"\n")
+    assert is_alive(entry.model_copy(update={"pid": 2**22 + 1})) is False
