@@ -1,7 +1,6 @@
 """A run says where it comes from, fails for no reason of git's, and tells no secret."""
 
 import getpass
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 import forge
 from forge.run import provenance as module
-from forge.run.provenance import git_facts, package_freeze, provenance, write_dirty_diff
+from forge.run.provenance import GitFacts, Provenance, git_facts, package_freeze, provenance, write_dirty_diff
 
 FORGE_FOLDER = Path(forge.__file__).resolve().parent
 
@@ -29,12 +28,12 @@ def test_the_facts_of_an_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert facts.working_directory == str(repository)
     assert facts.python_version == sys.version.split()[0]
     assert facts.git.commit == head_of(repository)
-    assert "working_directory_git" not in facts
+    assert facts.working_directory_git is None
     assert facts.packages["numpy"] == metadata.version("numpy")
     assert facts.packages.keys() <= set(module.PACKAGES)
     assert facts.slurm == {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "2"}
     assert facts.cuda_visible_devices == "0,3"
-    assert json.loads(json.dumps(facts)) == facts
+    assert Provenance.model_validate_json(facts.model_dump_json()) == facts
 
 
 def test_where_the_user_works_in_another_checkout_both_are_told(
@@ -55,7 +54,7 @@ def test_no_secret_of_the_environment_or_the_command_is_told(monkeypatch: pytest
     command = ["forge.py", "--set", "tracking.wandb.api_key=swordfish", "--hf_token", "swordfish"]
     command += ["--set", "model.token=hf_swordfishswordfishswordfish", "--set", "rl.max_tokens=64"]
     facts = provenance(None, command)
-    assert "swordfish" not in json.dumps(facts)
+    assert "swordfish" not in facts.model_dump_json()
     assert facts.command == (
         "forge.py --set 'tracking.wandb.api_key=***' --hf_token '***' --set 'model.token=***' --set rl.max_tokens=64"
     )
@@ -63,13 +62,9 @@ def test_no_secret_of_the_environment_or_the_command_is_told(monkeypatch: pytest
 
 def test_a_clean_checkout(tmp_path: Path) -> None:
     repository = a_repository(tmp_path)
-    assert git_facts(repository) == {
-        "root": str(repository),
-        "commit": head_of(repository),
-        "branch": "trunk",
-        "dirty": False,
-        "reason": None,
-    }
+    assert git_facts(repository) == GitFacts(
+        root=str(repository), commit=head_of(repository), branch="trunk", dirty=False, reason=None
+    )
     assert write_dirty_diff(tmp_path / "dirty.diff", repository) is False
     assert not (tmp_path / "dirty.diff").exists()
 
@@ -105,7 +100,7 @@ def test_a_large_patch_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     write_dirty_diff(tmp_path / "dirty.diff", repository)
     text = (tmp_path / "dirty.diff").read_text()
     assert 1 << 20 < len(text) < (1 << 20) + 1000
-    assert text.endswith("bytes, this file keeps the first 1 MiB\n")
+    assert text.endswith("this file holds the first 1 MiB\n")
 
 
 def test_a_detached_head_has_a_commit_and_no_branch(tmp_path: Path) -> None:
