@@ -156,7 +156,7 @@ def sha256_of(path: Path) -> str:
 def path_as_text(value: Any) -> str:
     """Convert a path for JSON; TypeError for any other value that JSON has no form for."""
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return str(os.fspath(value))
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
