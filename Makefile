@@ -1,7 +1,8 @@
-# make demo   sets everything up, trains a teacher, distils it and compares, on this machine's CPU
-# make test   sets everything up and runs the tests
-# make faults hurts running trainings in every way known (up to half an hour on two cores) and prints who survived
-# make lint   style and types
+# make demo        sets everything up, trains a teacher, distils it and compares, on this machine's CPU
+# make test        sets everything up and runs all tests (10 minutes on two idle cores); prints the slowest 20
+# make test-quick  without the slow tests and those on two ranks (2 minutes), for every day
+# make faults      injects faults into running trainings and reports which survive (half an hour on two cores)
+# make lint        style and types
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 
 FAULTS ?=
 
-.PHONY: demo test faults lint setup clean
+.PHONY: demo test test-quick faults lint setup clean
 .DELETE_ON_ERROR:
 
 # A second time the teacher is there already, and its run says so.
@@ -21,8 +22,13 @@ demo: $(INSTALLED)
 	fi
 	$(VENV)/bin/python forge.py --config configs/quickstart/kd.yaml
 
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(PYTEST) --durations=20
+
+test-quick: $(INSTALLED)
+	$(PYTEST) -m 'not slow and not multiprocess'
 
 # FAULTS="--quick", FAULTS="--only 'random kills'", FAULTS=--help
 faults: $(INSTALLED)

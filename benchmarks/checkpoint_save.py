@@ -23,7 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from forge.checkpoint.commit import Checkpoints, RunFacts
 from forge.checkpoint.contents import Training
 from forge.config.schema import CheckpointConfig
-from forge.model.trained import trained_weights
+from forge.model.weights import trained_weights
 from forge.run.directory import RunDirectory
 from forge.run.lock import RunLock
 from forge.run.state import TrainingState

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forge.trainer.components import load_parts
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -25,7 +26,6 @@ from forge.config.loader import load_config
 from forge.data.batches import model_inputs
 from forge.losses.cross_entropy import IGNORE
 from forge.model.load import LoadedModel
-from forge.trainer.components import load_parts
 
 
 def main() -> None:

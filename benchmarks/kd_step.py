@@ -63,9 +63,9 @@ def main() -> None:
                     continue
                 folder = run(run_name, args.task, root, args.steps, *settings, *own)
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-                steps = [line for line in lines if "samples_per_second" in line][WARM_UP:]
+                steps = [line for line in lines if "rows_per_second" in line][WARM_UP:]
                 rows = json.loads((folder / "run_metadata.json").read_text())["world"]["rows_per_step"]
-                seconds[variant] += [rows / line["samples_per_second"] for line in steps]
+                seconds[variant] += [rows / line["rows_per_second"] for line in steps]
                 memory[variant] = max(memory[variant], *(line["peak_memory_mib"] for line in steps))
     print(f"{args.task}, {args.rounds} rounds of {args.steps} steps, {len(seconds['SFT'])} steps counted of each")
     print(f"{'':18} {'median s':>9} {'min s':>9} {'to SFT':>7} {'peak MiB':>9}")

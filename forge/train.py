@@ -8,7 +8,8 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from forge.cli.train import EPILOG, Parser, add_train_arguments, train
+from forge.cli.arguments import EPILOG, Parser, add_train_arguments
+from forge.cli.train import train
 
 
 def main(arguments: list[str] | None = None) -> int:

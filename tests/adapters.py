@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from forge.model.adapter import put_on
-from forge.model.export import export_adapter
-from forge.model.origin import Origin, Weights, hashed
-from forge.model.trained import AdapterWeights
+from forge.config.schema import ExportConfig
+from forge.model.adapter import attach
+from forge.model.origin import Origin, WeightFiles, hashed
+from forge.model.weights import AdapterWeights
 
 LABELS = ["entailment", "neutral", "contradiction"]
 IDS = torch.tensor([[2, 5, 9, 7, 3, 11], [2, 8, 4, 12, 6, 3]])
@@ -63,10 +63,10 @@ def write_adapter(
 
     below: the adapters that were merged into the base before.
     """
-    put_on(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **settings}))
+    attach(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **settings}))
     train(model, seed)
-    parts = [hashed(Weights(str(path), str(path))) for path in (base, *below)]
-    export_adapter(AdapterWeights(model, Origin(parts[0], tuple(parts[1:]))), folder)
+    parts = [hashed(WeightFiles(name=str(path), location=str(path))) for path in (base, *below)]
+    AdapterWeights(model, Origin(parts[0], tuple(parts[1:]))).export(folder, ExportConfig())
     return logits(model)
 
 

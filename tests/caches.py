@@ -8,7 +8,7 @@ from conversations import config_on, conversation
 
 from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
-from forge.data.batches import Batch, for_the_loop
+from forge.data.batches import Batch, with_positions
 from forge.ranks.accelerator import build_accelerator
 from forge.task.load import load_task
 from forge.task.task import Task
@@ -24,7 +24,9 @@ def reset() -> None:
 
 def fill(config: Config) -> tuple[Path, dict[str, Any]]:
     reset()
-    return cache_teacher(config, StopRequest())
+    filled = cache_teacher(config, StopRequest())
+    filled.close()
+    return filled.folder, filled.manifest
 
 
 def opened(config: Config) -> tuple[Task, CachedTeacher, Any]:
@@ -35,9 +37,7 @@ def opened(config: Config) -> tuple[Task, CachedTeacher, Any]:
     student = task.load_model(config.model, config.training)
     task = for_teacher(config, task.for_model(student))
     found = find_teacher_cache(config, task, student, accelerator, "forge cache-teacher X.yaml")
-    placed = found.placed(accelerator, None)
-    assert isinstance(placed, CachedTeacher)
-    return task, placed, found
+    return task, found.place(accelerator, task, None), found
 
 
 def distilled(teacher: Path, *settings: str) -> list[str]:
@@ -46,7 +46,7 @@ def distilled(teacher: Path, *settings: str) -> list[str]:
 
 def batch_of(task: Task, *ids: int, split: str | None = None) -> Batch:
     rows = task.train if split is None else task.validation[split]
-    return for_the_loop(task.collate([rows[i] for i in ids]), list(ids))
+    return with_positions(task.collate([rows[i] for i in ids]), list(ids))
 
 
 def lm_config(folder: Path, model: Path, teacher: Path, *settings: str) -> Config:

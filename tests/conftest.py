@@ -1,5 +1,6 @@
 """What the tests share: a tiny model and tokenizer, a small data folder, the true commands, and a trainer."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 # Before any import of a library that reads them: tests never reach a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -144,17 +146,42 @@ output_root: {tmp_path / "outputs"}
     return file
 
 
-def forge(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The true command, `python forge.py …`, to its end."""
-    return python(REPOSITORY / "forge.py", *arguments, cwd=cwd, **environment)
+@pytest.fixture
+def warm_starts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Within the test, whatever it starts of this interpreter by subprocess is a fork of a warm one (see warm.py).
+
+    Not in a test that is marked fresh_interpreter.
+    """
+    fresh = request.node.get_closest_marker("fresh_interpreter") is not None
+    with contextlib.nullcontext() if fresh else warm.starts():
+        yield
 
 
-def python(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+def forge(
+    *arguments: object, cwd: Path = REPOSITORY, fresh: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The true command, `python forge.py …`, to its end. fresh: in an interpreter that does its own imports."""
+    return python(REPOSITORY / "forge.py", *arguments, cwd=cwd, fresh=fresh, **environment)
+
+
+def python(
+    *arguments: object, cwd: Path = REPOSITORY, fresh: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A script, or -m with a module, to its end."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240, check=False
-    )
+    return _ended([sys.executable, *map(str, arguments)], cwd, environment, fresh)
+
+
+def _ended(command: list[str], cwd: Path, environment: dict[str, str], fresh: bool) -> subprocess.CompletedProcess[str]:
+    with contextlib.nullcontext() if fresh else warm.starts():
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
 
 
 def two_ranks_command(*arguments: object, script: object = "forge/train.py") -> list[str]:
@@ -171,32 +198,28 @@ TWO_RANKS_ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def forge_on_two_ranks(
-    *arguments: object, script: object = "forge/train.py", **environment: str
+    *arguments: object, script: object = "forge/train.py", fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The true command on two ranks, to its end."""
-    return subprocess.run(
-        two_ranks_command(*arguments, script=script),
-        cwd=REPOSITORY,
-        env={**os.environ, **TWO_RANKS_ENVIRONMENT, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    """The true command on two ranks, which the true launcher starts, to its end."""
+    command = two_ranks_command(*arguments, script=script)
+    return _ended(command, REPOSITORY, {**TWO_RANKS_ENVIRONMENT, **environment}, fresh)
 
 
 def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | None = None) -> Any:
     """The trainer of a config in this process, with its run in the folder; mutate: what becomes of the student."""
     from accelerate.state import AcceleratorState, GradientState
 
+    from forge.attempt.attempt import Attempt
     from forge.attempt.callbacks.callback import Callback
+    from forge.attempt.components import load_components
+    from forge.attempt.request import Request
     from forge.cluster.signals import StopRequest
     from forge.config.loader import LoadedConfig
-    from forge.ranks.deepspeed import accelerator_of
+    from forge.ranks.world import join_ranks
     from forge.run.directory import create_run_directory
     from forge.run.lock import RunLock
     from forge.run.state import TrainingState, new_run_id
-    from forge.trainer.components import build_trainer, load_parts
+    from forge.trainer.build import build_trainer
 
     class Recorder(Callback):
         def __init__(self) -> None:
@@ -215,16 +238,18 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = accelerator_of(config)
-    stop = StopRequest()
-    parts = load_parts(LoadedConfig(config, Path("c.yaml"), {}, []), accelerator, stop, [])
+    ranks = join_ranks(config, StopRequest())
+    attempt = Attempt(Request(LoadedConfig(config, Path("c.yaml"), {}, []), []), ranks)
+    components = load_components(attempt.loaded, ranks, [])
     if mutate is not None:
-        mutate(parts.student.model)
-    run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
-    state = TrainingState(run_id=new_run_id())
-    lock = RunLock(run)
-    lock.take()
-    return build_trainer(parts, config, accelerator, run, state, Recorder(), lock, stop)
+        mutate(components.student.model)
+    attempt.check(components)
+    attempt.run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
+    attempt.state = TrainingState(run_id=new_run_id())
+    attempt.lock = RunLock(attempt.run)
+    attempt.lock.take()
+    attempt.callbacks = Recorder()
+    return build_trainer(components, attempt)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ CONFIG: dict[str, Any] = {
     "teacher": {"path": "teacher"},
     "training": {"max_steps": 100, "batch_size": 32},
 }
-HEADLINE = ["loss", "accuracy", "macro_f1"]
+HEADLINE = ["ce", "accuracy", "macro_f1"]
 
 
 def write_run(
@@ -95,9 +95,9 @@ def metadata_of(run: RunDirectory, ranks: int = 1) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def of(split: str = "validation", samples: int = 1000, seconds: float = 0.5, **numbers: Any) -> dict[str, Any]:
-    """An evaluation: of(loss=0.5, accuracy=0.8)."""
-    counts = {"correct/neutral": 19, "samples": samples, "seconds": seconds}
+def of(split: str = "validation", rows: int = 1000, seconds: float = 0.5, **numbers: Any) -> dict[str, Any]:
+    """An evaluation: of(ce=0.5, accuracy=0.8)."""
+    counts = {"correct/neutral": 19, "rows": rows, "seconds": seconds}
     return {f"{split}/{name}": value for name, value in (numbers | counts).items()}
 
 

@@ -29,7 +29,7 @@ def main() -> None:
         at_head = bare(trainer.student).at_head
         registered = len(list(at_head.ds_external_parameters())) if hasattr(at_head, "ds_external_parameters") else 0
         trainer.train()
-        seen = {"reports": trainer.callbacks.reports, "weights": weights(trainer), "held": held(trainer)}
+        seen = {"reports": trainer.attempt.callbacks.reports, "weights": weights(trainer), "held": held(trainer)}
         found.append({**seen, "live": max(live, default=0), "gathered": registered})
         trainer.close()
         gather_values(None)
@@ -40,8 +40,8 @@ def main() -> None:
 def weights(trainer: Any) -> list[float]:
     from forge.ranks.partitions import whole_float32
 
-    trained = trainer.parts.named.trained.values()
-    return [x for p in trained for x in (whole_float32(p) if trainer.parts.partitions else p).flatten().tolist()]
+    trained = trainer.training.named.trained.values()
+    return [x for p in trained for x in (whole_float32(p) if trainer.training.partitions else p).flatten().tolist()]
 
 
 def watch_teacher(trainer: Any) -> list[int]:

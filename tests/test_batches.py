@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from forge.data.batches import FILLER, StepBatches, epoch_steps, evaluation_batches, split_step
+from forge.data.batches import FILLER, Loading, Share, StepBatches, epoch_steps, evaluation_batches, split_step
 from forge.losses.cross_entropy import IGNORE
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, size=1003)
@@ -44,7 +44,7 @@ def test_grouping_by_length_leaves_little_padding_and_still_shuffles() -> None:
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 8), (2, 4), (3, 2)])
 def test_a_step_is_dealt_out_without_loss_whatever_the_ranks(ranks: int, micro_batches: int) -> None:
     rows = np.arange(100, 116)
-    dealt = [split_step(rows, ranks, micro_batches, rank) for rank in range(ranks)]
+    dealt = [split_step(rows, Share(rank, ranks, micro_batches)) for rank in range(ranks)]
 
     assert [len(rank) for rank in dealt] == [micro_batches] * ranks
     assert sorted(row for rank in dealt for batch in rank for row in batch) == list(range(100, 116))
@@ -55,11 +55,11 @@ def test_a_rank_works_out_its_own_part_of_what_numpy_deals_out_to_all(count: int
     rows = np.arange(count)
     places = [part.tolist() or [FILLER] for part in np.array_split(rows, 6 * 4)]
     for rank in range(6):
-        assert split_step(rows, 6, 4, rank) == places[rank::6]
+        assert split_step(rows, Share(rank, 6, 4)) == places[rank::6]
 
 
 def test_a_short_step_fills_empty_places_so_that_every_rank_takes_part() -> None:
-    dealt = [split_step(np.array([7, 8, 9]), ranks=2, micro_batches=2, rank=rank) for rank in (0, 1)]
+    dealt = [split_step(np.array([7, 8, 9]), Share(rank, ranks=2, micro_batches=2)) for rank in (0, 1)]
     assert dealt == [[[7], [9]], [[8], [FILLER]]]
 
 
@@ -77,14 +77,11 @@ def batches(num_workers: int = 0, rank: int = 0, ranks: int = 1, rows_per_step: 
     return StepBatches(
         rows,
         lambda rows: {"labels": torch.ones(len(rows)).long(), "tokens": torch.tensor(len(rows))},
-        rows_per_step=rows_per_step,
-        rank=rank,
-        ranks=ranks,
-        micro_batches=2,
+        rows_per_step,
+        Share(rank, ranks, micro_batches=2),
         seed=3,
         group_by_length=True,
-        num_workers=num_workers,
-        pin_memory=False,
+        loading=Loading(num_workers),
     )
 
 
@@ -148,13 +145,13 @@ def test_a_step_of_another_size_deals_out_what_the_epoch_has_left() -> None:
         again.adopt(start, third.step_sizes)
         assert again.step_sizes == [[0, 4], [2, 5], [3, 3]]
         assert ledger(again, start, 13 - start) == rest[start - 3 :]
-    assert [third.samples_at(step) for step in (0, 1, 2, 3, 4, 5, 6, 7, 13)] == [0, 4, 8, 13, 16, 19, 21, 24, 42]
+    assert [third.rows_at(step) for step in (0, 1, 2, 3, 4, 5, 6, 7, 13)] == [0, 4, 8, 13, 16, 19, 21, 24, 42]
 
 
 def test_samples_and_epochs_are_counted_in_rows() -> None:
     loader = batches()  # six steps an epoch, the last of one row
 
-    assert [loader.samples_at(step) for step in (0, 1, 5, 6, 7, 12)] == [0, 4, 20, 21, 25, 42]
+    assert [loader.rows_at(step) for step in (0, 1, 5, 6, 7, 12)] == [0, 4, 20, 21, 25, 42]
     assert [loader.steps_for(epochs) for epochs in (0.01, 0.5, 1, 2, 2.5, 1 / 6)] == [1, 3, 6, 12, 15, 1]
     loader = batches(rows_per_step=2)  # eleven steps an epoch
     loader.adopt(5, [[0, 4]])  # one row is left

@@ -139,7 +139,7 @@ def test_a_bad_row_is_named_with_its_split(load_lm: Any, row: dict[str, Any], ex
         (
             [{"text": "x y"}],
             ("model.new_tokenizer={kind: characters}", "model.config={model_type: llama}"),
-            "model.new_tokenizer.kind is characters, and a causal LM is given a bpe one; set kind: bpe",
+            "model.new_tokenizer.kind is characters, but a causal LM needs kind: bpe",
         ),
     ],
 )
@@ -183,7 +183,7 @@ def test_packed_training_rows_hold_the_same_labels_and_evaluation_stays_as_it_is
 
 
 def test_the_metrics_are_of_label_tokens_and_their_perplexity_is_that_of_the_loss(load_lm: Any) -> None:
-    task = load_lm([conversation(0)], [conversation(1), conversation(2, turns=2)], "evaluation.samples=0")
+    task = load_lm([conversation(0)], [conversation(1), conversation(2, turns=2)], "evaluation.shown_texts=0")
     loaded = task.load_model(config_of(task).model, config_of(task).training)
     metrics = task.metrics("validation", loaded.model)
     batch = task.collate(list(task.validation["validation"]))
@@ -207,7 +207,7 @@ def config_of(task: CausalLm) -> Config:
 
 
 def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(load_lm: Any) -> None:
-    task = load_lm([conversation(0)], [conversation(i, turns=1 + i % 2) for i in range(5)], "evaluation.samples=3")
+    task = load_lm([conversation(0)], [conversation(i, turns=1 + i % 2) for i in range(5)], "evaluation.shown_texts=3")
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
     metrics = task.metrics("validation", model)
     metrics.counts += 1
@@ -295,7 +295,7 @@ def test_a_run_from_scratch_with_packing_learns_and_its_model_answers(tmp_path: 
     assert done.returncode == 0, done.stderr + done.stdout
     run = next((tmp_path / "outputs").rglob("run_metadata.json")).parent
     evaluations = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "stage" in row]
-    before, after = (row["validation/loss"] for row in evaluations)
+    before, after = (row["validation/ce"] for row in evaluations)
     assert after < before - 0.2
     assert evaluations[0]["validation/perplexity"] == pytest.approx(math.exp(before), rel=1e-4)
     assert evaluations[0]["validation/labels"] == evaluations[1]["validation/labels"] > 0
@@ -330,7 +330,7 @@ def test_two_ranks_take_the_steps_of_one_from_a_stream_and_from_packed_rows(tmp_
             done = run("--config", tmp_path / "c.yaml", "--set", f"{name}=true", "--output_root", out)
             assert done.returncode == 0, done.stderr + done.stdout
             rows_told = [json.loads(line) for line in next(out.rglob("metrics.jsonl")).open()]
-            told[name, ranks] = [row.get("loss", row.get("validation/loss")) for row in rows_told]
+            told[name, ranks] = [row.get("loss", row.get("validation/ce")) for row in rows_told]
             assert len(told[name, ranks]) == 6  # four steps between two evaluations
         assert told[name, 2] == pytest.approx(told[name, 1], rel=1e-4)
 

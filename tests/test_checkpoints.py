@@ -18,7 +18,7 @@ from test_trainer import trajectory
 from forge.checkpoint.contents import restore, take_snapshot, write_snapshot
 from forge.errors import Stopped, Superseded, TrainingError, UsageError
 from forge.run.files import read_json, write_json
-from forge.run.state import BestMetric
+from forge.run.state import BestEvaluation
 
 Build = Callable[..., Any]
 
@@ -27,39 +27,45 @@ def test_only_the_last_checkpoints_stay(build_trainer: Build) -> None:
     trainer = build_trainer("checkpoint.every_steps=1", "checkpoint.keep_last=2")
     trainer.train()
 
-    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
-    assert trainer.run.latest_checkpoint_file.read_text() == "checkpoint-6\n"
+    assert checkpoint_names(trainer) == [
+        "checkpoint-5",
+        "checkpoint-6",
+    ]
+    assert trainer.attempt.run.latest_checkpoint_file.read_text() == "checkpoint-6\n"
 
 
 def test_the_best_checkpoint_stays_beside_the_last(build_trainer: Build) -> None:
     trainer = build_trainer(
-        *("evaluation.every_steps=1", "checkpoint.every_steps=null", "checkpoint.best_metric=matched/loss"),
+        *("evaluation.every_steps=1", "checkpoint.every_steps=null", "checkpoint.best_metric=matched/ce"),
         "checkpoint.keep_last=1",
     )
     values = iter([0.9, 0.5, 0.7, 0.6, 0.8])
-    trainer.evaluate = lambda stage: {"matched/loss": next(values)}
+    trainer.evaluate = lambda stage: {"matched/ce": next(values)}
     trainer.train()
 
-    assert trainer.state.best_metric == BestMetric(name="matched/loss", value=0.5, step=2)
-    assert [step for step, _ in trainer.callbacks.saves] == [1, 2]  # only where it got better
-    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert trainer.state.best_metric == BestEvaluation(name="matched/ce", value=0.5, step=2)
+    assert [step for step, _ in trainer.attempt.callbacks.saves] == [1, 2]  # only where it got better
+    assert [path.name for path in trainer.attempt.run.path.glob("checkpoint-*")] == ["checkpoint-2"]
 
     settings = ("evaluation.every_steps=1", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
     trainer = build_trainer(*settings)
     values = iter([0.2, 0.9, 0.7, 0.9, 0.8])
-    trainer.evaluate = lambda stage: {"matched/accuracy": next(values), "matched/loss": 0.0}
+    trainer.evaluate = lambda stage: {"matched/accuracy": next(values), "matched/ce": 0.0}
     trainer.train()
-    assert trainer.state.best_metric == BestMetric(name="matched/accuracy", value=0.9, step=2)  # the first of two
-    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    assert trainer.state.best_metric == BestEvaluation(name="matched/accuracy", value=0.9, step=2)  # the first of two
+    assert checkpoint_names(trainer) == [
+        "checkpoint-2",
+        "checkpoint-6",
+    ]
 
     trainer = build_trainer(*settings, "checkpoint.keep_best=false")
     trainer.train()
-    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in trainer.attempt.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_an_unknown_best_metric_is_named_beside_those_there_are(build_trainer: Build) -> None:
     trainer = build_trainer("evaluation.every_steps=1", "checkpoint.best_metric=matched/bleu")
-    with pytest.raises(UsageError, match=r"best_metric is matched/bleu, and the evaluation has: matched/loss, matc"):
+    with pytest.raises(UsageError, match=r"best_metric is matched/bleu, and the evaluation has: matched/ce, matc"):
         trainer.train()
 
 
@@ -88,7 +94,7 @@ def test_a_save_that_fails_is_told_of_and_training_goes_on(
     assert "checkpoint-4" in error
     assert "No space left on device); the newest checkpoint is checkpoint-2" in error
     assert trainer.state.latest_checkpoint == "checkpoint-6"
-    assert sorted(path.name for path in trainer.run.path.iterdir()) == [
+    assert sorted(path.name for path in trainer.attempt.run.path.iterdir()) == [
         *(".lock", "attempts", "checkpoint-2", "checkpoint-6", "latest_checkpoint", "training_state.json"),
     ]
 
@@ -98,7 +104,7 @@ def test_three_saves_that_fail_in_a_row_end_the_run(build_trainer: Build, monkey
     fail_to_write(monkeypatch, {2, 3, 4}, trainer)
     with pytest.raises(TrainingError, match=r"checkpoint-4 .*checkpoint-1, and 3 saves"):
         trainer.train()
-    assert [path.name for path in trainer.run.path.glob("*checkpoint-*")] == ["checkpoint-1"]
+    assert [path.name for path in trainer.attempt.run.path.glob("*checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_save_that_fails_at_a_stop_is_no_clean_stop(build_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,22 +119,26 @@ def test_a_checkpoint_that_would_not_fit_on_the_disk_is_not_begun(
     build_trainer: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = build_trainer("checkpoint.every_steps=3")
-    usage = shutil.disk_usage(trainer.run.path)
+    usage = shutil.disk_usage(trainer.attempt.run.path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=400_000))
     trainer.train()
 
     assert "it needs 0.3 MiB and 0.3 MiB to spare, but only 0.4 MiB are free" in caplog.text
     assert trainer.state.latest_checkpoint is None
-    assert not list(trainer.run.path.glob("*checkpoint*"))
-    assert not list(trainer.run.path.glob(".tmp*"))
+    assert not list(trainer.attempt.run.path.glob("*checkpoint*"))
+    assert not list(trainer.attempt.run.path.glob(".tmp*"))
+
+
+def checkpoint_names(trainer: Any) -> list[str]:
+    return sorted(path.name for path in trainer.attempt.run.path.glob("checkpoint-*"))
 
 
 def stop_at(trainer: Any, step: int) -> None:
     def stepped(state: Any) -> None:
         if state.step == step:
-            trainer.vote.request.reason = "SIGTERM"
+            trainer.attempt.ranks.stop.reason = "SIGTERM"
 
-    trainer.callbacks.stepped = stepped
+    trainer.attempt.callbacks.stepped = stepped
 
 
 def test_a_stop_commits_the_step_it_comes_at_and_a_resume_ends_the_same(build_trainer: Build) -> None:
@@ -183,7 +193,7 @@ def test_a_checkpoint_loads_with_from_pretrained_and_safetensors_reads_what_forg
 
     trainer = build_trainer()
     trainer.train()
-    folder = trainer.run.path / "checkpoint-6"
+    folder = trainer.attempt.run.path / "checkpoint-6"
     own = trainer.model.state_dict()
     saved = load_file(folder / "model.safetensors")
     assert set(saved) == set(own)
@@ -195,7 +205,7 @@ def test_a_checkpoint_loads_with_from_pretrained_and_safetensors_reads_what_forg
 def test_the_manifest_says_where_the_checkpoint_stands(build_trainer: Build) -> None:
     trainer = build_trainer("training.batch_size=20", "training.max_steps=4", "checkpoint.every_steps=4")
     trainer.train()
-    manifest = read_json(trainer.run.path / "checkpoint-4" / "manifest.json")
+    manifest = read_json(trainer.attempt.run.path / "checkpoint-4" / "manifest.json")
 
     assert (manifest["step"], manifest["samples"], manifest["rows_per_step"]) == (4, 48 + 20, 20)
     assert manifest["tokens"] == trainer.state.tokens
@@ -210,13 +220,13 @@ def test_an_outdated_attempt_commits_and_reports_nothing(build_trainer: Build) -
 
     def overtaken(state: Any) -> None:
         if state.step == 3:
-            (trainer.run.attempts / "2.json").write_text("{}")
+            (trainer.attempt.run.attempts / "2.json").write_text("{}")
 
-    trainer.callbacks.stepped = overtaken
+    trainer.attempt.callbacks.stepped = overtaken
     with pytest.raises(Superseded, match="attempt 2 has taken over"):
         trainer.train()
-    assert [path.name for path in trainer.run.path.glob("*checkpoint-*")] == ["checkpoint-2"]
-    assert not list(trainer.run.path.glob(".tmp*"))
+    assert [path.name for path in trainer.attempt.run.path.glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert not list(trainer.attempt.run.path.glob(".tmp*"))
 
 
 def slow_writer(monkeypatch: pytest.MonkeyPatch, trainer: Any, steps: int) -> None:
@@ -250,8 +260,8 @@ def test_an_asynchronous_save_holds_the_step_it_was_taken_at(
     trainer = build_trainer(*settings, "training.max_steps=8", "checkpoint.asynchronous=true")
     slow_writer(monkeypatch, trainer, steps=1)
     trainer.train()
-    assert [step for step, _ in trainer.callbacks.saves] == [2, 4, 6, 8]
-    run = trainer.run
+    assert [step for step, _ in trainer.attempt.callbacks.saves] == [2, 4, 6, 8]
+    run = trainer.attempt.run
 
     for step in (2, 6):
         resumed = build_trainer(*settings, "training.max_steps=8")
@@ -277,7 +287,7 @@ def test_a_writer_that_ends_in_an_unknown_way_commits_nothing(
     monkeypatch.setattr(contents, "store", out_of_memory)
     trainer.train()
     assert "rank 0: MemoryError: no room" in caplog.text
-    assert [path.name for path in trainer.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in trainer.attempt.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_a_manifest_without_the_files_of_a_checkpoint_is_none(build_trainer: Build) -> None:
@@ -285,7 +295,7 @@ def test_a_manifest_without_the_files_of_a_checkpoint_is_none(build_trainer: Bui
 
     trainer = build_trainer("checkpoint.every_steps=6")
     trainer.train()
-    folder = trainer.run.path / "checkpoint-6"
+    folder = trainer.attempt.run.path / "checkpoint-6"
     manifest = Manifest.read(folder)
     assert verify(folder, trainer.state.run_id) == manifest
     for name in manifest.files:
@@ -306,7 +316,7 @@ def test_what_cannot_be_read_now_or_by_this_forge_is_not_called_bad(
 
     trainer = build_trainer("checkpoint.every_steps=3")
     trainer.train()
-    run, state = trainer.run, trainer.state
+    run, state = trainer.attempt.run, trainer.state
     with monkeypatch.context() as patch:
         patch.setattr(manifests, "sha256_of", lambda path: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
         with pytest.raises(TrainingError, match=r"cannot be read now \(Stale file handle\)"):
@@ -329,9 +339,12 @@ def test_the_old_best_stays_until_the_new_one_is_committed(
     fail_to_write(monkeypatch, {3}, trainer)
     trainer.train()
 
-    assert trainer.state.best_metric == BestMetric(name="matched/accuracy", value=0.9, step=3)
+    assert trainer.state.best_metric == BestEvaluation(name="matched/accuracy", value=0.9, step=3)
     assert trainer.state.kept_best == 1
-    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-6"]
+    assert checkpoint_names(trainer) == [
+        "checkpoint-1",
+        "checkpoint-6",
+    ]
 
 
 def test_a_short_newest_checkpoint_does_not_count_as_kept(
@@ -339,12 +352,12 @@ def test_a_short_newest_checkpoint_does_not_count_as_kept(
 ) -> None:
     trainer = build_trainer("checkpoint.every_steps=2", "checkpoint.keep_last=2")
     trainer.train()
-    assert trainer.checkpoints._outdated(trainer.state) == []
-    shutil.copytree(trainer.run.path / "checkpoint-4", trainer.run.path / "checkpoint-2")
-    assert [path.name for path in trainer.checkpoints._outdated(trainer.state)] == ["checkpoint-2"]
+    assert trainer.attempt.checkpoints._outdated(trainer.state) == []
+    shutil.copytree(trainer.attempt.run.path / "checkpoint-4", trainer.attempt.run.path / "checkpoint-2")
+    assert [path.name for path in trainer.attempt.checkpoints._outdated(trainer.state)] == ["checkpoint-2"]
 
-    (trainer.run.path / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
-    assert trainer.checkpoints._outdated(trainer.state) == []
+    (trainer.attempt.run.path / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
+    assert trainer.attempt.checkpoints._outdated(trainer.state) == []
     assert "checkpoint-6 is not complete: optimizer.pt has 3 bytes" in caplog.text
 
 
@@ -354,11 +367,11 @@ def test_the_best_metric_and_the_evaluations_that_were_made_are_restored(build_t
     values = iter([0.9, 0.5])
     trainer.evaluate = lambda stage: {"matched/accuracy": next(values)}
     trainer.train()
-    run = trainer.run
+    run = trainer.attempt.run
 
     resumed = build_trainer(*settings)
     resumed.restore(run.path / "checkpoint-4")
-    assert resumed.state.best_metric == BestMetric(name="matched/accuracy", value=0.9, step=2)
+    assert resumed.state.best_metric == BestEvaluation(name="matched/accuracy", value=0.9, step=2)
     assert (resumed.state.kept_best, resumed.state.evaluated_step) == (2, 4)
     resumed.train()
     assert resumed.callbacks.evaluations == []  # that of step 4 is made, that of step 6 follows at once
@@ -366,12 +379,12 @@ def test_the_best_metric_and_the_evaluations_that_were_made_are_restored(build_t
 
 def test_an_existing_checkpoint_is_never_replaced(build_trainer: Build, caplog: pytest.LogCaptureFixture) -> None:
     trainer = build_trainer("checkpoint.every_steps=3")
-    (trainer.run.path / "checkpoint-3").mkdir()
-    (trainer.run.path / "checkpoint-3" / "of a later attempt").touch()
+    (trainer.attempt.run.path / "checkpoint-3").mkdir()
+    (trainer.attempt.run.path / "checkpoint-3" / "of a later attempt").touch()
     trainer.train()
     assert "checkpoint-3 exists already" in caplog.text
-    assert (trainer.run.path / "checkpoint-3" / "of a later attempt").exists()
-    assert not list(trainer.run.path.glob(".tmp*"))
+    assert (trainer.attempt.run.path / "checkpoint-3" / "of a later attempt").exists()
+    assert not list(trainer.attempt.run.path.glob(".tmp*"))
 
 
 def test_a_file_system_that_loses_bytes_without_a_word_gets_nothing_named(
@@ -392,7 +405,7 @@ def test_a_file_system_that_loses_bytes_without_a_word_gets_nothing_named(
             patch.setattr(commit.Manifest, "write", losing)
             trainer.train()
         assert told in caplog.text
-        assert not list(trainer.run.path.glob("*checkpoint-*"))
+        assert not list(trainer.attempt.run.path.glob("*checkpoint-*"))
         caplog.clear()
 
 
@@ -400,11 +413,11 @@ def test_every_random_number_generator_is_restored(build_trainer: Build, tmp_pat
     trainer = build_trainer()
     folder = tmp_path / "checkpoint-0"
     folder.mkdir()
-    write_snapshot(take_snapshot(trainer.parts, trainer.state, {}, copy=False), folder)
+    write_snapshot(take_snapshot(trainer.training, trainer.state, {}, copy=False), folder)
     drawn = draws()
     assert draws() != drawn
     for restored in range(2):
-        restore(trainer.parts, folder)
+        restore(trainer.training, folder)
         assert draws() == drawn, restored
 
 
@@ -414,7 +427,7 @@ def test_a_rank_that_the_checkpoint_does_not_know_draws_numbers_of_its_own(build
 
     def drawn_by(rank: int, step: int) -> list[float]:
         accelerator = SimpleNamespace(process_index=rank, scaler=None)
-        restore(replace(trainer.parts, accelerator=accelerator), trainer.run.path / f"checkpoint-{step}")
+        restore(replace(trainer.training, accelerator=accelerator), trainer.attempt.run.path / f"checkpoint-{step}")
         return torch.rand(4).tolist()
 
     numbers = [drawn_by(rank, step) for rank in range(3) for step in (3, 6)]
@@ -425,7 +438,7 @@ def test_a_rank_that_the_checkpoint_does_not_know_draws_numbers_of_its_own(build
 def test_a_state_of_a_newer_forge_in_a_checkpoint_is_refused(build_trainer: Build) -> None:
     trainer = build_trainer("checkpoint.every_steps=3")
     trainer.train()
-    file = trainer.run.path / "checkpoint-6" / "state.json"
+    file = trainer.attempt.run.path / "checkpoint-6" / "state.json"
     values = read_json(file)
     assert list(values) == ["state", "progress"]
     write_json(file, values | {"state": values["state"] | {"colour": "red"}})

@@ -51,11 +51,11 @@ def a_run(run: Path, seconds: float) -> Path:
         "updated_at": f"at {seconds}",
     }
     write(checkpoint / "state.json", state=state, report={"losses": [1.25, 1.125], "seconds": seconds, "tokens": 20})
-    rows: list[dict[str, Any]] = [{"step": 0, "stage": "baseline", "matched/loss": 1.5, "matched/seconds": seconds}]
+    rows: list[dict[str, Any]] = [{"step": 0, "stage": "baseline", "matched/ce": 1.5, "matched/seconds": seconds}]
     for step in range(1, 5):
         numbers = {"loss": 1 / step, "learning_rate": 1e-3, "grad_norm": 0.25 * step}
-        rows.append({"step": step, **numbers, "samples_per_second": 9 / seconds, "peak_memory_mib": 100 * seconds})
-    rows.append({"step": 4, "stage": "final", "matched/loss": 0.5, "matched/seconds": seconds})
+        rows.append({"step": step, **numbers, "rows_per_second": 9 / seconds, "peak_memory_mib": 100 * seconds})
+    rows.append({"step": 4, "stage": "final", "matched/ce": 0.5, "matched/seconds": seconds})
     write_rows(run, rows)
     return run
 
@@ -165,8 +165,8 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str, str, str, str]] = {
         *("curve", "metrics.jsonl: the step of a row, in the order of the file,", "2", "3"),
     ),
     "an evaluation": (
-        change_rows(lambda rows: rows[5].update({"matched/loss": 0.25})),
-        *("curve", "metrics.jsonl: the final evaluation at step 4: matched/loss", "0.5", "0.25"),
+        change_rows(lambda rows: rows[5].update({"matched/ce": 0.25})),
+        *("curve", "metrics.jsonl: the final evaluation at step 4: matched/ce", "0.5", "0.25"),
     ),
     "no curve": (
         lambda run: (run / "metrics.jsonl").unlink(),

@@ -32,8 +32,8 @@ def test_a_compiled_run_takes_the_steps_of_the_plain_one(
                 model.model.layers
             )
         trainer.train()
-        losses = [report["loss"] for report in trainer.callbacks.reports]
-        found.append((losses, trainer.evaluate("final")["validation/loss"]))
+        losses = [report["loss"] for report in trainer.attempt.callbacks.reports]
+        found.append((losses, trainer.evaluate("final")["validation/ce"]))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
 

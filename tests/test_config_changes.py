@@ -18,7 +18,7 @@ WHOLE = """\
 task: {type: classification, dataset: {path: data}, columns: {text: a, label: b}, labels: [x, y]}
 model: {path: m, dropout: 0.0}
 training: {max_steps: 20, batch_size: 64, learning_rate: 5e-5, warmup_ratio: 0.1}
-evaluation: {max_samples: 200}
+evaluation: {max_rows: 200}
 checkpoint: {every_steps: 5}
 """
 
@@ -64,7 +64,7 @@ MEANING = {
     "model.labels=[y, x]": "null -> [y, x]",
     "model.new_head=true": "false -> true",
     "model.dropout=0.1": "0.0 -> 0.1",
-    "evaluation.max_samples=300": "200 -> 300",
+    "evaluation.max_rows=300": "200 -> 300",
 }
 
 
@@ -131,7 +131,7 @@ def test_every_key_is_judged_and_every_rule_is_about_a_key() -> None:
     # A new key changes the meaning until somebody has thought about it.
     harmless = {key for key in new if judged(key) is Kind.HARMLESS}
     assert harmless == {key for key in new if key.startswith(("checkpoint.", "export."))} | {
-        *("evaluation.samples", "evaluation.teacher", "evaluation.control", "model.base", "deepspeed.student")
+        *("evaluation.shown_texts", "evaluation.teacher", "evaluation.control", "model.base", "deepspeed.student")
     }
 
 
@@ -340,14 +340,14 @@ class TestAnAlternative:
 
 def test_a_key_that_comes_into_effect_with_its_default_needs_no_allowance() -> None:
     off = "evaluation: {baseline: false, final: false}"
-    text = WHOLE.replace("evaluation: {max_samples: 200}", off)
+    text = WHOLE.replace("evaluation: {max_rows: 200}", off)
     on = judge(load(text=text), load("evaluation.final=true", text=text))
     assert [(str(change), change.kind) for change in on] == [
         ("evaluation.final: false -> true", Kind.HARMLESS),
-        ("evaluation.max_samples: (no effect) -> null", Kind.HARMLESS),
+        ("evaluation.max_rows: (no effect) -> null", Kind.HARMLESS),
         ("evaluation.per_device_batch_size: (no effect) -> 64", Kind.HARMLESS),
     ]
-    sampled = judge(load(text=text), load("evaluation.final=true", "evaluation.max_samples=5", text=text))
+    sampled = judge(load(text=text), load("evaluation.final=true", "evaluation.max_rows=5", text=text))
     assert len(problems(sampled)) == 1
 
 

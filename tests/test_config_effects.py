@@ -127,7 +127,7 @@ def test_a_value_that_the_last_author_set_again_is_his() -> None:
         (WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no}\n", set()),
         (
             WHOLE.replace("path: data", "name: n") + "evaluation: {baseline: no, final: no}\n",
-            {"evaluation.max_samples", "evaluation.per_device_batch_size"},
+            {"evaluation.max_rows", "evaluation.per_device_batch_size"},
         ),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_stream_has_its_own_keys_with_and_without_effect() -> None:
         (STREAM.replace("path: data", "demo: chat"), "demo data are made at once; set it to false"),
         (
             STREAM.replace("path: data", "name: n"),
-            "of a split on the hub only the first rows are evaluated then; set evaluation.max_samples",
+            "of a split on the hub only the first rows are evaluated then; set evaluation.max_rows",
         ),
         (
             STREAM.replace("{path: data, streaming: yes}", "{path: data, streaming: yes}, packing: yes"),

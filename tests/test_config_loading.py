@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from forge.config.explain import to_yaml
 from forge.config.loader import LoadedConfig, load_config
+from forge.config.shipped import find_config
 from forge.errors import BaseConfigError, ConfigError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -95,7 +96,7 @@ def test_a_setting_beats_the_file_and_a_flag_beats_a_setting(write: Write) -> No
 def test_debug_is_a_few_rows_two_steps_and_nothing_for_wandb(write: Write) -> None:
     file = write(WHOLE + "training: {epochs: 9}\ntracking: {wandb: {project: p}}\n")
     config = load_config(file, debug=True).config
-    assert (config.training.max_steps, config.task.dataset.max_rows, config.evaluation.max_samples) == (2, 64, 16)
+    assert (config.training.max_steps, config.task.dataset.max_rows, config.evaluation.max_rows) == (2, 64, 16)
     assert (config.logging.every_steps, config.checkpoint.every_steps, config.tracking.wandb) == (1, 1, None)
     assert load_config(file, debug=True, max_steps="5").config.training.max_steps == 5
 
@@ -203,3 +204,21 @@ def value(loaded: LoadedConfig, dotted: str) -> Any:
     for key in dotted.split("."):
         found = getattr(found, key)
     return found
+
+
+def test_a_config_that_comes_with_forge_is_found_by_its_name_and_a_local_one_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = Path("configs/quickstart/sft.yaml")
+    loaded = load_config(name)
+    assert loaded.file == REPO / name
+    assert loaded.config.training.max_steps == 250
+    assert str(name) in loaded.notices[0]
+    assert str(loaded.file) in loaded.notices[0]
+    assert find_config(Path("configs/quickstart/nope.yaml")) == Path("configs/quickstart/nope.yaml")
+    assert find_config(Path("quickstart/sft.yaml")) == Path("quickstart/sft.yaml")
+    assert find_config(tmp_path / name) == tmp_path / name
+    name.parent.mkdir(parents=True)
+    name.write_text(WHOLE)
+    assert (load_config(name).file, load_config(name).notices) == (name, [])

@@ -7,19 +7,29 @@ import subprocess
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, forge, forge_on_two_ranks, python
-from recorded_runs import write_run
+from recorded_runs import metadata_of, write_run
 from rich.console import Console
 from teachers import write_classifier
 
 from forge import pipeline
 from forge.attempt.callbacks.peak import PeakMetrics, peaks
-from forge.attempt.control import check_control, control_config, control_of, is_half_made, place_of, wants_control
+from forge.attempt.control import (
+    check_control,
+    check_free_for_control,
+    control_config,
+    control_of,
+    is_half_made,
+    next_control,
+    nothing_left,
+    place_of,
+    wants_control,
+)
+from forge.attempt.request import Request
 from forge.cluster.signals import StopRequest
 from forge.config.explain import difference, effective
 from forge.config.loader import load_config
@@ -29,26 +39,27 @@ from forge.report.comparison import compare_runs
 from forge.report.figures import gap_closed
 from forge.run.directory import RunDirectory
 from forge.run.files import append_json_line, read_json, read_json_lines
-from forge.run.lock import RunLock
+from forge.run.metadata import RunMetadata
+from forge.run.records import record_of
 from forge.run.state import Stage, TrainingState
-from forge.trainer import components as parts
+from forge.trainer.build import build_trainer
 
 CONTROLLED = ("--set", "distillation.alpha=0.7", "--set", "evaluation.control=sft")
 
 # An entry that ends its own process: in the control while it is created (open), before its step 5 (step), or once it is
-# complete and the run itself is about to be (end).
+# complete and its run is about to take its metrics (end).
 FAULT = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})
-import forge.pipeline as pipeline
 import forge.attempt.opening as opening
-from forge.trainer.loop import FinetuningTrainer
+import forge.attempt.outcome as outcome
+from forge.trainer.loop import LoopTrainer
 
 where, number = {where!r}, signal.{signal}
-write_config, train_step, complete = opening._write_config, FinetuningTrainer.train_step, pipeline._complete
+write_config, train_step, record_control = opening._write_config, LoopTrainer.train_step, outcome.record_control
 
 def ended(run, here):
-    if where == here and (run.name.endswith("-sft") or here == "end"):
+    if where == here and run.name.endswith("-sft"):
         os.kill(os.getpid(), number)
 
 def creating(loaded, run, guard):
@@ -57,15 +68,14 @@ def creating(loaded, run, guard):
 
 def stepping(self, *args):
     if self.state.step == 4:
-        ended(self.run, "step")
+        ended(self.attempt.run, "step")
     train_step(self, *args)
 
-def completing(run, *args):
-    if not run.name.endswith("-sft"):
-        ended(run, "end")
-    return complete(run, *args)
+def recording(run, control):
+    ended(control, "end")
+    return record_control(run, control)
 
-opening._write_config, FinetuningTrainer.train_step, pipeline._complete = creating, stepping, completing
+opening._write_config, LoopTrainer.train_step, outcome.record_control = creating, stepping, recording
 from forge.train import main
 sys.exit(main())
 """
@@ -123,7 +133,7 @@ def test_the_control_is_the_plain_run_to_the_last_bit(outputs: tuple[Path, Path,
     assert (state["pipeline_complete"], state["step"], state["attempts"]) == (True, 6, 1)
     alone, beside = evaluation(runs / "plain", "final"), evaluation(runs / "kd-sft", "final")
     assert {name: beside[name] for name in alone} == {  # beside a teacher the cross-entropy is rounded elsewhere
-        name: pytest.approx(value, rel=1e-5) if name.endswith("/loss") else value for name, value in alone.items()
+        name: pytest.approx(value, rel=1e-5) if name.endswith("/ce") else value for name, value in alone.items()
     }
     assert {name for name in beside if name not in alone} == {
         f"{split}/{metric}" for split in ("matched", "other") for metric in ("agreement", "kl")
@@ -136,8 +146,8 @@ def test_the_control_is_the_plain_run_to_the_last_bit(outputs: tuple[Path, Path,
 
 def test_the_teachers_numbers_are_its_own_and_computed_once(outputs: tuple[Path, Path, str]) -> None:
     _, runs, _ = outputs
-    own = evaluation(runs / "kd", "teacher")  # tests/test_teacher_numbers.py has them from the model itself
-    assert own["matched/loss"] != evaluation(runs / "kd", "baseline")["matched/loss"]
+    own = evaluation(runs / "kd", "teacher")  # tests/test_teacher_metrics.py has them from the model itself
+    assert own["matched/ce"] != evaluation(runs / "kd", "baseline")["matched/ce"]
     assert evaluation(runs / "kd-sft", "teacher") == own
     assert "the teacher's numbers are those of" not in (runs / "kd" / "output.log").read_text()
     reused = f"the teacher's numbers are those of {runs / 'kd'} ("
@@ -153,7 +163,7 @@ def test_the_table_has_untrained_sft_kd_and_teacher(outputs: tuple[Path, Path, s
     assert ["metric", "untrained", "SFT", "KD", "teacher", "gap closed"] in lines
     before, teacher = evaluation(runs / "kd", "baseline"), evaluation(runs / "kd", "teacher")
     after, sft = evaluation(runs / "kd", "final"), evaluation(runs / "kd-sft", "final")
-    for metric in ("matched/loss", "matched/accuracy", "other/macro_f1", "matched/ece"):
+    for metric in ("matched/ce", "matched/accuracy", "other/macro_f1", "matched/ece"):
         (row,) = [line for line in lines if line[0] == metric]
         assert row[1:5] == [f"{numbers[metric]:.4f}" for numbers in (before, sft, after, teacher)]
     (row,) = [line for line in lines if line[0] == "matched/kl"]
@@ -164,14 +174,14 @@ def test_the_table_has_untrained_sft_kd_and_teacher(outputs: tuple[Path, Path, s
         "-",
         "-",
     ]
-    for metric in ("loss", "accuracy", "macro_f1"):
+    for metric in ("ce", "accuracy", "macro_f1"):
         share = gap_closed(metric, *(numbers[f"matched/{metric}"] for numbers in (sft, after, teacher)))
         (row,) = [line for line in lines if line[0] == f"matched/{metric}"]
         assert row[5] == ("-" if share is None else f"{100 * share:.0f} %")
     assert "gap closed: the share of the way from SFT to the teacher" in printed
 
     card = (runs / "kd" / "final" / "README.md").read_text()
-    assert f"| matched/loss | {before['matched/loss']:.4f} | {sft['matched/loss']:.4f} |" in card
+    assert f"| matched/ce | {before['matched/ce']:.4f} | {sft['matched/ce']:.4f} |" in card
     sha256 = read_json(runs / "kd" / "run_metadata.json")["teacher"]["weights_sha256"]
     assert f"- Teacher: {runs.parents[1] / 'teacher'}, weights `{sha256[:12]}`, replicated\n" in card
     assert "; alpha 0.7, T 2, D forward_kl\n" in card
@@ -187,14 +197,14 @@ def test_each_log_has_its_own_runs_lines(outputs: tuple[Path, Path, str]) -> Non
         assert text.count("step 6/6") == 1
         assert text.count("final evaluation, matched") == 1
     stages = [line.split("stage: ")[1] for line in main.splitlines() if "stage: " in line]
-    assert stages == ["baseline evaluation", "training", "export", "final evaluation", "control"]
-    assert f"control run {runs / 'kd-sft'}: complete" in main.split("stage: control")[1]
+    assert stages == ["baseline evaluation", "training", "export", "final evaluation"]
+    assert f"control run {runs / 'kd-sft'}: complete" in main.split("stage: final evaluation")[1]
     assert "┃ gap closed ┃" in main
     assert "gap closed" not in control
-    assert main.splitlines()[-1].endswith("# go on from this model")
+    assert main.splitlines()[-1].endswith("# train it further")
     for text in (main, control):
-        assert text.count("best: matched/loss") == 1
-    assert "best: " in main.split("final evaluation, other")[1].split("stage: control")[0]
+        assert text.count("best: matched/ce") == 1
+    assert "best: " in main.split("final evaluation, other")[1].split("control run")[0]
     (line,) = [line for line in main.splitlines() if "step 4/6" in line]
     (row,) = [row for row in read_json_lines(runs / "kd" / "metrics.jsonl") if row["step"] == 4 and "ce" in row]
     assert f"loss {row['loss']:.4f} (ce {row['ce']:.4f}  divergence {row['divergence']:.4f})  rate" in line
@@ -207,14 +217,14 @@ def test_peaks_are_those_of_the_evaluations(outputs: tuple[Path, Path, str]) -> 
     found = read_json(runs / "kd" / "peak_metrics.json")
     rows = [row for row in read_json_lines(runs / "kd" / "metrics.jsonl") if row.get("stage") not in (None, "teacher")]
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
-    for metric, best in {"matched/kl": min, "other/loss": min, "matched/accuracy": max, "other/agreement": max}.items():
+    for metric, best in {"matched/kl": min, "other/ce": min, "matched/accuracy": max, "other/agreement": max}.items():
         assert found[metric]["value"] == best(row[metric] for row in rows)
         at = next(row for row in rows if row[metric] == found[metric]["value"])
         assert (found[metric]["step"], found[metric]["stage"]) == (at["step"], at["stage"])
     agreement = found["matched/agreement"]
     assert agreement["mean"] == pytest.approx(sum(row["matched/agreement"] for row in rows[1:]) / 3)
     assert agreement["evaluations"] == 3
-    assert not [name for name in found if name.endswith(("/samples", "/seconds", "/neutral"))]
+    assert not [name for name in found if name.endswith(("/rows", "/seconds", "/neutral"))]
     told = f"matched/accuracy {found['matched/accuracy']['value']:.4f} at step {found['matched/accuracy']['step']}"
     assert told in (runs / "kd" / "output.log").read_text().split("best: ")[1].splitlines()[0]
 
@@ -223,10 +233,10 @@ def test_a_peak_goes_with_its_row() -> None:
     """A resumed run drops the rows of steps that it takes again."""
     rows: list[dict[str, Any]] = [
         {"step": 0, "stage": "teacher", "a/accuracy": 0.99},
-        {"step": 0, "stage": "baseline", "a/accuracy": 0.1, "a/cer": 0.9, "a/samples": 9, "a/perplexity": "nan"},
+        {"step": 0, "stage": "baseline", "a/accuracy": 0.1, "a/cer": 0.9, "a/rows": 9, "a/perplexity": "nan"},
         {"step": 5, "loss": 0.1},
-        {"step": 5, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.4, "a/samples": 9},
-        {"step": 9, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.5, "a/samples": 9},
+        {"step": 5, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.4, "a/rows": 9},
+        {"step": 9, "stage": "training", "a/accuracy": 0.7, "a/cer": 0.5, "a/rows": 9},
     ]
     assert peaks(rows) == {
         "a/accuracy": {"value": 0.7, "step": 5, "stage": "training"},
@@ -261,7 +271,7 @@ def test_the_best_numbers_are_told_where_there_are_several(
         append_json_line(run.metrics_file, {"step": step, "stage": stage, "a/accuracy": 0.5 + step / 100})
     callback.finished(TrainingState("id"))
     assert "best" not in caplog.text
-    callback.trained(TrainingState("id"))
+    callback.completing(TrainingState("id"))
     assert [record.message for record in caplog.records] == (["best: a/accuracy 0.5500 at step 5"] if told else [])
 
 
@@ -270,7 +280,7 @@ def test_a_run_and_its_control_are_twins_to_a_comparison(outputs: tuple[Path, Pa
     _, runs, _ = outputs
     found = compare_runs([RunDirectory(runs / name) for name in ("kd", "kd-sft")])
     assert [group.label for group in found.groups] == ["distillation.alpha 0.7", "distillation.alpha 0.0"]
-    assert [line.of for line in found.lines if line.kind == "gap closed"] == [(0, 1)]
+    assert [line.groups for line in found.lines if line.kind == "gap closed"] == [(0, 1)]
     assert not [note for note in found.notes if "differs in more" in note]
 
 
@@ -293,85 +303,77 @@ def own_process_state() -> Iterator[None]:
     GradientState._reset_state()
 
 
-def test_the_runs_models_are_gone_when_its_control_begins(
+def test_the_runs_models_are_gone_when_the_next_run_in_its_process_starts(
     tmp_path: Path, tiny_model: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch, own_process_state: None
 ) -> None:
-    class InTheControl(Exception):
-        pass
-
     kept: list[weakref.ref[Any]] = []
+    gone: list[bool] = []
 
     def build(*args: Any) -> Any:
-        trainer = parts.build_trainer(*args)
-        kept.extend(weakref.ref(part) for part in (trainer, trainer.model, trainer.teacher.model))
+        gone.extend(ref() is None for ref in kept)
+        trainer = build_trainer(*args)
+        kept.extend(weakref.ref(part) for part in (trainer, trainer.model))
         return trainer
 
-    def control(*args: Any) -> None:
-        raise InTheControl([ref() is None for ref in kept])
-
     monkeypatch.setattr(pipeline, "build_trainer", build)
-    monkeypatch.setattr(pipeline, "_train_control", control)
     file = write_config(tmp_path, tiny_model, data_folder, write_classifier(tmp_path / "teacher", tiny_model))
-    loaded = load_config(file, ["distillation.alpha=0.7", "evaluation.control=sft", "training.max_steps=1"])
-    with pytest.raises(InTheControl) as raised:
-        pipeline.run_pipeline(pipeline.Request(loaded, []), Log(), StopRequest())  # type: ignore[arg-type]
-    assert raised.value.args == ([True, True, True],)
+    loaded = load_config(file, ["distillation.alpha=0.7", "training.max_steps=1", "evaluation.baseline=false"])
+    for name in ("one", "two"):
+        pipeline.run_pipeline(Request(loaded, [], name), Log(), StopRequest())  # type: ignore[arg-type]
+    assert gone == [True, True]
 
 
-def test_a_resume_in_the_control_with_another_teacher_is_told_of_the_teacher(tmp_path: Path) -> None:
-    settings = {"distillation.alpha": 0.9, "evaluation.control": "sft", "output_root": str(tmp_path / "root")}
-    in_control = {"stage": Stage.CONTROL, "pipeline_complete": False}
-    run = write_run(tmp_path / "root" / "tiny" / "kd", settings=settings, state=in_control)
-    a_control(tmp_path, step=5, pipeline_complete=False, stage=Stage.TRAINING)
-    loaded = load_config(run.config_file, ["teacher.path=another"])
-    lock = RunLock(run)
-    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
-    with pytest.raises(UsageError) as raised:
-        pipeline._begin(pipeline.Request(loaded, [], resumed=run), lock, accelerator)  # type: ignore[arg-type]
-    lock.release()
-    assert "teacher.path" in str(raised.value)
-    assert "--allow-change teacher.path" in str(raised.value)
-    assert "another thing" not in str(raised.value)
-
-
-def test_a_run_that_is_ended_in_its_control_goes_on_there(outputs: tuple[Path, Path, str], tmp_path: Path) -> None:
+def test_a_run_that_is_ended_in_its_control_resumes_there(outputs: tuple[Path, Path, str], tmp_path: Path) -> None:
     config, runs, _ = outputs
     run, control = runs / "killed", runs / "killed-sft"
 
     done = faulty(tmp_path, "open", "SIGKILL", "--config", config, "--run_name", "killed", *CONTROLLED)
     assert done.returncode == -9, done.stderr
     assert is_half_made(RunDirectory(control))
-    assert read_json(run / "training_state.json")["stage"] == "control"
+    assert read_json(run / "training_state.json")["pipeline_complete"]
+    assert "Control" not in (run / "final" / "README.md").read_text()
     final = evaluation(run, "final")
 
     done = faulty(tmp_path, "step", "SIGTERM", "--resume", run)
     assert done.returncode == 75, done.stderr
-    state = read_json(run / "training_state.json")
-    assert (state["stage"], state["error"]) == ("control", "stopped by SIGTERM in control at step 6")
-    assert f"go on from checkpoint-6 with `python forge.py --resume {run}`" in done.stderr
-    assert read_json(control / "training_state.json")["latest_checkpoint"] == "checkpoint-5"
+    state = read_json(control / "training_state.json")
+    assert (state["stage"], state["latest_checkpoint"]) == ("training", "checkpoint-5")
+    assert state["error"] == "stopped by SIGTERM in training at step 5"
+    assert f"{control}" in done.stderr.splitlines()[-1]
 
     done = faulty(tmp_path, "end", "SIGKILL", "--resume", run)
     assert done.returncode == -9, done.stderr
-    assert "goes on from checkpoint-5" in (control / "output.log").read_text()
+    assert "resuming from checkpoint-5" in (control / "output.log").read_text()
     assert read_json(control / "training_state.json")["pipeline_complete"]
-    assert not read_json(run / "training_state.json")["pipeline_complete"]
+    assert "control" not in read_json(run / "run_metadata.json")
 
-    shutil.rmtree(runs.parent / ".teachers")  # the run has the numbers, and needs none
     done = forge("--resume", run, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert f"the control run {control} is complete already" in done.stderr
-    assert not (runs.parent / ".teachers").exists()
-    assert read_json(run / "training_state.json")["pipeline_complete"]
+    assert read_json(run / "run_metadata.json")["control"]["name"] == "killed-sft"
+    assert "Control (alpha 0" in (run / "final" / "README.md").read_text()
     assert read_json(control / "training_state.json")["attempts"] == 2
     assert weights(control) == weights(runs / "plain")
-    assert weights(run) == weights(runs / "kd")  # one has computed the teacher's numbers, the other has read them
+    assert weights(run) == weights(runs / "kd")  # one has computed the teacher's metrics, the other has read them
     assert evaluation(run, "final") == final
-    assert (
-        len([line for line in (run / "output.log").read_text().splitlines() if "teacher evaluation, other" in line])
-        == 1
-    )
     assert list((runs.parent / ".incomplete").iterdir()) == []
+
+    done = forge("--resume", run, OMP_NUM_THREADS="1")
+    assert (done.returncode, "┃" in done.stdout) == (0, False)
+    assert f"{run} is complete" in done.stderr
+
+
+def test_a_control_that_is_resumed_by_its_own_name_gives_its_run_its_metrics(
+    outputs: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    config, runs, _ = outputs
+    done = faulty(tmp_path, "step", "SIGTERM", "--config", config, "--run_name", "named", *CONTROLLED)
+    assert done.returncode == 75, done.stderr
+    done = forge("--resume", runs / "named-sft", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert read_json(runs / "named" / "run_metadata.json")["control"]["name"] == "named-sft"
+    assert "gap closed" in done.stdout
+    assert done.stdout == (runs / "named" / "output.log").read_text()[-len(done.stdout) :]
 
 
 @pytest.mark.multiprocess
@@ -382,8 +384,8 @@ def test_two_ranks_train_both_runs(outputs: tuple[Path, Path, str], tiny_model: 
     for name in ("two", "two-sft"):
         assert [attempt["ranks"] for attempt in read_json(runs / name / "run_metadata.json")["attempts"]] == [2]
     one, two = evaluation(runs / "kd", "teacher"), evaluation(runs / "two", "teacher")
-    assert {name: value for name, value in two.items() if not name.endswith(("loss", "ece"))} == {
-        name: value for name, value in one.items() if not name.endswith(("loss", "ece"))
+    assert {name: value for name, value in two.items() if not name.endswith(("/ce", "/ece"))} == {
+        name: value for name, value in one.items() if not name.endswith(("/ce", "/ece"))
     }
 
 
@@ -398,30 +400,34 @@ def test_debug_runs_every_stage_of_both(outputs: tuple[Path, Path, str]) -> None
     assert {read_json(runs / name / "training_state.json")["step"] for name in ("quick", "quick-sft")} == {2}
 
 
-def test_a_complete_control_serves_the_next_run_and_another_thing_is_refused(
-    outputs: tuple[Path, Path, str], caplog: pytest.LogCaptureFixture
+def test_a_complete_control_serves_the_next_run_and_something_else_is_refused(
+    outputs: tuple[Path, Path, str],
 ) -> None:
     config, runs, _ = outputs
     settings = [item for item in CONTROLLED if item != "--set"]
     again = RunDirectory(runs / "again")
     shutil.copytree(runs / "kd", again.path)
     shutil.copytree(runs / "kd-sft", runs / "again-sft")
-    caplog.set_level(logging.INFO)
-    facts = read_json(again.metadata_file)
-    accelerator, state = SimpleNamespace(is_main_process=True), TrainingState.load(again.state_file)
-    request = pipeline.Request(load_config(config, settings), [])
-    pipeline._train_control(request, again, state, facts, accelerator, Log(), StopRequest())  # type: ignore[arg-type]
-    assert f"the control run {runs / 'again-sft'} is complete already" in caplog.text
+    request = Request(load_config(config, settings), [], resumed=again)
+    assert nothing_left(again)
+    assert next_control(again, request) is None
+    shutil.rmtree(runs / "again-sft")
+    twin = next_control(again, request)
+    assert twin is not None
+    assert (twin.run_name, twin.resumed, twin.config.distillation.alpha) == ("again-sft", None, 0.0)
+    assert twin.config.training.max_steps == 6
 
     shutil.copytree(runs / "kd-sft", runs / "other-sft")
-    request = pipeline.Request(load_config(config, [*settings, "training.seed=7"]), [], "other")
+    changed = load_config(config, [*settings, "training.seed=7"]).config
     with pytest.raises(UsageError) as raised:
-        pipeline._begin(request, None, accelerator)  # type: ignore[arg-type]
-    assert "other-sft is where the control of this run is to lie (evaluation.control: sft), and it is another" in str(
-        raised.value
+        check_free_for_control(RunDirectory(runs / "other"), changed)
+    assert "other-sft" in str(raised.value)
+    assert "evaluation.control" in str(raised.value)
+    assert "training.seed: 42 -> 7" in str(raised.value)
+    done = forge(
+        *("--config", config, "--run_name", "other", *CONTROLLED, "--set", "training.seed=7"), OMP_NUM_THREADS="1"
     )
-    assert "its config differs: training.seed: 42 -> 7" in str(raised.value)
-    assert not (runs / "other").exists()
+    assert (done.returncode, (runs / "other").exists()) == (2, False)
 
 
 def faulty(folder: Path, where: str, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -467,12 +473,19 @@ def test_the_controls_config_differs_in_the_teachers_part_alone(tmp_path: Path) 
     assert (twin.training.max_steps, twin.export.push_to_hub, twin.evaluation.teacher) == (70, None, True)
 
 
+def facts(fingerprint: str) -> RunMetadata:
+    """The metadata of a run on those rows."""
+    values = metadata_of(RunDirectory(Path("kd")))
+    values["model"]["weights_sha256"] = None  # not known: no reason to refuse a control
+    return record_of(RunMetadata, values | {"data": values["data"] | {"fingerprint": fingerprint}})
+
+
 def test_a_free_name_and_a_matching_run_are_a_control(wanted: Config, tmp_path: Path) -> None:
     control = control_of(RunDirectory(tmp_path / "root" / "tiny" / "kd"))
     assert control.path == tmp_path / "root" / "tiny" / "kd-sft"
     assert check_control(control, wanted, steps=100) is None
     a_control(tmp_path)
-    found = check_control(control, wanted, steps=100, facts={"data": {"fingerprint": "963c2d6e6018"}, "teacher": None})
+    found = check_control(control, wanted, steps=100, facts=facts("963c2d6e6018"))
     assert found is not None
     assert (found.complete, found.allowed) == (True, [])
 
@@ -503,8 +516,8 @@ def test_a_run_that_is_no_control_is_refused(
 def test_a_control_on_other_rows_is_refused(wanted: Config, tmp_path: Path) -> None:
     control = a_control(tmp_path)
     with pytest.raises(UsageError, match="its rows, or their tokens, are 963c2d6e6018 instead of 0123"):
-        check_control(control, wanted, steps=100, facts={"data": {"fingerprint": "0123"}})
-    assert check_control(control, wanted, facts={"data": {"fingerprint": "0123"}}, allowed=["task.dataset"]) is not None
+        check_control(control, wanted, steps=100, facts=facts("0123"))
+    assert check_control(control, wanted, facts=facts("0123"), allowed=["task.dataset"]) is not None
 
 
 def test_a_control_goes_on_with_what_was_allowed(wanted: Config, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def trained(trainer: Any) -> tuple[list[dict[str, float]], list[float]]:
     """The reports and the final weights. Before the next build: Accelerate shares state."""
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    return trainer.callbacks.reports, weights.tolist()
+    return trainer.attempt.callbacks.reports, weights.tolist()
 
 
 def test_a_step_has_the_loss_of_the_formula_with_labels_matched_by_name(build_trainer: Build, teacher: Path) -> None:
@@ -114,7 +114,7 @@ def test_alpha_1_still_reports_the_cross_entropy_and_does_not_learn_from_it(
     assert reports[0]["loss"] == pytest.approx(4 * reports[0]["divergence"], rel=1e-6)
     assert after["matched/kl"] < 0.3 * before["matched/kl"]
     assert after["matched/agreement"] == 1.0
-    assert after["matched/loss"] > before["matched/loss"]  # the teacher's labels are not the data's
+    assert after["matched/ce"] > before["matched/ce"]  # the teacher's labels are not the data's
 
 
 def test_a_student_that_is_its_teacher_agrees_and_has_no_divergence(build_trainer: Build, teacher: Path) -> None:
@@ -155,8 +155,8 @@ def test_an_offloaded_teacher_takes_the_same_steps(
 
 def reports_like(reports: list[dict[str, float]], trainer: Any) -> list[dict[str, float]]:
     """The reports, with the speeds and the memory of the other training."""
-    own = trainer.callbacks.reports
-    measured = ("samples_per_second", "tokens_per_second", "peak_memory_mib")
+    own = trainer.attempt.callbacks.reports
+    measured = ("rows_per_second", "tokens_per_second", "peak_memory_mib")
 
     class Like(list):  # compared once the other has trained
         def __eq__(self, other: object) -> bool:
@@ -227,7 +227,7 @@ def test_two_ranks_take_the_steps_of_one(config_file: Path, tmp_path: Path, teac
         curves.append(read_json_lines(folder / "metrics.jsonl"))
     one, two = curves
     for a, b in zip(one, two, strict=True):
-        for name in ("loss", "ce", "divergence", "matched/kl", "matched/loss", "matched/ece"):
+        for name in ("loss", "ce", "divergence", "matched/kl", "matched/ce", "matched/ece"):
             assert (name in a) == (name in b)
             if name in a:
                 assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7)
@@ -239,7 +239,7 @@ def test_a_model_that_was_never_trained_for_the_task_is_no_teacher(
     settings = [part for setting in distilled(tiny_model) for part in ("--set", setting)]
     run = forge("--config", config_file, *settings)
     assert run.returncode == 2
-    assert "it was not trained for this task, and could only teach noise" in run.stdout + run.stderr
+    assert "it was not trained for this task" in run.stdout + run.stderr
     assert not list((tmp_path / "outputs").rglob("training_state.json"))
 
 

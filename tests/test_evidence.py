@@ -7,37 +7,50 @@ from recorded_runs import of, write_run
 
 from forge.errors import UsageError
 from forge.report.evidence import evidence, evidence_markdown
+from forge.report.figures import read_figures
 
 KD = {"distillation.alpha": 0.9}
-BEFORE = of(loss=1.1, accuracy=0.30, agreement=0.25, kl=0.9)
-AFTER = of(loss=0.45, accuracy=0.84, agreement=0.92, kl=0.05)
-TEACHER = of(loss=0.25, accuracy=0.90)
+BEFORE = of(ce=1.1, accuracy=0.30, agreement=0.25, kl=0.9)
+AFTER = of(ce=0.45, accuracy=0.84, agreement=0.92, kl=0.05)
+TEACHER = of(ce=0.25, accuracy=0.90)
 
 
-def test_a_distilled_run_stands_beside_its_control_and_its_teacher(tmp_path: Path) -> None:
+def test_an_older_run_is_read_with_the_names_of_today(tmp_path: Path) -> None:
+    former = {"validation/loss": 1.1, "validation/accuracy": 0.3, "validation/correct/loss": 7}
+    run = write_run(tmp_path / "kd", of(loss=0.5, accuracy=0.8), baseline=former, headline=["loss", "accuracy"])
+    found = evidence(run)
+    assert found.rows["untrained"] == {"validation/ce": 1.1, "validation/accuracy": 0.3, "validation/correct/loss": 7}
+    assert found.rows["SFT"]["validation/ce"] == 0.5
+    assert found.metrics[:2] == ["validation/ce", "validation/accuracy"]
+    figures = read_figures(run)
+    assert figures.headline == ["ce", "accuracy"]
+    assert figures.evaluations["final"]["validation/ce"] == 0.5
+
+
+def test_a_distilled_run_is_shown_with_its_control_and_its_teacher(tmp_path: Path) -> None:
     run = write_run(tmp_path / "kd", AFTER, baseline=BEFORE, teacher=TEACHER, settings=KD)
-    control = write_run(tmp_path / "sft", of(loss=0.50, accuracy=0.82), baseline=of(loss=9.9, accuracy=0.1))
+    control = write_run(tmp_path / "sft", of(ce=0.50, accuracy=0.82), baseline=of(ce=9.9, accuracy=0.1))
     found = evidence(run, control)
-    assert list(found.rows) == ["untrained", "SFT", "KD", "teacher"]
-    assert [found.rows[name]["validation/accuracy"] for name in found.rows] == [0.30, 0.82, 0.84, 0.90]
-    # loss (0.45 - 0.50) / (0.25 - 0.50); accuracy (0.84 - 0.82) / (0.90 - 0.82)
-    assert found.gap_closed == pytest.approx({"validation/loss": 0.2, "validation/accuracy": 0.25})
+    assert list(found.evaluations) == ["untrained", "SFT", "KD", "teacher"]
+    assert [found.evaluations[name]["validation/accuracy"] for name in found.evaluations] == [0.30, 0.82, 0.84, 0.90]
+    # ce (0.45 - 0.50) / (0.25 - 0.50); accuracy (0.84 - 0.82) / (0.90 - 0.82)
+    assert found.gap_closed == pytest.approx({"validation/ce": 0.2, "validation/accuracy": 0.25})
     assert found.against == "SFT"
     assert found.table() == (
         ["metric", "untrained", "SFT", "KD", "teacher", "gap closed"],
         [
-            ["validation/loss", "1.1000", "0.5000", "0.4500", "0.2500", "20 %"],
+            ["validation/ce", "1.1000", "0.5000", "0.4500", "0.2500", "20 %"],
             ["validation/accuracy", "0.3000", "0.8200", "0.8400", "0.9000", "25 %"],
             ["validation/agreement", "0.2500", "-", "0.9200", "-", "-"],
             ["validation/kl", "0.9000", "-", "0.0500", "-", "-"],
-            ["validation/samples", "1,000", "1,000", "1,000", "1,000", "-"],
+            ["validation/rows", "1,000", "1,000", "1,000", "1,000", "-"],
         ],
     )
 
 
 def test_without_a_control_the_gap_is_from_the_untrained_student(tmp_path: Path) -> None:
     found = evidence(write_run(tmp_path / "kd", AFTER, baseline=BEFORE, teacher=TEACHER, settings=KD), None)
-    assert list(found.rows) == ["untrained", "KD", "teacher"]
+    assert list(found.evaluations) == ["untrained", "KD", "teacher"]
     assert found.against == "untrained"
     assert found.gap_closed["validation/accuracy"] == pytest.approx((0.84 - 0.30) / (0.90 - 0.30))
     assert found.text == "gap closed: the share of the way from untrained to the teacher; one seed, no interval"
@@ -46,13 +59,11 @@ def test_without_a_control_the_gap_is_from_the_untrained_student(tmp_path: Path)
 def test_a_control_without_final_numbers_leaves_no_gap(tmp_path: Path) -> None:
     run = write_run(tmp_path / "kd", AFTER, baseline=BEFORE, teacher=TEACHER, settings=KD)
     found = evidence(run, write_run(tmp_path / "sft"))
-    assert (list(found.rows), found.gap_closed, found.against) == (["untrained", "KD", "teacher"], {}, None)
+    assert (list(found.evaluations), found.gap_closed, found.against) == (["untrained", "KD", "teacher"], {}, None)
 
 
-def test_fine_tuning_has_before_and_after_alone(tmp_path: Path) -> None:
-    run = write_run(
-        tmp_path / "sft", of(loss=0.5, accuracy=0.82, ece=0.04), baseline=of(loss=1.1, accuracy=0.3, ece=0.2)
-    )
+def test_fine_tuning_has_only_before_and_after(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sft", of(ce=0.5, accuracy=0.82, ece=0.04), baseline=of(ce=1.1, accuracy=0.3, ece=0.2))
     found = evidence(run, None)
     assert (found.gap_closed, found.against, found.text) == ({}, None, "")
     assert (
@@ -60,10 +71,10 @@ def test_fine_tuning_has_before_and_after_alone(tmp_path: Path) -> None:
         == """\
 |  | untrained | SFT |
 | --- | --- | --- |
-| validation/loss | 1.1000 | 0.5000 |
+| validation/ce | 1.1000 | 0.5000 |
 | validation/accuracy | 0.3000 | 0.8200 |
 | validation/ece | 0.2000 | 0.0400 |
-| validation/samples | 1,000 | 1,000 |"""
+| validation/rows | 1,000 | 1,000 |"""
     )
 
 
@@ -75,30 +86,30 @@ def test_fine_tuning_with_its_teacher_evaluated_has_a_gap(tmp_path: Path) -> Non
         teacher=of(accuracy=0.9, ece=0.1),
     )
     found = evidence(run, None)
-    assert list(found.rows) == ["untrained", "SFT", "teacher"]
+    assert list(found.evaluations) == ["untrained", "SFT", "teacher"]
     assert found.gap_closed == pytest.approx({"validation/accuracy": 0.5})  # not of ece: no aim of training
 
 
-def test_markdown_says_what_the_gap_is_and_that_rows_were_drawn(tmp_path: Path) -> None:
-    sampled = [of(accuracy=value, samples=50, samples_of=1000) for value in (0.3, 0.84, 0.9)]
+def test_markdown_explains_the_gap_and_the_sampled_rows(tmp_path: Path) -> None:
+    sampled = [of(accuracy=value, rows=50, rows_of=1000) for value in (0.3, 0.84, 0.9)]
     run = write_run(tmp_path / "kd", sampled[1], baseline=sampled[0], teacher=sampled[2], settings=KD)
     text = evidence_markdown(evidence(run))
     assert text.startswith("|  | untrained | KD | teacher | gap closed |\n")
     assert text.endswith(
-        "| validation/samples | 50 | 50 | 50 | - |\n\n"
+        "| validation/rows | 50 | 50 | 50 | - |\n\n"
         "Gap closed: the share of the way from untrained to the teacher; one seed, no interval.\n\n"
-        "Evaluated on a sample of the rows (evaluation.max_samples), not on all of them."
+        "Evaluated on a sample of the rows (evaluation.max_rows), not on all of them."
     )
 
 
 def test_a_run_that_was_never_evaluated_has_nothing_to_show(tmp_path: Path) -> None:
     found = evidence(write_run(tmp_path / "a"))
-    assert (found.rows, found.metrics, evidence_markdown(found)) == ({}, [], "")
+    assert (found.evaluations, found.metrics, evidence_markdown(found)) == ({}, [], "")
 
 
 def test_large_and_broken_numbers_stay_readable(tmp_path: Path) -> None:
-    final = of(loss="nan", perplexity=1234.5, cer=25.031)
-    found = evidence(write_run(tmp_path / "a", final, headline=["loss", "perplexity", "cer"]))
+    final = of(ce="nan", perplexity=1234.5, cer=25.031)
+    found = evidence(write_run(tmp_path / "a", final, headline=["ce", "perplexity", "cer"]))
     assert [row[1] for row in found.table()[1]] == ["nan", "1234", "25.03", "1,000"]
 
 

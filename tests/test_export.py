@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import forge.model.export as exports
 from forge.config.schema import ExportConfig, ModelConfig
 from forge.errors import TrainingError
-from forge.model.adapter import config_below, put_on, untie
-from forge.model.export import Merge, export_merged, export_model, push_to_hub
+from forge.model.adapter import attach, config_of_base, untie
+from forge.model.export import Merge, MergeProof, export_merged, export_model, push_to_hub
 from forge.model.load import LoadedModel, read_checkpoint
-from forge.model.origin import Origin, Weights, hashed
+from forge.model.origin import Origin, WeightFiles, hashed
 from forge.model.source import load_model_config, model_source, origin_of
-from forge.model.trained import AdapterWeights
+from forge.model.weights import AdapterWeights
 from forge.report.model_card import _use
 
 
@@ -35,8 +35,11 @@ def merged(
     auto: Any = AutoModelForCausalLM,
     counted: torch.Tensor | None = None,
 ) -> Merge:
-    origin = Origin(hashed(Weights("base", str(base))), tuple(Weights(path.name, str(path)) for path in below))
-    return export_merged(adapter, origin, auto, trained, dtype, {"input_ids": IDS}, counted)
+    origin = Origin(
+        hashed(WeightFiles(name="base", location=str(base))),
+        tuple(WeightFiles(name=path.name, location=str(path)) for path in below),
+    )
+    return export_merged(adapter, origin, trained, dtype, MergeProof(auto, {"input_ids": IDS}, counted))
 
 
 def dtypes_in(folder: Path) -> set[str]:
@@ -102,7 +105,7 @@ def test_stacked_adapters_are_merged_one_after_the_other(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["head", "embeddings", "embeddings in full", "module in full"])
-def test_a_stack_whose_first_adapter_parts_a_tied_base_is_merged_and_loads_as_the_card_says(
+def test_a_stack_whose_first_adapter_unties_the_base_is_merged_and_loads_as_the_card_says(
     kind: str, dtype: str, tmp_path: Path
 ) -> None:
     """The base's files hold one weight for two layers; to the second adapter the two are different."""
@@ -127,14 +130,14 @@ def test_a_stack_whose_first_adapter_parts_a_tied_base_is_merged_and_loads_as_th
     torch.testing.assert_close(logits(scope["model"]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_parting_shared_weights_is_said_in_the_config_and_remembered(tmp_path: Path) -> None:
+def test_untying_is_recorded_in_the_config_and_remembered(tmp_path: Path) -> None:
     model = llama(write_llama(tmp_path / "base", tied=True))
-    put_on(model, LoraConfig(target_modules=["lm_head"]))
+    attach(model, LoraConfig(target_modules=["lm_head"]))
     untie(model)
     assert model.lm_head.base_layer.weight is not model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is False
     untie(model)  # a second adapter's merge: what the base's files hold is still known
-    assert config_below(model).tie_word_embeddings is True
+    assert config_of_base(model).tie_word_embeddings is True
 
 
 def on_it(adapter: Path) -> LoadedModel:
@@ -159,9 +162,7 @@ def test_a_merged_model_takes_its_dtype_and_the_rounding_is_measured(dtype: str,
     assert found.before_rounding < 1e-4 < found.largest_difference < 0.1 * found.largest_logit
 
 
-def test_a_merge_that_loses_weights_is_an_error_and_not_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_loses_weights_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_llama(tmp_path / "base", tied=True)
     trained = llama(base)
     write_adapter(trained, base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
@@ -180,39 +181,37 @@ def test_a_merge_that_loses_weights_is_an_error_and_not_a_model(
         merged(trained, base, tmp_path / "adapter")
 
 
-def test_what_is_merged_must_be_the_model_that_was_trained(tmp_path: Path) -> None:
+def test_the_merged_model_must_be_the_trained_one(tmp_path: Path) -> None:
     """Two models that were built from the same wrong base would agree with each other."""
     base = write_llama(tmp_path / "base")
     trained = llama(base)
     write_adapter(trained, base, tmp_path / "adapter")
     write_llama(base, seed=3)
-    with pytest.raises(TrainingError, match=r"reading base and adapter anew changed the logits by up to"):
+    with pytest.raises(TrainingError, match=r"reading base and adapter again changed the logits by up to"):
         merged(trained, base, tmp_path / "adapter")
 
     tensors = {name: tensor for name, tensor in llama(base).state_dict().items() if "lm_head" not in name}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match=r"neither base nor the adapter holds lm_head.weight \(1 weights in all\)"):
+    with pytest.raises(TrainingError, match=r"neither base nor the adapter has lm_head.weight \(1 weights in all\)"):
         merged(trained, base, tmp_path / "adapter")
 
 
-def test_numbers_beyond_the_dtype_are_an_error_and_not_a_model(tmp_path: Path) -> None:
+def test_numbers_out_of_range_are_an_error(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base")
     model = llama(base)
     model.model.norm.weight.data[0] = 1e5  # float16 ends at 65504
     model.save_pretrained(base)
     write_adapter(model, base, tmp_path / "adapter")
-    with pytest.raises(TrainingError, match=r"model.norm.weight holds 1e\+05, which is beyond float16; .*=bfloat16"):
+    with pytest.raises(TrainingError, match=r"model.norm.weight holds 1e\+05, .* float16; .*=bfloat16"):
         merged(model, base, tmp_path / "adapter", "float16")
-    with pytest.raises(TrainingError, match="beyond float16"):
+    with pytest.raises(TrainingError, match="out of range for float16"):
         export_model(model, tmp_path / "whole", "float16")
     assert not (tmp_path / "adapter" / "merged").exists()
     assert not (tmp_path / "whole").exists()
     merged(model, base, tmp_path / "adapter", "bfloat16")
 
 
-def test_logits_that_are_no_numbers_prove_nothing_but_where_they_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_logits_fail_the_proof_unless_they_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_llama(tmp_path / "base")
     model = llama(base)
     model.model.embed_tokens.weight.data[int(IDS[0, 1])] = float("nan")  # which the first row reads, and no other
@@ -283,7 +282,7 @@ def test_an_upload_makes_a_private_repository(tmp_path: Path) -> None:
     ]
 
 
-def test_an_upload_that_fails_is_told_of_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_upload_is_logged_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert not push_to_hub(tmp_path, "me/model", FakeHub(ConnectionError("no route\nto the hub")))
     told = "\n".join(record.message for record in caplog.records)
@@ -292,7 +291,7 @@ def test_an_upload_that_fails_is_told_of_and_loses_nothing(tmp_path: Path, caplo
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_nothing_is_uploaded_to_a_repository_that_is_public(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_uploaded_to_a_public_repository(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub = FakeHub(private=False)
     assert not push_to_hub(tmp_path, "me/model", hub)
     assert [call[0] for call in hub.calls] == ["create_repo"]
@@ -300,7 +299,7 @@ def test_nothing_is_uploaded_to_a_repository_that_is_public(tmp_path: Path, capl
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "/tmp/model", "me/my model", "me/"])
-def test_a_name_that_no_repository_can_have_is_refused_at_the_start(name: str) -> None:
+def test_an_impossible_repository_name_is_refused_at_the_start(name: str) -> None:
     assert ExportConfig(push_to_hub="me/my.model-2_b").push_to_hub == "me/my.model-2_b"
     with pytest.raises(ValidationError, match="push_to_hub"):
         ExportConfig(push_to_hub=name)
@@ -311,13 +310,14 @@ def test_the_very_commit_of_a_hub_model_is_pinned(tmp_path: Path, monkeypatch: p
     base = write_llama(tmp_path / "base")
     model = llama(base)
     write_adapter(model, base, tmp_path / "adapter")
-    below = Origin(Weights("org/m", "org/m", revision="main", commit="c" * 40))
+    below = Origin(WeightFiles(name="org/m", location="org/m", revision="main", commit="c" * 40))
     assert json.loads(AdapterWeights(model, below).texts()["adapter_config.json"])["revision"] == "c" * 40
 
     read = []
     monkeypatch.setattr(exports, "read_checkpoint", lambda auto, source, *_: read.append(source) or 1 / 0)
+    proof = MergeProof(AutoModelForCausalLM, {"input_ids": IDS})
     with pytest.raises(ZeroDivisionError):
-        export_merged(tmp_path / "adapter", below, AutoModelForCausalLM, model, "float32", {"input_ids": IDS})
+        export_merged(tmp_path / "adapter", below, model, "float32", proof)
     assert read[0].revision == "c" * 40
 
     facts = {"location": "org/m", "commit": "c" * 40, "revision": "main", "untied": False, "adapters": []}

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from faults.contenders import at_once_trials, frozen_trials
 from faults.corruption import DAMAGES, corruption_trials, none_left_trials, pointer_trials
 from faults.crash import Event, chosen_points, crash_trial, events, random_trial
 from faults.errors import error_trial
-from faults.forkserver import ForkServer
 from faults.launchers import signal_trials
 from faults.power import order_trials
 from faults.samples import Plan, sample_trials
@@ -47,10 +45,8 @@ NAIVE = [
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    server = ForkServer()
-    yield Scene(tmp_path_factory.mktemp("faults") / "scene", server)
-    server.close()
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(tmp_path_factory.mktemp("faults") / "scene")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +61,8 @@ def survive(trials: list[Trial]) -> None:
 
 
 def test_the_fork_server_runs_the_true_program(scene: Scene, tmp_path: Path) -> None:
-    done = forge(*scene.arguments(ONE, tmp_path), OMP_NUM_THREADS="1")  # as the fork server: sums of two threads differ
+    # One thread, as in the fork server: sums of two threads differ.
+    done = forge(*scene.arguments(ONE, tmp_path), fresh=True, OMP_NUM_THREADS="1")
 
     assert done.returncode == 0, done.stderr
     assert scene.unbroken(ONE).difference(ending(run_of(tmp_path))) is None
@@ -74,7 +71,7 @@ def test_the_fork_server_runs_the_true_program(scene: Scene, tmp_path: Path) -> 
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_the_fork_server_runs_two_ranks_as_the_launcher_does(scene: Scene, tmp_path: Path) -> None:
-    done = forge_on_two_ranks(*scene.arguments(TWO, tmp_path))
+    done = forge_on_two_ranks(*scene.arguments(TWO, tmp_path), fresh=True)
 
     assert done.returncode == 0, done.stderr
     assert scene.unbroken(TWO).difference(ending(run_of(tmp_path))) is None

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from forge.config.teacher_schema import DistillationConfig
-from forge.data.batches import FILLER, for_the_loop
+from forge.data.batches import FILLER, with_positions
 from forge.errors import ConfigError, UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.attention import attention_modules, listening, width_of
@@ -89,7 +89,7 @@ def pairs_batch() -> dict[str, Tensor]:
     mask[1, 4:] = mask[2, 5:] = 0
     labels = torch.tensor([2, 0, IGNORE])
     tokens = mask.sum()
-    return for_the_loop({"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": tokens}, [0, 1, 2])
+    return with_positions({"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": tokens}, [0, 1, 2])
 
 
 def taught(student: PreTrainedModel, teacher: PreTrainedModel, **terms: Any) -> tuple[Student, ModelTeacher]:
@@ -206,12 +206,12 @@ def test_rows_without_labels_and_padding_change_nothing() -> None:
     for row, tokens in ((0, 7), (1, 4)):
         part = {name: batch[name][row : row + 1, :tokens] for name in ("input_ids", "attention_mask")}
         given = {**part, "labels": batch["labels"][row : row + 1], "tokens": batch["tokens"]}
-        alone.append(losses_of(student, teacher, for_the_loop(given, [row])))
+        alone.append(losses_of(student, teacher, with_positions(given, [row])))
     for name in ("hidden_sum", "relation_sum", "loss_sum"):
         assert together[name].item() == pytest.approx(sum(one[name].item() for one in alone), rel=1e-5)
 
     first = {name: batch[name][:1] for name in ("input_ids", "attention_mask", "labels")}
-    nothing = losses_of(student, teacher, for_the_loop({**first, "tokens": batch["tokens"]}, [FILLER]))
+    nothing = losses_of(student, teacher, with_positions({**first, "tokens": batch["tokens"]}, [FILLER]))
     assert nothing["hidden_sum"].item() == nothing["relation_sum"].item() == nothing["loss_sum"].item() == 0.0
     student.zero_grad()
     nothing["loss_sum"].backward()
@@ -233,7 +233,7 @@ def test_labels_of_positions_weigh_their_hidden_states_alike() -> None:
     own, other = llama(0), llama(1, hidden_size=24, num_hidden_layers=4).eval()
     labels = torch.tensor([[5, 6, IGNORE, 9], [IGNORE, IGNORE, IGNORE, 3]])
     ids = torch.tensor([[4, 5, 6, 7], [9, 8, 7, 6]])
-    batch = for_the_loop({"input_ids": ids, "labels": labels, "tokens": torch.tensor(8)}, [0, 1])
+    batch = with_positions({"input_ids": ids, "labels": labels, "tokens": torch.tensor(8)}, [0, 1])
     options = {"use_cache": False}
     head, other_head = find_head(own, options), find_head(other, options)
     assert isinstance(head, LinearHead)
@@ -263,7 +263,7 @@ def test_what_is_masked_out_may_be_nan_and_reaches_no_projection(of_rows: bool) 
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     labels = torch.tensor([1, 0]) if of_rows else torch.where(mask.bool(), 3, IGNORE)
-    batch = for_the_loop({"labels": labels, "attention_mask": mask, "tokens": mask.sum()}, [0, 1])
+    batch = with_positions({"labels": labels, "attention_mask": mask, "tokens": mask.sum()}, [0, 1])
     states, target = torch.randn(2, 4, 6), torch.randn(2, 4, 8)
     config = DistillationConfig(alpha=0.5, hidden={"layers": {1: 1}})
 
@@ -288,7 +288,7 @@ def test_what_is_masked_out_may_be_nan_and_reaches_no_projection(of_rows: bool) 
 def test_only_positions_with_labels_go_through_a_projection() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([[IGNORE, 3, IGNORE, 2], [IGNORE, IGNORE, IGNORE, 1]])
-    batch = for_the_loop({"labels": labels, "tokens": torch.tensor(8)}, [0, 1])
+    batch = with_positions({"labels": labels, "tokens": torch.tensor(8)}, [0, 1])
     projection = nn.Linear(6, 8, bias=False)
     seen = []
     projection.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
@@ -316,7 +316,7 @@ def test_of_an_encoder_decoder_the_decoders_states_are_drawn() -> None:
     own, other = reader(0, 16, 2), reader(1, 24, 3).eval()
     labels = torch.tensor([[5, 6, IGNORE], [7, IGNORE, IGNORE]])
     inputs = {"pixel_values": torch.randn(2, 3, 8, 8), "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 0]])}
-    batch = for_the_loop({**inputs, "labels": labels, "tokens": torch.tensor(3)}, [0, 1])
+    batch = with_positions({**inputs, "labels": labels, "tokens": torch.tensor(3)}, [0, 1])
     teacher = ModelTeacher(other.requires_grad_(False), {"use_cache": False})
     teacher.whole_logits = True
     config = DistillationConfig(alpha=0.5, hidden={"layers": {0: 0, 2: 3}})
@@ -341,7 +341,7 @@ def test_the_default_map_spreads_the_students_layers_over_the_teachers() -> None
     assert list(layer_map({2: 5, 1: 0}, 2, 6).items()) == [(1, 0), (2, 5)]
 
 
-@pytest.mark.parametrize(("layers", "whose"), [({3: 1}, "student has no 3"), ({1: 7}, "teacher has no 7")])
+@pytest.mark.parametrize(("layers", "whose"), [({3: 1}, "student has no layer 3"), ({1: 7}, "teacher has no layer 7")])
 def test_a_layer_that_there_is_not_is_refused(layers: dict[int, int], whose: str) -> None:
     with pytest.raises(UsageError, match=f"the {whose}: the student has 2 layers and the teacher 6"):
         layer_map(layers, 2, 6)
@@ -476,7 +476,7 @@ def build(build_trainer: Build, teacher_folder: Path) -> Build:
 
 
 def projections_of(trainer: Any) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in trainer.parts.projections.state_dict().items()}
+    return {name: weight.clone() for name, weight in trainer.training.projections.state_dict().items()}
 
 
 def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
@@ -506,7 +506,7 @@ def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
 def test_projections_are_clipped_and_decay_with_the_other_matrices(build: Build) -> None:
     trainer = build("training.max_steps=1")
     (decayed, spared) = trainer.optimizer.param_groups
-    own = list(trainer.parts.projections.parameters())
+    own = list(trainer.training.projections.parameters())
     assert all(any(weight is other for other in decayed["params"]) for weight in own)
     assert len(decayed["params"]) + len(spared["params"]) == len(list(trainer.model.parameters())) + 3
 
@@ -550,7 +550,7 @@ def test_bf16_computes_the_terms_in_float32(build: Build) -> None:
     trajectory(plain)
     trainer = build("training.mixed_precision=bf16")
     seen = []
-    (projection, *_) = trainer.parts.projections.values()
+    (projection, *_) = trainer.training.projections.values()
     projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     trajectory(trainer)
     assert set(seen) == {torch.float32}
@@ -567,15 +567,15 @@ def test_alpha_0_builds_nothing_and_trains_as_without_a_teacher(
     config_file.write_text(f"{config_file.read_text()}teacher: {{path: {teacher_folder}}}\ndistillation: {terms}\n")
     trainer = build_trainer("distillation.alpha=0", "evaluation.teacher=true")
     assert trainer.student.features is None
-    assert trainer.parts.projections is None
+    assert trainer.training.projections is None
     assert trajectory(trainer) == plain
-    assert not list(trainer.run.path.rglob("projections.safetensors"))
+    assert not list(trainer.attempt.run.path.rglob("projections.safetensors"))
 
 
 def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Path) -> None:
     trainer = build()
     trainer.train()
-    folder = trainer.run.path / "checkpoint-3"
+    folder = trainer.attempt.run.path / "checkpoint-3"
     with pytest.raises(UsageError, match=r"and none are trained now: the optimizer's state has .*; set teacher"):
         build("distillation.hidden=null").restore(folder)
     fewer = build("distillation.hidden.layers={1: 2}")
@@ -589,8 +589,8 @@ def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Pa
 
 
 BAD_INPUT = {
-    "layers={3: 1}": "draws layer 3 to 1, and the student has no 3: the student has 2 layers and the teacher 3",
-    "layers={1: 4}": "draws layer 1 to 4, and the teacher has no 4: the student has 2 layers and the teacher 3",
+    "layers={3: 1}": "the student has no layer 3: the student has 2 layers and the teacher 3",
+    "layers={1: 4}": "the teacher has no layer 4: the student has 2 layers and the teacher 3",
     "layers={-1: 1}": "layers.-1.[key] is -1; it must be at least 0",
     "layers={}": "distillation.hidden.layers has no entries; it needs at least 1",
 }
@@ -617,6 +617,7 @@ def job(config_file: Path, teacher_folder: Path) -> list[Any]:
     return ["--config", config_file, *(part for setting in settings for part in ("--set", setting))]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_killed_job_ends_as_the_unbroken_one_and_exports_no_projections(
     config_file: Path, teacher_folder: Path, tmp_path: Path
 ) -> None:

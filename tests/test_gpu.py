@@ -94,7 +94,7 @@ def test_an_asynchronous_save_holds_what_the_synchronous_one_does(build_trainer:
     for asynchronous in ("false", "true"):
         trainer = build_trainer(*settings, f"checkpoint.asynchronous={asynchronous}")
         trainer.train()
-        saved.append(trainer.run.path / "checkpoint-3")
+        saved.append(trainer.attempt.run.path / "checkpoint-3")
     plain, other = (load_file(folder / "model.safetensors") for folder in saved)
     assert all(torch.equal(plain[name], other[name]) for name in plain)
     moments = [torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]["state"] for folder in saved]

@@ -35,11 +35,11 @@ from forge.config.loader import load_config
 from forge.config.placing import located
 from forge.config.schema import ModelConfig
 from forge.errors import ConfigError, UsageError
-from forge.model.adapter import TIED_BELOW
+from forge.model.adapter import TIED_IN_BASE
 from forge.model.classifier import load_classifier
 from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.load import LoadedModel, load_own_tokenizer, load_whole
-from forge.model.trained import AllWeights
+from forge.model.weights import AllWeights
 from forge.report.model_card import _layers
 from forge.run.files import read_json
 
@@ -142,7 +142,7 @@ def logits(kind: str, model: Any) -> Tensor:
 
 
 @every_kind
-def test_weights_are_the_sources_and_renumbered(source_of: Callable[..., Any], kind: str) -> None:
+def test_weights_are_copied_and_renumbered(source_of: Callable[..., Any], kind: str) -> None:
     folder, source = source_of(kind)
     student = load(kind, folder, keep_layers=[1, 3])
     found, given, stack = student.model.state_dict(), source.state_dict(), STACKS[kind]
@@ -161,7 +161,7 @@ def test_weights_are_the_sources_and_renumbered(source_of: Callable[..., Any], k
 
 
 @every_kind
-def test_logits_are_those_of_the_sources_modules_one_after_the_other(source_of: Callable[..., Any], kind: str) -> None:
+def test_logits_are_those_of_the_kept_modules_in_order(source_of: Callable[..., Any], kind: str) -> None:
     folder, source = source_of(kind)
     for layers in ([0, 3], [1, 2, 3], [2]):
         student = load(kind, folder, keep_layers=layers).model
@@ -170,18 +170,20 @@ def test_logits_are_those_of_the_sources_modules_one_after_the_other(source_of: 
 
 
 @every_kind
-def test_all_layers_are_the_source(source_of: Callable[..., Any], kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_keeping_all_layers_returns_the_source(
+    source_of: Callable[..., Any], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, source = source_of(kind)
     with caplog.at_level(logging.INFO, "forge"):
         student = load(kind, folder, keep_layers=[0, 1, 2, 3])
 
     assert torch.equal(logits(kind, student.model), logits(kind, source))
-    assert f"model: all 4 layers of {folder} are kept; model.keep_layers cuts nothing" in caplog.messages
+    assert f"model: model.keep_layers keeps all 4 layers of {folder}" in caplog.messages
     assert student.facts()["kept_layers"] == [0, 1, 2, 3]
 
 
 @every_kind
-def test_the_files_of_a_student_need_nothing_of_forge(source_of: Callable[..., Any], kind: str, tmp_path: Path) -> None:
+def test_the_files_of_a_student_load_without_forge(source_of: Callable[..., Any], kind: str, tmp_path: Path) -> None:
     folder, _ = source_of(kind)
     student = load(kind, folder, keep_layers=[0, 3]).model.eval()
     student.save_pretrained(tmp_path / "final")
@@ -222,20 +224,20 @@ def test_embeddings_and_head_stay_one_weight(source_of: Callable[..., Any], kind
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_student_is_in_the_mode_of_its_source_and_knows_what_its_head_was_tied_below(
+def test_a_student_keeps_the_mode_of_its_source_and_what_its_base_ties(
     source_of: Callable[..., Any], training: bool
 ) -> None:
     source = load("llama", source_of("llama")[0]).model.train(training)
-    vars(source)[TIED_BELOW] = True
+    vars(source)[TIED_IN_BASE] = True
     kept = KeptLayers([0, 3], source.config.num_hidden_layers)
     cut = keep_layers(source, kept, "it", "model")
     assert all(module.training == training for module in cut.modules())
-    assert vars(cut)[TIED_BELOW] is True
-    del vars(source)[TIED_BELOW]
-    assert TIED_BELOW not in vars(keep_layers(source, kept, "it", "model"))
+    assert vars(cut)[TIED_IN_BASE] is True
+    del vars(source)[TIED_IN_BASE]
+    assert TIED_IN_BASE not in vars(keep_layers(source, kept, "it", "model"))
 
 
-def test_a_config_with_a_list_of_layers_tells_of_the_kept_ones(source_of: Callable[..., Any]) -> None:
+def test_per_layer_lists_of_the_config_are_cut_too(source_of: Callable[..., Any]) -> None:
     student = load("qwen2", source_of("qwen2")[0], keep_layers=[0, 1, 3]).model
     assert student.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
     assert [layer.self_attn.sliding_window for layer in student.model.layers] == [None, None, 3]
@@ -269,7 +271,7 @@ def test_adapters_are_merged_before_layers_are_cut(source_of: Callable[..., Any]
     assert student.facts()["adapter"] is None
 
 
-def test_facts_log_and_card_tell_the_layers(source_of: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_facts_log_and_card_name_the_layers(source_of: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     folder, _ = source_of("bert")
     with caplog.at_level(logging.INFO, "forge"):
         facts = load("bert", folder, keep_layers=[0, 3]).facts()
@@ -283,32 +285,32 @@ def test_facts_log_and_card_tell_the_layers(source_of: Callable[..., Any], caplo
     assert (whole["kept_layers"], whole["layers_of"], _layers(whole), _layers({})) == (None, None, "", "")
 
 
-def test_a_layer_that_is_not_there_is_refused_before_weights_are_read(source_of: Callable[..., Any]) -> None:
+def test_a_layer_that_does_not_exist_is_refused_before_weights_are_read(source_of: Callable[..., Any]) -> None:
     folder, _ = source_of("bert")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"model\.keep_layers names layer 4, and .*bert has 4 layers, numbered 0 to 3"):
+    with pytest.raises(UsageError, match=r"model\.keep_layers has layer 4, .*bert has 4 layers, numbered 0 to 3"):
         load("bert", folder, keep_layers=[0, 4])
 
 
 def test_models_with_several_stacks_or_shared_layers_are_refused(source_of: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"m is of type t5, which has more than one stack of layers .*take it out"):
+    with pytest.raises(UsageError, match=r"keep_layers: m is of type t5, .*\(.*\)"):
         check_layers([0], T5Config(num_layers=2), "m", "model")
     parts = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "config.json").write_text(json.dumps({"model_type": "vision-encoder-decoder", **parts}))
-    with pytest.raises(UsageError, match="type vision-encoder-decoder, which has more than one stack of layers"):
+    with pytest.raises(UsageError, match=r"keep_layers: .* type vision-encoder-decoder"):
         load("llama", tmp_path / "two", keep_layers=[0])
 
     folder, _ = source_of("bert")
     albert = AlbertConfig(**DEEP, embedding_size=8, id2label=dict(enumerate(LABELS)))
     AutoModelForSequenceClassification.from_config(albert).save_pretrained(folder)
-    with pytest.raises(UsageError, match=r"the 4 layers of .* \(AlbertForSequenceClassification\) are in no list"):
+    with pytest.raises(UsageError, match=r"the 4 layers of .* \(AlbertForSequenceClassification\)"):
         load("bert", folder, keep_layers=[0])
 
 
 def test_a_layer_that_would_compute_something_else_in_its_new_place_is_refused(source_of: Callable[..., Any]) -> None:
     folder, source = source_of("gpt2", scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(UsageError, match=r"layer 2 cannot become layer 1, where .* type gpt2 .*attn\.scaling is"):
+    with pytest.raises(UsageError, match=r"layer 2 cannot become layer 1: .* type gpt2 .*attn\.scaling is"):
         load("gpt2", folder, keep_layers=[0, 2])
     first = load("gpt2", folder, keep_layers=[0, 1]).model
     torch.testing.assert_close(logits("gpt2", first), by_hand("gpt2", source, [0, 1]))
@@ -367,7 +369,7 @@ def test_other_layers_change_the_meaning_of_a_run(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_to_the_unbroken_end_and_the_next_goes_on_from_it(
+def test_a_resumed_run_ends_bit_identical_and_the_next_starts_from_it(
     config_file: Path, source_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder, _ = source_of("bert")

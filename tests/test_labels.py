@@ -3,10 +3,10 @@
 import pytest
 
 from forge.errors import UsageError
-from forge.model.labels import align, named_labels
+from forge.model.classifier import align, named_labels
 
 
-def test_the_order_of_the_model_is_found_by_name_whatever_the_case() -> None:
+def test_labels_are_matched_by_name_ignoring_case() -> None:
     assert align(["entailment", "neutral", "contradiction"], ["CONTRADICTION", "ENTAILMENT", "NEUTRAL"]) == [1, 2, 0]
     assert align(["not_entailment", "entailment"], ["entailment", "not entailment"]) == [1, 0]
 
@@ -19,6 +19,6 @@ def test_other_names_are_refused_with_both_lists_and_a_way_out(model: list[str])
         assert part in str(refused.value)
 
 
-def test_names_that_transformers_made_up_are_no_names() -> None:
+def test_default_names_of_transformers_do_not_count() -> None:
     assert named_labels({0: "LABEL_0", 1: "LABEL_1"}) is None
     assert named_labels({1: "no", 0: "yes"}) == ["yes", "no"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm
 from conftest import REPOSITORY, python
 from test_signals import wait_for
 
@@ -125,7 +126,7 @@ def test_the_config_is_checked_without_torch(tmp_path: Path) -> None:
         "code = cli.main(['launch', 'c.yaml', '--processes', '4', '--deepspeed', 'zero2']); "
         "print(code, 'torch' in sys.modules)"
     )
-    done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(REPOSITORY))
+    done = python("-c", code, cwd=tmp_path, fresh=True, PYTHONPATH=str(REPOSITORY))
     assert done.stdout == "74 False\n", done.stderr
 
 
@@ -273,9 +274,10 @@ def test_a_signal_before_the_ranks_hear_signals_is_a_stop(tmp_path: Path, monkey
         "import sys; from pathlib import Path; from forge.cluster import launch; "
         "launch.ENTRY = Path(sys.argv[1]); sys.exit(launch.run_training(sys.argv[2:], 2))"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(entry), str(tmp_path / "ready")], stderr=subprocess.DEVNULL
-    )
+    with warm.starts():
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code, str(entry), str(tmp_path / "ready")], stderr=subprocess.DEVNULL
+        )
     for rank in "01":
         (tmp_path / f"ready{rank}").read_text()  # waits until it runs
     parent.terminate()
@@ -324,16 +326,17 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> Path:
 
 
 def start(config: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    """`forge launch` of two processes."""
+    """`forge launch` of two processes, warm; with another HF_HOME, which accelerate reads at its import, all fresh."""
     command = [sys.executable, "-m", "forge.cli", "launch", str(config), "--processes", "2", *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with warm.starts():
+        return subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 def is_rank_1(process: psutil.Process) -> bool:

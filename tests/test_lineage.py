@@ -13,8 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from forge.config.loader import load_config
-from forge.model.lineage import lineage
-from forge.model.origin import Origin, Weights, hash_of_files, weight_files
+from forge.model.origin import Origin, WeightFiles, hash_of_files, lineage, weight_files
 from forge.run.files import read_json
 from forge.run.state import TrainingState
 
@@ -64,7 +63,7 @@ def model_of(folder: Path) -> AutoModelForSequenceClassification:
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
 
-def test_a_run_tells_its_ancestors_the_oldest_first(runs: SimpleNamespace) -> None:
+def test_a_run_records_its_ancestors_the_oldest_first(runs: SimpleNamespace) -> None:
     assert metadata(runs.full)["lineage"] == []
     (parent,) = metadata(runs.adapter)["lineage"]
     assert parent == {
@@ -124,7 +123,7 @@ def test_the_stack_is_what_the_next_run_starts_from(runs: SimpleNamespace) -> No
     torch.testing.assert_close(logits(model_of(runs.stacked / "final" / "merged")), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_that_was_trained_on_is_one_adapter_on_the_same_base(runs: SimpleNamespace) -> None:
+def test_a_continued_adapter_is_one_adapter_on_the_same_base(runs: SimpleNamespace) -> None:
     names = ("adapter_config.json", "base.json")
     one, other = ([json.loads((run / "final" / name).read_text()) for name in names] for run in (runs.adapter, runs.on))
     assert one == other
@@ -133,7 +132,7 @@ def test_an_adapter_that_was_trained_on_is_one_adapter_on_the_same_base(runs: Si
     assert metadata(runs.on)["model"]["adapter"]["continues"] == str(runs.adapter)
 
 
-def test_the_card_tells_the_base_the_line_and_how_to_load(runs: SimpleNamespace, tiny_model: Path) -> None:
+def test_the_card_names_the_base_the_lineage_and_how_to_load(runs: SimpleNamespace, tiny_model: Path) -> None:
     card = (runs.stacked / "final" / "README.md").read_text()
     assert "library_name: peft" in card
     assert "- LoRA adapter of rank 3 (alpha 32): " in card
@@ -232,18 +231,18 @@ def test_nothing_leaves_the_machine_in_debug(runs: SimpleNamespace) -> None:
     assert load_config(runs.config, settings, debug=True).config.export.push_to_hub is None
 
 
-def test_a_folder_that_no_run_made_has_no_line(
+def test_a_folder_that_no_run_made_has_no_lineage(
     tiny_model: Path, runs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs.full)  # a hub id is no folder, wherever forge is started
     assert lineage(None) == []
-    assert lineage(Origin(Weights("m", str(tiny_model)))) == []
-    assert lineage(Origin(Weights("org/name", "org/name"))) == []
+    assert lineage(Origin(WeightFiles(name="m", location=str(tiny_model)))) == []
+    assert lineage(Origin(WeightFiles(name="org/name", location="org/name"))) == []
 
 
 def test_a_checkpoint_counts_its_own_steps(runs: SimpleNamespace) -> None:
     folder = runs.full / "checkpoint-1"
-    (own,) = lineage(Origin(Weights("c", str(folder), sha256="ab")), role="teacher")
+    (own,) = lineage(Origin(WeightFiles(name="c", location=str(folder), sha256="ab")), role="teacher")
     assert (own["role"], own["steps"], own["weights_sha256"]) == ("teacher", 1, "ab")
-    (own,) = lineage(Origin(Weights("m", str(runs.full / "final" / "merged"))))
+    (own,) = lineage(Origin(WeightFiles(name="m", location=str(runs.full / "final" / "merged"))))
     assert own["steps"] == 2

@@ -306,7 +306,7 @@ def test_a_distillation_with_the_kernels_is_the_one_without(
     """The true trainer over three steps, with an evaluation before and after: reports, metrics and weights."""
     teacher = write_chat_teacher(tmp_path / "teacher", chat_model, columns=384)
     rows = [conversation(i) for i in range(4)]
-    given = ("training.max_steps=3", "training.batch_size=4", "training.adam_epsilon=1e-3", "evaluation.samples=0")
+    given = ("training.max_steps=3", "training.batch_size=4", "training.adam_epsilon=1e-3", "evaluation.shown_texts=0")
     given += (f"teacher.path={teacher}", "distillation.alpha=0.7", *settings)
     config = config_on(tmp_path, chat_model, rows, rows[:2], *given)
 
@@ -315,7 +315,7 @@ def test_a_distillation_with_the_kernels_is_the_one_without(
         before = trainer.evaluate("baseline")
         trainer.train()
         weights = {key: weight.detach().clone() for key, weight in trainer.model.named_parameters()}
-        return trainer.callbacks.reports, [before, trainer.evaluate("final")], weights
+        return trainer.attempt.callbacks.reports, [before, trainer.evaluate("final")], weights
 
     reports, evaluations, weights = run("fused")
     assert set(ran) == {precision}
@@ -326,7 +326,7 @@ def test_a_distillation_with_the_kernels_is_the_one_without(
     assert len(reports) == 3
     for found, expected, names in (
         (reports, plain_reports, ("loss", "ce", "divergence", "grad_norm")),
-        (evaluations, plain_evaluations, ("validation/loss", "validation/kl")),
+        (evaluations, plain_evaluations, ("validation/ce", "validation/kl")),
     ):
         for one, other in zip(found, expected, strict=True):
             assert {name: one[name] for name in names} == pytest.approx({name: other[name] for name in names}, rel=rel)

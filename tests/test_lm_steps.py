@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from forge.config.schema import LossConfig
 from forge.losses import linear_kd as module
-from forge.trainer.loop import FinetuningTrainer
+from forge.trainer.loop import LoopTrainer
 
 LORA = ("model.lora.rank=4", "model.lora.target=[q_proj, v_proj]")
 MODELS = {
@@ -28,7 +28,7 @@ MODELS = {
 # Without AdamW's usual epsilon, which blows rounding up where a gradient is nothing but that.
 STEPS = ("training.max_steps=3", "training.adam_epsilon=1e-3", "evaluation.teacher=true")
 PARTS = ("loss", "ce", "divergence", "grad_norm")
-METRICS = ("validation/loss", "validation/kl", "validation/agreement", "validation/ece")
+METRICS = ("validation/ce", "validation/kl", "validation/agreement", "validation/ece")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def trajectory(trainer: Any) -> tuple[list[dict[str, float]], list[dict[str, flo
     """What the steps report, and the evaluations around them."""
     before = trainer.evaluate("baseline")
     trainer.train()
-    return trainer.callbacks.reports, [before, trainer.evaluate("final")]
+    return trainer.attempt.callbacks.reports, [before, trainer.evaluate("final")]
 
 
 def assert_same(found: Any, expected: Any, rel: float) -> None:
@@ -112,7 +112,7 @@ def test_steps_and_evaluations_are_those_of_whole_logits(
     assert len(outputs) > len(steps)  # evaluations take the same way
 
     calls = len(outputs)
-    monkeypatch.setattr(FinetuningTrainer, "language_head", lambda self, model: None)
+    monkeypatch.setattr(LoopTrainer, "_language_head", lambda self, model: None)
     whole = trainer_of(config, tmp_path / "whole")
     assert_same(found, trajectory(whole), rel=2e-5)
     assert len(outputs) == calls

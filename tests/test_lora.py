@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from forge.attempt.resume import Beginning, check_base
+from forge.attempt.resume import ResumePoint, check_base
 from forge.checkpoint.manifest import Manifest
 from forge.config.loader import load_config
 from forge.config.schema import LoraConfig, ModelConfig
@@ -62,7 +62,7 @@ def test_only_the_adapter_and_the_new_head_are_trained(build_trainer: Build) -> 
 def test_a_checkpoint_holds_the_adapter_alone_and_peft_loads_it(build_trainer: Build, tiny_model: Path) -> None:
     trainer = build_trainer(*LORA)
     trainer.train()
-    folder = trainer.run.path / "checkpoint-6"
+    folder = trainer.attempt.run.path / "checkpoint-6"
     assert {path.name for path in folder.iterdir()} == {
         *("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json"),
         *("optimizer.pt", "rng-00000.pt", "state.json", "manifest.json"),
@@ -83,9 +83,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_peft_loads_it(build_trainer: B
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 @pytest.mark.parametrize("kind", [(), ("model.lora.dora=true", "model.lora.rslora=true")])
-def test_a_resumed_adapter_ends_with_the_bits_of_the_unbroken_one(
-    asynchronous: str, kind: tuple[str, ...], build_trainer: Build
-) -> None:
+def test_a_resumed_adapter_ends_bit_identical(asynchronous: str, kind: tuple[str, ...], build_trainer: Build) -> None:
     """With dropout in the model and in the adapter."""
     settings = (*LORA, *kind, "model.dropout=0.1", "model.lora.dropout=0.1")
     unbroken = build_trainer(*settings, f"checkpoint.asynchronous={asynchronous}")
@@ -101,11 +99,11 @@ def test_a_resumed_adapter_ends_with_the_bits_of_the_unbroken_one(
     assert [r["loss"] for r in resumed.callbacks.reports] == [r["loss"] for r in unbroken.callbacks.reports[2:]]
     names = ("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json")
     for name in names:
-        one, other = (trainer.run.path / "checkpoint-6" / name for trainer in (unbroken, resumed))
+        one, other = (trainer.attempt.run.path / "checkpoint-6" / name for trainer in (unbroken, resumed))
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_the_first_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
+def test_initial_weights_depend_only_on_the_seed(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "m")
 
     def first(seed: int, drawn: int) -> dict[str, torch.Tensor]:
@@ -118,7 +116,7 @@ def test_the_first_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert not any(one[name].any() for name in one if "lora_B" in name)  # at first it changes nothing
 
 
-def test_all_linear_is_every_linear_layer_but_the_head(tmp_path: Path) -> None:
+def test_all_linear_means_every_linear_layer_except_the_head(tmp_path: Path) -> None:
     model = adapted(llama(write_llama(tmp_path / "m", layers=1))).model
     layers = {name.partition(".lora_A")[0] for name in trained_names(model) if ".lora_A." in name}
     block = "model.layers.0"
@@ -128,7 +126,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(tmp_path: Path) -> None:
     }
 
 
-def test_what_its_task_has_frozen_takes_no_adapter(tmp_path: Path) -> None:
+def test_modules_frozen_by_the_task_get_no_adapter(tmp_path: Path) -> None:
     model = llama(write_llama(tmp_path / "m"))
     model.model.layers[1].mlp.requires_grad_(False)
     trained = trained_names(adapted(model).model)
@@ -136,7 +134,7 @@ def test_what_its_task_has_frozen_takes_no_adapter(tmp_path: Path) -> None:
     assert len([name for name in trained if "layers.0.mlp" in name]) == 6
 
 
-def test_an_encoder_decoder_takes_an_adapter_and_learns_through_it() -> None:
+def test_an_encoder_decoder_learns_through_an_adapter() -> None:
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
     model = adapted(T5ForConditionalGeneration(config), target=["q", "v"], modules_to_save=["lm_head"]).model
     assert {name.split(".")[0] for name in trained_names(model)} == {"encoder", "decoder", "lm_head"}
@@ -151,7 +149,7 @@ def test_running_statistics_that_no_adapter_holds_are_refused() -> None:
         adapted(ResNetForImageClassification(config), target=["convolution"])
 
 
-def test_activations_that_are_recomputed_change_no_number(build_trainer: Build) -> None:
+def test_recomputed_activations_change_no_number(build_trainer: Build) -> None:
     plain, recomputed = (build_trainer(*LORA, f"training.gradient_checkpointing={value}") for value in ("no", "yes"))
     plain.train()
     recomputed.train()
@@ -178,13 +176,13 @@ def test_every_setting_reaches_peft(tmp_path: Path) -> None:
     ("settings", "key"),
     [({"target": ["query"]}, "target"), ({"modules_to_save": ["query"]}, "modules_to_save")],
 )
-def test_a_name_that_matches_nothing_is_told_with_those_there_are(
+def test_an_unknown_target_is_refused_with_the_names_that_exist(
     settings: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError) as error:
         adapted(llama(write_llama(tmp_path / "m")), **settings)
     text = str(error.value)
-    assert text.startswith(f"model.lora.{key}: no module of LlamaForCausalLM is named query; there are: ")
+    assert text.startswith(f"model.lora.{key}: no module of LlamaForCausalLM is named query; the names are: ")
     names = text.partition("there are: ")[2].split(", ")
     assert {"q_proj", "k_proj", "down_proj", "lm_head"} <= set(names)
     assert len(names) == len(set(names))  # each once, whatever the number of layers
@@ -220,38 +218,38 @@ def test_4_bits_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch:
 def test_a_checkpoint_on_another_base_is_refused(build_trainer: Build) -> None:
     trainer = build_trainer(*LORA)
     trainer.train()
-    folder = trainer.run.path / "checkpoint-6"
+    folder = trainer.attempt.run.path / "checkpoint-6"
     manifest = Manifest.read(folder)
-    beginning = Beginning(2, folder, manifest)
-    check_base(beginning, manifest.base)
+    point = ResumePoint(2, folder, manifest)
+    check_base(point, manifest.base)
     with pytest.raises(UsageError) as error:
-        check_base(beginning, "f" * 64)
+        check_base(point, "f" * 64)
     assert f"below the adapter are {'f' * 12}, and" in str(error.value)
     assert f"was trained on {manifest.base[:12]}; bring those back" in str(error.value)
 
 
-def test_a_run_that_begins_anew_on_other_weights_is_refused() -> None:
+def test_a_run_that_starts_again_from_other_weights_is_refused() -> None:
     """Before its first checkpoint only its metadata know what it began with; all weights trained or an adapter."""
-    beginning = Beginning(2, weights="a" * 64)
-    check_base(beginning, None, "a" * 64)
-    check_base(beginning, None, None)  # not known
-    check_base(Beginning(), None, "b" * 64)
+    point = ResumePoint(2, weights="a" * 64)
+    check_base(point, None, "a" * 64)
+    check_base(point, None, None)  # not known
+    check_base(ResumePoint(), None, "b" * 64)
     with pytest.raises(
         UsageError, match=f"the weights of the model are {'b' * 12}, and the run began with {'a' * 12};"
     ):
-        check_base(beginning, None, "b" * 64)
+        check_base(point, None, "b" * 64)
 
 
-def test_a_module_that_is_trained_in_full_takes_no_adapter_too(tmp_path: Path) -> None:
+def test_a_module_trained_in_full_gets_no_adapter(tmp_path: Path) -> None:
     model = adapted(llama(write_llama(tmp_path / "m")), target=["lm_head", "q_proj"], modules_to_save=["lm_head"]).model
     assert adapter_config(model).target_modules == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     assert not any("lm_head" in name and "lora" in name for name, _ in model.named_parameters())
 
 
-def test_a_new_weight_in_no_module_is_one_sentence(tmp_path: Path) -> None:
+def test_a_new_weight_outside_any_module_is_refused(tmp_path: Path) -> None:
     model = llama(write_llama(tmp_path / "m"))
     model.alone = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(UsageError, match=r"model.lora: alone starts new and is in no module of LlamaForCausalLM"):
+    with pytest.raises(UsageError, match=r"model.lora: alone .* module of LlamaForCausalLM"):
         adapted(model, ("alone",))
 
 

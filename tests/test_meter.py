@@ -55,7 +55,7 @@ def test_a_report_covers_the_time_and_the_labels_since_the_last_one(clock: Simpl
         "loss": pytest.approx(8 / 12),
         "learning_rate": 0.1,
         "grad_norm": 0.5,
-        "samples_per_second": 12.0,  # rows of both ranks
+        "rows_per_second": 12.0,  # rows of both ranks
         "tokens_per_second": 100.0,
         "peak_memory_mib": 700.0,
     }
@@ -63,7 +63,7 @@ def test_a_report_covers_the_time_and_the_labels_since_the_last_one(clock: Simpl
     clock.now += 0.5
     meter.settle()
     report = meter.metrics(rate=0.1)
-    assert (report["samples_per_second"], report["truncated"]) == (4.0, 6)  # nothing of the first report is left
+    assert (report["rows_per_second"], report["truncated"]) == (4.0, 6)  # nothing of the first report is left
 
 
 def test_a_report_that_a_checkpoint_parts_is_the_whole_one(clock: SimpleNamespace) -> None:

@@ -63,7 +63,7 @@ def test_half_precision_weights_are_trained_in_float32(tiny_model: Path, classif
     assert {p.dtype for p in load(tiny_model, path=str(tmp_path / "half")).model.parameters()} == {torch.float32}
 
 
-def test_a_head_of_other_names_is_refused_or_started_anew(tiny_model: Path, classifier: Path) -> None:
+def test_a_head_with_other_labels_is_refused_or_replaced(tiny_model: Path, classifier: Path) -> None:
     with pytest.raises(UsageError, match=r"do not have the same names.*model\.new_head: true"):
         load(tiny_model, ["yes", "no"], path=str(classifier))
     loaded = load(tiny_model, ["yes", "no"], path=str(classifier), new_head=True)
@@ -132,7 +132,7 @@ def test_what_cannot_fit_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_config(small).save_pretrained(tmp_path / "small")
     with pytest.raises(UsageError, match="the tokenizer has 20 tokens"):
         load(tiny_model, path=str(tmp_path / "small"), new_head=True)
-    with pytest.raises(UsageError, match=r"task\.max_length is 65, and the model has 64 positions"):
+    with pytest.raises(UsageError, match=r"task\.max_length is 65, .* 64 positions"):
         check_fits(load(tiny_model).model, 65, TrainingConfig())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"model\.path: the folder .*empty has no usable config"):
@@ -151,7 +151,7 @@ def test_roberta_has_fewer_positions_than_its_config_says() -> None:
         check_fits(model, 65, TrainingConfig())
 
 
-def test_a_model_that_cannot_recompute_activations_is_not_asked_to(tiny_model: Path) -> None:
+def test_gradient_checkpointing_is_refused_if_the_model_cannot(tiny_model: Path) -> None:
     model = load(tiny_model).model
     model.supports_gradient_checkpointing = False
     check_fits(model, 32, TrainingConfig())
@@ -167,7 +167,7 @@ def test_weights_of_another_architecture_are_refused(tiny_model: Path, tmp_path:
         load(tiny_model, path=str(folder))
 
 
-def test_a_run_directory_stands_for_its_final_model(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_directory_means_its_final_model(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "training_state.json").write_text("{}")
     with pytest.raises(UsageError, match="which has no final model yet"):
         find_model(str(tmp_path), "model.path")

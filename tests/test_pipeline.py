@@ -114,13 +114,13 @@ def test_metrics_hold_baseline_steps_and_final_in_order(finished: tuple[Path, st
     assert [(row["step"], row.get("stage")) for row in rows] == [(0, "baseline"), (2, None), (4, None), (4, "final")]
     assert set(rows[1]) == {
         *("step", "epoch", "loss", "learning_rate", "grad_norm"),
-        *("samples_per_second", "tokens_per_second", "peak_memory_mib"),
+        *("rows_per_second", "tokens_per_second", "peak_memory_mib"),
     }
     assert rows[1]["learning_rate"] == pytest.approx(5e-5)
     assert rows[2]["learning_rate"] == pytest.approx(5e-5 / 3)
-    assert rows[0]["matched/samples"] == 13
-    assert rows[0]["other/samples"] == 7
-    assert rows[3]["matched/loss"] != rows[0]["matched/loss"]
+    assert rows[0]["matched/rows"] == 13
+    assert rows[0]["other/rows"] == 7
+    assert rows[3]["matched/ce"] != rows[0]["matched/ce"]
 
 
 def test_the_final_model_loads_and_gives_the_final_numbers(finished: tuple[Path, str, str], data_folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_final_model_loads_and_gives_the_final_numbers(finished: tuple[Path,
         loss = torch.nn.functional.cross_entropy(model(**inputs).logits, torch.tensor([row["label"] for row in rows]))
 
     assert model.config.label2id == {"entailment": 0, "neutral": 1, "contradiction": 2}
-    recorded = read_json_lines(finished[0] / "metrics.jsonl")[-1]["other/loss"]
+    recorded = read_json_lines(finished[0] / "metrics.jsonl")[-1]["other/ce"]
     assert loss.item() == pytest.approx(recorded, abs=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_the_model_card_has_the_numbers_before_and_after(finished: tuple[Path, s
     rows = read_json_lines(finished[0] / "metrics.jsonl")
 
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-classification"
-    assert f"| matched/loss | {rows[0]['matched/loss']:.4f} | {rows[-1]['matched/loss']:.4f} |" in card
+    assert f"| matched/ce | {rows[0]['matched/ce']:.4f} | {rows[-1]['matched/ce']:.4f} |" in card
     assert read_json(finished[0] / "run_metadata.json")["data"]["fingerprint"] in card
 
 
@@ -188,7 +188,7 @@ def test_the_recorded_config_runs_again_to_the_same_numbers(finished: tuple[Path
     assert again.returncode == 0, again.stderr
     first, second = (read_json_lines(folder / "metrics.jsonl") for folder in (run, only_run(tmp_path)))
     assert [row.get("loss") for row in second] == [row.get("loss") for row in first]
-    assert second[-1]["matched/loss"] == first[-1]["matched/loss"]
+    assert second[-1]["matched/ce"] == first[-1]["matched/ce"]
 
 
 def test_an_existing_run_name_is_refused_and_a_complete_run_is_left_alone(finished: tuple[Path, str, str]) -> None:
@@ -204,6 +204,7 @@ def test_an_existing_run_name_is_refused_and_a_complete_run_is_left_alone(finish
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_unbroken_end(config_file: Path, tmp_path: Path) -> None:
     settings = ["--config", config_file, "--set", "model.dropout=0.1", "--set", "training.max_steps=60"]
     whole = forge(*settings, "--run_name", "whole")
@@ -245,6 +246,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_unbroken_end(config_fil
     assert stages == ["baseline", "final"]
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.parametrize(("every_steps", "stage"), [("null", "final evaluation"), ("500", "step 40/")])
 def test_a_run_without_a_checkpoint_starts_its_training_again(
     every_steps: str, stage: str, config_file: Path, tmp_path: Path
@@ -303,6 +305,7 @@ def test_data_and_model_meet_by_label_name_through_the_whole_job(
     assert "Labels: CONTRADICTION, ENTAILMENT, NEUTRAL" in card
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_run_that_is_alive_is_not_resumed_and_an_interrupt_says_how_to_go_on(
     config_file: Path, tmp_path: Path
 ) -> None:
@@ -368,8 +371,8 @@ def test_a_broken_wandb_does_not_stop_training(config_file: Path, tmp_path: Path
 @pytest.mark.multiprocess
 def test_two_ranks_take_the_same_trajectory_as_one(config_file: Path, tmp_path: Path) -> None:
     settings = ["--config", config_file, "--set", "training.per_device_batch_size=4", "--set", "training.batch_size=20"]
-    alone = forge(*settings, "--run_name", "alone")
-    both = forge_on_two_ranks(*settings, "--run_name", "both")
+    alone = forge(*settings, "--run_name", "alone", fresh=True)
+    both = forge_on_two_ranks(*settings, "--run_name", "both", fresh=True)
     assert alone.returncode == 0, alone.stderr
     assert both.returncode == 0, both.stderr
 
@@ -384,9 +387,9 @@ def test_two_ranks_take_the_same_trajectory_as_one(config_file: Path, tmp_path: 
     assert [row["grad_norm"] for row in two if "loss" in row] == pytest.approx(
         [row["grad_norm"] for row in one if "loss" in row], rel=1e-4
     )
-    for name in ("matched/loss", "other/loss"):
+    for name in ("matched/ce", "other/ce"):
         assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-5)
-    for name in ("matched/samples", "other/samples", "matched/accuracy", "other/labelled/neutral"):
+    for name in ("matched/rows", "other/rows", "matched/accuracy", "other/labelled/neutral"):
         assert two[-1][name] == one[-1][name]
     weights, others = (load_file(runs / name / "final" / "model.safetensors") for name in ("alone", "both"))
     for name, weight in weights.items():
@@ -461,6 +464,7 @@ def test_two_ranks_report_a_data_error_once_and_create_nothing(config_file: Path
 
 
 @pytest.mark.multiprocess
+@pytest.mark.usefixtures("warm_starts")
 def test_a_launcher_that_starts_one_process_of_two_is_found_out(config_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "forge/train.py"]
     done = subprocess.run(

@@ -25,6 +25,8 @@ from forge.proof.kill_points import Aim, Point
 from forge.proof.procedure import Procedure, saving_override
 from forge.run.files import read_json, read_json_lines
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 COMMAND = [sys.executable, "-m", "forge.cli", "prove-resume"]
 
 # Started in place of forge/train.py: a resume that forgets something.
@@ -34,16 +36,16 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 import random
 import torch
 from forge.train import main
-from forge.trainer.loop import FinetuningTrainer
+from forge.trainer.loop import LoopTrainer
 
-restore = FinetuningTrainer.restore
+restore = LoopTrainer.restore
 
 def forgetful(self, *arguments):
     restore(self, *arguments)
     CHANGE
 
 if "--resume" in sys.argv:
-    FinetuningTrainer.restore = forgetful
+    LoopTrainer.restore = forgetful
 sys.exit(main())
 """
 
@@ -233,8 +235,6 @@ def test_an_interrupt_leaves_no_process_behind_and_names_the_runs(config_file: P
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
-        # A shell lets what it starts in the background ignore SIGINT, and so would this process and its own.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as proof:
         runs = tmp_path / "outputs" / "tiny"
         deadline = time.monotonic() + 120

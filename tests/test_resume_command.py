@@ -242,6 +242,7 @@ def test_a_new_run_takes_no_arguments_of_a_resume(
 
 
 @pytest.mark.multiprocess
+@pytest.mark.usefixtures("warm_starts")
 def test_a_run_of_one_rank_and_one_of_two_go_on_to_their_end(config_file: Path, tmp_path: Path) -> None:
     """The true command, with runs that were ended in the middle of training."""
     for ranks in (1, 2):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from conftest import REPOSITORY, forge
 
@@ -99,9 +100,12 @@ def test_forge_resume_brings_back_the_exit_code_of_two_ranks(config_file: Path, 
 def ended_at(words: str, number: int, *arguments: object, entry: tuple[str, ...] = ("forge.py",)) -> int:
     """The exit code of a command that gets a signal as soon as its log says these words."""
     command = [sys.executable, *entry, *map(str, arguments)]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        warm.starts(),
+        subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
         assert process.stderr is not None
         said = ""
         for line in process.stderr:

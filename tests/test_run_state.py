@@ -7,7 +7,7 @@ import pytest
 
 from forge.errors import UsageError
 from forge.run.directory import valid_run_name
-from forge.run.state import BestMetric, Stage, TrainingState, new_run_id
+from forge.run.state import BestEvaluation, Stage, TrainingState, new_run_id
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         total_steps=2000,
         epoch=0.75,
         latest_checkpoint="checkpoint-500",
-        best_metric=BestMetric(name="matched/accuracy", value=0.81, step=400),
+        best_metric=BestEvaluation(name="matched/accuracy", value=0.81, step=400),
         attempts=2,
         preemptions=1,
         error="the disk is full",
@@ -72,6 +72,11 @@ def test_an_older_file_without_a_newer_key_is_read(tmp_path: Path) -> None:
     state = TrainingState.load(path)
     assert (state.stage, state.epoch, state.preemptions) == (Stage.TRAINING, 3.0, 0)
     assert type(state.epoch) is float
+
+
+def test_the_best_metric_of_an_older_file_has_the_name_of_today(tmp_path: Path) -> None:
+    path = saved(tmp_path, best_metric={"name": "matched/loss", "value": 0.5, "step": 4})
+    assert TrainingState.load(path).best_metric == BestEvaluation(name="matched/ce", value=0.5, step=4)
 
 
 def test_a_file_of_a_newer_forge_is_refused(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def alone(file: Path, settings: list[str], folder: Path) -> tuple[list[dict[str,
     """The reports and the final weights of one process without a plan."""
     trainer = trainer_of(load_config(file, settings).config, folder)
     trainer.train()
-    weights = [x for p in trainer.parts.named.trained.values() for x in p.flatten().tolist()]
-    return trainer.callbacks.reports, weights
+    weights = [x for p in trainer.training.named.trained.values() for x in p.flatten().tolist()]
+    return trainer.attempt.callbacks.reports, weights
 
 
 def assert_same(seen: dict[str, Any], wanted: tuple[list[dict[str, Any]], list[float]], rel: float) -> None:

@@ -16,6 +16,8 @@ from conftest import REPOSITORY, TWO_RANKS_ENVIRONMENT, forge, two_ranks_command
 from forge.checkpoint.manifest import verify
 from forge.run.files import read_json
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 LONG = ("--max_steps", 200_000, "--set", "checkpoint.every_steps=100000", "--run_name", "long")
 
 # Entries that stay where a signal is to find them.
@@ -191,6 +193,7 @@ def test_two_ranks_stop_at_the_same_step(name: str, target: str, config_file: Pa
 
 
 @pytest.mark.multiprocess
+@pytest.mark.fresh_interpreter
 def test_ranks_end_when_the_launcher_is_killed(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "tiny" / "long"
     with started(two_ranks_command("--config", config_file, *LONG), **TWO_RANKS_ENVIRONMENT) as launcher:

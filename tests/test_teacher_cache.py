@@ -31,7 +31,7 @@ from transformers import (
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.loader import load_config
 from forge.config.schema import Config
-from forge.data.batches import FILLER, Batch, for_the_loop
+from forge.data.batches import FILLER, Batch, with_positions
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.linear_kd import linear_kd
 from forge.report.figures import LOWER_IS_BETTER
@@ -45,7 +45,7 @@ from forge.teacher_cache.job import cache_teacher
 from forge.teacher_cache.key import token_columns
 from forge.teacher_cache.reader import token_places
 from forge.teacher_cache.top_k import at_temperature, top_k, truncation_kl
-from forge.teacher_cache.writer import Keeper, index_dtype
+from forge.teacher_cache.writer import CacheWriter, index_dtype
 
 Build = Callable[..., Any]
 
@@ -76,7 +76,7 @@ def trajectory(trainer: Any) -> tuple[list[dict[str, float]], dict[str, Any]]:
     trainer.train()
     after = trainer.evaluate("final")
     values = {f"{when}/{name}": value for when, found in (("b", before), ("f", after)) for name, value in found.items()}
-    return trainer.callbacks.reports, {name: value for name, value in values.items() if "seconds" not in name}
+    return trainer.attempt.callbacks.reports, {name: value for name, value in values.items() if "seconds" not in name}
 
 
 def assert_same_steps(computed: Any, read: Any, rel: float) -> None:
@@ -458,7 +458,7 @@ def test_mapped_files_read_as_memory_does_and_fillers_as_nothing(
         assert torch.equal(outputs[0][name], outputs[1][name])
     row = torch.stack([reader.outputs(batch_of(task, i), None, 1.0)["logits"][0] for i in (47, 9, 10, 31, 0)])
     assert torch.equal(row, outputs[0]["logits"])
-    filler = for_the_loop(task.collate([task.train[0]]), [FILLER])
+    filler = with_positions(task.collate([task.train[0]]), [FILLER])
     empty = reader.outputs(filler, None, 1.0)
     assert empty["logits"].shape == (0, 3)
     assert not empty["hidden_states.2"].any()
@@ -491,8 +491,8 @@ def test_a_job_that_dies_at_any_write_goes_on_to_the_same_bytes(
         opened(load_config(config_file, [*settings, "teacher.placement=cached"]).config)
 
     computed: list[Shard] = []
-    compute = Keeper.compute
-    monkeypatch.setattr(Keeper, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
+    compute = CacheWriter.compute
+    monkeypatch.setattr(CacheWriter, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
     folder, _ = fill(load_config(config_file, settings).config)
     assert shard_bytes(folder) == expected
     assert len(computed) == 6 - max(0, at - 1) // 2  # a shard without its record is computed again
@@ -503,27 +503,30 @@ def test_a_stop_keeps_the_finished_shards_and_says_how_to_go_on(
     config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "SHARD_ROWS", 13)
-    stop, compute = StopRequest(), Keeper.compute
+    stop, compute = StopRequest(), CacheWriter.compute
 
-    def signalled(self: Keeper, shard: Shard) -> Any:
+    def signalled(self: CacheWriter, shard: Shard) -> Any:
         if (shard.split, shard.number) == ("train", 2):
             stop.reason = "SIGTERM"
             raise stopped_early("SIGTERM")
         return compute(self, shard)
 
-    monkeypatch.setattr(Keeper, "compute", signalled)
+    monkeypatch.setattr(CacheWriter, "compute", signalled)
     with pytest.raises(Stopped, match=r"stopped by SIGTERM; 2 of 6 shards are in .*, and the same command goes on"):
         cache_teacher(load_config(config_file, distilled(teacher)).config, stop)
 
 
-SMALL_SHARDS = "import sys; from forge.teacher_cache import files; files.SHARD_ROWS = 3; from forge.cli.main import main; "
+SMALL_SHARDS = (
+    "import sys; from forge.teacher_cache import files; files.SHARD_ROWS = 3; from forge.cli.main import main; "
+)
 SLOWLY = (
-    "import time; from forge.teacher_cache.writer import Keeper; compute = Keeper.compute; "
-    "Keeper.compute = lambda self, shard: (time.sleep(0.05), compute(self, shard))[1]; "
+    "import time; from forge.teacher_cache.writer import CacheWriter; compute = CacheWriter.compute; "
+    "CacheWriter.compute = lambda self, shard: (time.sleep(0.05), compute(self, shard))[1]; "
 )
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_starts")
 def test_a_killed_command_goes_on_where_it_was(
     config_file: Path,
     teacher: Path,

@@ -18,11 +18,12 @@ import torch
 from caches import Death, batch_of, distilled, fill, lm_config, opened, reset
 from conftest import REPOSITORY
 from conversations import config_on, conversation
+from forge.trainer.components import load_parts
 from teachers import write_chat_teacher, write_classifier
 from test_ocr import TEXTS, config_of, with_model, write_images
 from transformers import AutoModelForSequenceClassification
 
-from forge.cli.train import add_config_arguments
+from forge.cli.arguments import add_config_arguments
 from forge.cluster.signals import StopRequest
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.schema import Config
@@ -36,8 +37,7 @@ from forge.teacher_cache.files import Shard, only_writer
 from forge.teacher_cache.job import report
 from forge.teacher_cache.key import LAYERS, cache_key, changed, content_key
 from forge.teacher_cache.reader import check_loss
-from forge.teacher_cache.writer import Keeper
-from forge.trainer.components import load_parts
+from forge.teacher_cache.writer import CacheWriter
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +148,9 @@ def test_the_key_sees_other_tokens_of_the_same_rows(config_file: Path, tiny_mode
 
 
 def read_origin(folder: Path) -> Any:
-    from forge.model.origin import Origin, Weights
+    from forge.model.origin import Origin, WeightFiles
 
-    return Origin(Weights("t", str(folder), sha256="0" * 64))
+    return Origin(WeightFiles(name="t", location=str(folder), sha256="0" * 64))
 
 
 def test_the_key_has_the_teachers_labels_its_image_processor_and_the_token_before_a_transcript(
@@ -433,8 +433,8 @@ def test_a_damaged_shard_is_named_and_written_anew(
     with pytest.raises(UsageError, match=rf"{file} .*`forge cache-teacher X.yaml` writes it anew"):
         opened(cached)
     computed: list[Shard] = []
-    compute = Keeper.compute
-    monkeypatch.setattr(Keeper, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
+    compute = CacheWriter.compute
+    monkeypatch.setattr(CacheWriter, "compute", lambda self, shard: computed.append(shard) or compute(self, shard))
     fill(load_config(config_file, settings).config)
     assert computed == [Shard("train", 1, 20, 20)]
     assert file.read_bytes() == whole
@@ -463,6 +463,7 @@ def test_folders_that_are_something_else_are_left_alone(config_file: Path, teach
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_two_jobs_do_not_fill_one_folder(config_file: Path, teacher: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     code = "import sys, time; from pathlib import Path; from forge.teacher_cache.files import only_writer\n"
@@ -516,7 +517,7 @@ def test_configs_that_cannot_be_cached_are_refused(
 
 
 def test_a_layer_that_the_teacher_lacks_is_refused(config_file: Path, teacher: Path) -> None:
-    with pytest.raises(UsageError, match="the teacher has no 3"):
+    with pytest.raises(UsageError, match="the teacher has no layer 3"):
         fill(load_config(config_file, distilled(teacher, "distillation.hidden.layers={1: 3}")).config)
 
 

@@ -12,14 +12,14 @@ from forge.errors import TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
 
 Build = Callable[..., Any]
-SHOWN = ("loss", "accuracy", "macro_f1", "ece")
+SHOWN = ("ce", "accuracy", "macro_f1", "ece")
 
 
 def trajectory(trainer: Any) -> tuple[list[float], list[float]]:
     """Trains, and gives reported losses and final weights. Before the next build: Accelerate shares state."""
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    return [report["loss"] for report in trainer.callbacks.reports], weights.tolist()
+    return [report["loss"] for report in trainer.attempt.callbacks.reports], weights.tolist()
 
 
 def test_one_large_batch_and_many_micro_batches_take_the_same_steps(build_trainer: Build) -> None:
@@ -39,14 +39,14 @@ def test_the_loop_learns_what_can_be_learned(build_trainer: Build) -> None:
 
     assert before["matched/accuracy"] < 0.6
     assert after["matched/accuracy"] == 1.0
-    assert after["matched/loss"] < 0.2 < before["matched/loss"]
+    assert after["matched/ce"] < 0.2 < before["matched/ce"]
 
 
 def test_the_classic_accumulation_gives_the_same_step_as_batch_size(build_trainer: Build) -> None:
     losses, weights = trajectory(build_trainer("training.per_device_batch_size=8"))
     classic = build_trainer("training.per_device_batch_size=2", "training.gradient_accumulation_steps=4")
 
-    assert classic.rows_per_step == 8
+    assert classic.state.step_sizes == [[0, 8]]
     classic_losses, classic_weights = trajectory(classic)
     assert classic_losses == pytest.approx(losses, rel=1e-5)
     assert classic_weights == pytest.approx(weights, abs=1e-5)
@@ -89,7 +89,7 @@ def test_three_steps_are_those_of_plain_torch(build_trainer: Build) -> None:
 
     trainer = build_trainer(*settings, "training.per_device_batch_size=2")
     _, weights = trajectory(trainer)
-    for report, (loss, norm, rate) in zip(trainer.callbacks.reports, expected, strict=True):
+    for report, (loss, norm, rate) in zip(trainer.attempt.callbacks.reports, expected, strict=True):
         assert report["loss"] == pytest.approx(loss, rel=1e-5)
         assert report["grad_norm"] == pytest.approx(norm, rel=1e-4)
         assert report["learning_rate"] == pytest.approx(rate)
@@ -168,15 +168,15 @@ def test_what_is_not_finite_stops_the_run_with_the_step_and_the_checkpoint_befor
     trainer = build_trainer("logging.every_steps=100", mutate=poison(5, gradient=gradient))
     with pytest.raises(TrainingError, match=r"norm nan at step 5 of 6 .*newest checkpoint is checkpoint-3"):
         trainer.train()
-    assert sorted(path.name for path in trainer.run.path.glob("checkpoint-*")) == ["checkpoint-3"]
-    assert trainer.callbacks.reports == []
+    assert sorted(path.name for path in trainer.attempt.run.path.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert trainer.attempt.callbacks.reports == []
 
 
 def test_nothing_that_is_not_finite_is_saved_between_two_reports(build_trainer: Build) -> None:
     trainer = build_trainer("logging.every_steps=100", mutate=poison(2, gradient=True))
     with pytest.raises(TrainingError, match=r"at step 2 of 6 .*no checkpoint before it"):
         trainer.train()
-    assert list(trainer.run.path.glob("checkpoint-*")) == []
+    assert list(trainer.attempt.run.path.glob("checkpoint-*")) == []
 
 
 def test_evaluation_counts_every_row_once_and_leaves_training_as_it_was(build_trainer: Build) -> None:
@@ -184,39 +184,39 @@ def test_evaluation_counts_every_row_once_and_leaves_training_as_it_was(build_tr
     metrics = trainer.evaluate("baseline")
 
     assert trainer.student.training
-    assert metrics["matched/samples"] == 13
-    assert metrics["other/samples"] == 7
+    assert metrics["matched/rows"] == 13
+    assert metrics["other/rows"] == 7
     assert sum(metrics[f"matched/labelled/{name}"] for name in trainer.task.labels) == 13
     rows = trainer.task.collate([trainer.task.validation["matched"][i] for i in range(13)])
     labels = rows.pop("labels")
     with torch.no_grad():
         logits = trainer.model.eval()(**rows).logits
     assert metrics["matched/accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
-    assert metrics["matched/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["matched/ce"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 def test_a_quick_look_says_of_how_many_rows_it_is(build_trainer: Build) -> None:
-    metrics = build_trainer("evaluation.max_samples=9").evaluate("final")
+    metrics = build_trainer("evaluation.max_rows=9").evaluate("final")
 
     drawn = np.random.default_rng(42).permutation(13)[:9]
     neutral = sum(pair_rows(13, offset=100)[row]["label"] == 1 for row in drawn)
     assert metrics["matched/labelled/neutral"] == neutral != 3  # 3 of the first nine
-    assert (metrics["matched/samples"], metrics["matched/samples_of"]) == (9, 13)
-    assert metrics["other/samples"] == 7
-    assert "other/samples_of" not in metrics
+    assert (metrics["matched/rows"], metrics["matched/rows_of"]) == (9, 13)
+    assert metrics["other/rows"] == 7
+    assert "other/rows_of" not in metrics
 
 
 def test_evaluation_during_training_comes_when_it_is_due_and_not_twice_at_the_end(build_trainer: Build) -> None:
     trainer = build_trainer("evaluation.every_steps=2")
     trainer.train()
 
-    assert trainer.callbacks.evaluations == [("training", 2), ("training", 4)]
+    assert trainer.attempt.callbacks.evaluations == [("training", 2), ("training", 4)]
     alone = build_trainer("evaluation.every_steps=3", "evaluation.final=false")
     alone.train()
     assert alone.callbacks.evaluations == [("training", 3), ("training", 6)]
 
 
-@pytest.mark.parametrize(("name", "hint"), [("loss", "; did you mean matched/loss?"), ("matched/bleu", "")])
+@pytest.mark.parametrize(("name", "hint"), [("loss", "; did you mean matched/ce?"), ("matched/bleu", "")])
 def test_a_best_metric_that_there_is_not_is_refused_after_the_baseline(
     build_trainer: Build, name: str, hint: str
 ) -> None:
@@ -247,5 +247,5 @@ def test_weights_that_are_not_sound_are_told_before_training(build_trainer: Buil
         next(model.parameters()).data.fill_(float("nan"))
 
     trainer = build_trainer(mutate=spoil)
-    with pytest.raises(TrainingError, match=r"matched/loss is nan before any training, with mixed precision no: the"):
+    with pytest.raises(TrainingError, match=r"matched/ce is nan before any training, with mixed precision no: the"):
         trainer.evaluate("baseline")

@@ -28,14 +28,14 @@ from vocabularies import changed_vocabulary, sentencepiece, write_llm
 
 from forge.config.loader import load_config
 from forge.errors import UsageError
-from forge.model.origin import Origin, Weights
+from forge.model.origin import Origin, WeightFiles
 from forge.model.source import with_run_paths
 from forge.task.load import load_task
 from forge.teacher.vocabulary import compare, for_teacher
 from forge.teacher_cache.key import content_key
 
 Build = Callable[..., Any]
-DISTIL = ("distillation.alpha=0.5", "evaluation.samples=0")
+DISTIL = ("distillation.alpha=0.5", "evaluation.shown_texts=0")
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_a_classifiers_teacher_reads_its_own_tokens_of_the_same_rows(
     (batch,) = trainer.batches.next_step()  # rows in the order of a permutation
     ids = batch["ids"].tolist()
     assert ids != sorted(ids)
-    outputs = trainer.teacher_outputs(batch)
+    outputs = trainer._teacher_outputs_in_training(batch)
     by_hand = taught_by_hand(stranger, [task.texts["train"][i] for i in ids], 24)
     own = [trainer.model.config.id2label[i] for i in range(3)]
     torch.testing.assert_close(outputs["logits"], by_hand[:, [LABELS.index(name) for name in own]])
@@ -310,7 +310,7 @@ def test_a_run_with_such_a_teacher_has_the_rows_of_any_other_and_a_content_key_o
     before = load_task(plain)
     task = for_teacher(config, before)
     assert task.fingerprint == before.fingerprint
-    origin = Origin(Weights("t", str(stranger), sha256="w"))
+    origin = Origin(WeightFiles(name="t", location=str(stranger), sha256="w"))
     assert content_key(config, task, origin, "float32") != content_key(config, before, origin, "float32")
 
 

@@ -1,54 +1,106 @@
-"""The control of a distilled run: its twin without the teacher, trained for as many steps in a run beside it."""
+"""The control of a distilled run: its twin without the teacher, trained for as many steps in a run next to it."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from forge.attempt.request import Request
 from forge.config.changes import ROWS, Kind, changes
 from forge.config.explain import effective
-from forge.config.loader import load_config
+from forge.config.loader import LoadedConfig, load_config
 from forge.config.placing import located
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.metadata import read_metadata
+from forge.run.metadata import RunMetadata, named, read_metadata
 from forge.run.state import TrainingState
 
 SUFFIX = "-sft"
-# What open_run writes before the state, which marks a run: a folder with no more was left by a kill in its midst.
+# What open_run writes before the state, which marks a run: a folder that holds no more was left by a kill meanwhile.
 FIRST_FILES = ("config.yaml", "run_metadata.json", "requirements.txt", "dirty_1.diff")
-FACTS = (  # of run_metadata.json: what it says, and whose
-    ("data", "fingerprint", "rows, or their tokens,"),
-    ("model", "weights_sha256", "weights of the model"),
-    ("teacher", "weights_sha256", "weights of the teacher"),
-    ("world", "rows_per_step", "rows of a step"),
+FACTS: tuple[tuple[str, Callable[[RunMetadata], object]], ...] = (  # that a run and its control have in common
+    ("rows, or their tokens,", lambda metadata: metadata.data.fingerprint),
+    ("weights of the model", lambda metadata: metadata.model.weights_sha256),
+    ("weights of the teacher", lambda metadata: metadata.teacher.weights_sha256 if metadata.teacher else None),
+    ("rows of a step", lambda metadata: metadata.world.rows_per_step),
 )
 
 
 @dataclass(frozen=True)
 class Control:
-    """The control that there is already."""
+    """A control that exists already."""
 
     run: RunDirectory
     complete: bool
     allowed: list[str]  # keys of --allow-change that it is resumed with
 
 
+def next_control(run: RunDirectory, request: Request) -> Request | None:
+    """The request for the control of a complete run; None: that is complete already.
+
+    request: the one that the run was started or resumed by, for the command, `--allow-change` and `--take-over`.
+
+    Raises:
+        UsageError: Something else has the control's name.
+    """
+    config = load_config(run.config_file).config
+    state, metadata, control = TrainingState.load(run.state_file), read_metadata(run), control_of(run)
+    twin = control_config(config, state.total_steps)
+    allowed = list(request.allowed_changes)
+    known = check_control(control, twin, steps=state.total_steps, facts=metadata, allowed=allowed)
+    if known is not None and known.complete:
+        return None
+    root, place = place_of(run, config)
+    return Request(
+        LoadedConfig(twin.model_copy(update={"output_root": str(root)}), metadata.config_file),
+        request.command,
+        control.name,
+        known.run if known is not None else None,
+        known.allowed if known is not None else [],
+        request.take_over and known is not None,
+        place,
+        {"control_of": named(run).model_dump()},
+    )
+
+
+def check_free_for_control(run: RunDirectory, config: Config, allowed: Sequence[str] = ()) -> None:
+    """Refuse, before the run, a name that its control cannot have. Raises UsageError."""
+    if wants_control(config):
+        check_control(control_of(run), control_config(config, 1), allowed=allowed)
+
+
+def run_of(control: RunDirectory) -> RunDirectory | None:
+    """The complete run that a complete control belongs to, if it is next to it; None for any other run."""
+    if not control.name.endswith(SUFFIX):
+        return None
+    run = RunDirectory(control.path.with_name(control.name.removesuffix(SUFFIX)))
+    if not run.state_file.is_file() or not TrainingState.load(run.state_file).pipeline_complete:
+        return None
+    return run if read_metadata(control).control_of == named(run) else None
+
+
+def nothing_left(run: RunDirectory) -> bool:
+    """True if the run is complete, and so is its control if it wants one, and the run has its metrics."""
+    if not TrainingState.load(run.state_file).pipeline_complete:
+        return False
+    return not wants_control(load_config(run.config_file).config) or read_metadata(run).control is not None
+
+
 def wants_control(config: Config) -> bool:
+    """True if the config is distilled and asks for its twin."""
     return config.evaluation.control is not None and config.distillation.alpha > 0
 
 
 def control_of(run: RunDirectory) -> RunDirectory:
-    """Where the run's control lies, whether or not it is there."""
+    """Where the run's control is, or will be."""
     return RunDirectory(run.path.with_name(f"{run.name}{SUFFIX}"))
 
 
 def control_config(config: Config, steps: int) -> Config:
-    """The config of the control: nothing differs but the teacher's part in the loss. Its weights go to no hub, where
-    they would take the place of the run's own."""
-    compared = config.evaluation.teacher is not False and config.distillation.divergence != "uld"  # else of no use
+    """The config of the control: only the teacher's part in the loss differs. Its weights go to no hub, where
+    they would replace the run's own."""
+    compared = config.evaluation.teacher is not False and config.distillation.divergence != "uld"
     updates: dict[str, dict[str, object]] = {
         "distillation": {"alpha": 0.0},  # the other keys stay, without effect: a cache of outputs is found by some
         "evaluation": {"control": None, "teacher": compared},
@@ -61,7 +113,7 @@ def control_config(config: Config, steps: int) -> Config:
 
 
 def place_of(run: RunDirectory, config: Config) -> tuple[Path, Path]:
-    """Output root and config name of a run beside this one, also where this one has been moved."""
+    """Output root and config name of a run next to this one, even if this one was moved."""
     root, parent = Path(config.output_root).absolute(), run.path.absolute().parent
     return (root, parent.relative_to(root)) if parent.is_relative_to(root) else (parent, Path())
 
@@ -71,13 +123,19 @@ def check_control(
     wanted: Config,
     *,
     steps: int | None = None,
-    facts: Mapping[str, Any] | None = None,
+    facts: RunMetadata | None = None,
     allowed: Sequence[str] = (),
 ) -> Control | None:
-    """The control that an earlier attempt has begun, or completed; None: the name is free.
+    """Return the control that an earlier attempt started or completed; None: the name is free.
 
-    wanted: its config, by control_config. steps: of the whole run; None: not known yet. facts: what run_metadata.json
-    would tell of it. allowed: keys that may change the meaning. Raises UsageError where another thing has the name.
+    Args:
+        wanted: The control's config, from control_config.
+        steps: Of the whole run; None: not known yet.
+        facts: What run_metadata.json holds of the run, to be the same for its control.
+        allowed: Keys that may change the meaning of the control.
+
+    Raises:
+        UsageError: Something else has the name.
     """
     if not control.path.exists() or is_half_made(control):
         return None
@@ -92,10 +150,10 @@ def check_control(
     ]
     if strange := [str(change) for change in found if change.key not in allowed]:
         raise UsageError(_other(control, f"its config differs: {'; '.join(strange)}"))
-    own = read_metadata(control).model_dump()
-    for section, name, words in FACTS if facts is not None and ROWS not in allowed else ():
-        here = ((facts or {}).get(section) or {}).get(name)
-        there = (own.get(section) or {}).get(name)
+    own = read_metadata(control)
+    for words, fact in FACTS if facts is not None and ROWS not in allowed else ():
+        assert facts is not None
+        here, there = fact(facts), fact(own)
         if here is not None and there is not None and here != there:
             raise UsageError(_other(control, f"its {words} are {str(there)[:12]} instead of {str(here)[:12]}"))
     if steps is not None and (state.step != steps if state.pipeline_complete else state.step > steps):
@@ -106,19 +164,20 @@ def check_control(
 
 
 def is_half_made(control: RunDirectory) -> bool:
-    """Was its folder made by an attempt that was killed before it was a run?"""
+    """True if an attempt was killed before the folder was a run."""
     if control.state_file.exists() or not control.path.is_dir():
         return False
     return all(path.name in FIRST_FILES or path.name.startswith(".") for path in control.path.iterdir())
 
 
 def remove_half_made(control: RunDirectory) -> None:
+    """Make the name free again where an attempt was killed before the folder was a run."""
     if is_half_made(control):
         shutil.rmtree(control.path)
 
 
 def _other(control: RunDirectory, why: str) -> str:
     return (
-        f"{control.path} is where the control of this run is to lie (evaluation.control: sft), and it is another "
-        f"thing: {why}; move it away, give this run another name, or set evaluation.control=null"
+        f"{control.path} is reserved for this run's control (evaluation.control: sft), but holds something else: "
+        f"{why}; move it away, give this run another name, or set evaluation.control=null"
     )

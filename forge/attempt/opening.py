@@ -18,7 +18,7 @@ from forge.run.state import TrainingState, new_run_id
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptFacts:
     """What the run's metadata tell of an attempt beside its provenance; as it stands, the first one of a run."""
 
     number: int = 1  # from the run's lock
@@ -33,7 +33,7 @@ def open_run(
     resumed: RunDirectory | None,
     command: list[str],
     facts: dict[str, Any],
-    attempt: Attempt | None = None,
+    attempt: AttemptFacts | None = None,
     place: Path | None = None,
 ) -> tuple[RunDirectory, TrainingState]:
     """A new run named run_name, or the next attempt of `resumed`. On rank 0 only.
@@ -45,7 +45,7 @@ def open_run(
     """
     output_root = Path(loaded.config.output_root)
     if resumed is not None:
-        return _next_attempt(loaded, resumed, command, facts, attempt or Attempt())
+        return _next_attempt(loaded, resumed, command, facts, attempt or AttemptFacts())
     run = create_run_directory(output_root, place or config_name(loaded.file), run_name)
     try:
         state = TrainingState(run_id=new_run_id())
@@ -58,7 +58,7 @@ def open_run(
             "config_file": str(loaded.file.absolute()),
             "attempts": [],
         }
-        _record_attempt(loaded, run, state, metadata, command, facts, Attempt())
+        _record_attempt(loaded, run, state, metadata, command, facts, AttemptFacts())
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)  # nothing of a run that did not come to be
         raise
@@ -70,7 +70,7 @@ def _next_attempt(
     run: RunDirectory,
     command: list[str],
     facts: dict[str, Any],
-    attempt: Attempt,
+    attempt: AttemptFacts,
 ) -> tuple[RunDirectory, TrainingState]:
     state = TrainingState.load(run.state_file)
     state.error = None
@@ -91,7 +91,7 @@ def _record_attempt(
     metadata: dict[str, Any],
     command: list[str],
     facts: dict[str, Any],
-    attempt: Attempt,
+    attempt: AttemptFacts,
 ) -> None:
     state.attempts = attempt.number
     dirty_diff = run.path / f"dirty_{attempt.number}.diff"

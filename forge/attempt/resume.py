@@ -21,7 +21,7 @@ TEACHER_KEYS = tuple(f"teacher.{name}" for name in ("path", "revision", "base", 
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ResumePoint:
     """Decided by rank 0, known to all. As it stands: the first attempt of a new run."""
 
     attempt: int = 1
@@ -35,7 +35,7 @@ class Beginning:
     other_teacher: bool = False  # it goes on with another one, as was allowed
 
 
-def begin_again(
+def prepare_resume(
     run: RunDirectory,
     lock: RunLock,
     config: Config,
@@ -44,7 +44,7 @@ def begin_again(
     precision: str,
     allowed_changes: list[str],
     take_over: bool,
-) -> Beginning:
+) -> ResumePoint:
     """Takes the lock, chooses the checkpoint and judges what has changed since; on rank 0 only.
 
     rows_per_step, precision: what the config comes to on these ranks and devices. Raises UsageError while another
@@ -70,17 +70,17 @@ def begin_again(
     fingerprint = manifest.data_fingerprint if manifest is not None else metadata.data.fingerprint
     weights = metadata.model.weights_sha256 if manifest is None else None
     teacher = metadata.teacher.weights_sha256 if metadata.teacher is not None else None
-    return Beginning(attempt, checkpoint, manifest, shown, allowances(found), fingerprint, weights, teacher)
+    return ResumePoint(attempt, checkpoint, manifest, shown, allowances(found), fingerprint, weights, teacher)
 
 
-def with_rows(beginning: Beginning, fingerprint: str, description: str, allowed_changes: list[str]) -> Beginning:
+def check_rows(point: ResumePoint, fingerprint: str, description: str, allowed_changes: list[str]) -> ResumePoint:
     """The beginning with the rows there are now, told as a change where they are others and that is allowed.
 
     Raises UsageError where it is not: other rows under the same name would be another training.
     """
-    known = beginning.fingerprint or fingerprint
+    known = point.fingerprint or fingerprint
     if fingerprint == known:
-        return beginning
+        return point
     if ROWS not in allowed_changes:
         raise UsageError(
             f"the rows of {description}, or their tokens, are not those of the run so far (fingerprint "
@@ -88,38 +88,38 @@ def with_rows(beginning: Beginning, fingerprint: str, description: str, allowed_
             f"--allow-change {ROWS}"
         )
     line = f"changed: the rows of {description}: {known[:12]} -> {fingerprint[:12]} (allowed by --allow-change {ROWS})"
-    allowed = {**beginning.allowed, ROWS: fingerprint}
-    return replace(beginning, changes=[*beginning.changes, line], allowed=allowed)
+    allowed = {**point.allowed, ROWS: fingerprint}
+    return replace(point, changes=[*point.changes, line], allowed=allowed)
 
 
-def check_base(beginning: Beginning, base: str | None, weights: str | None = None) -> None:
+def check_base(point: ResumePoint, base: str | None, weights: str | None = None) -> None:
     """Raises UsageError where the adapter of the checkpoint was trained on other weights than there are now, and where
     a run without a checkpoint, which begins anew, would begin with others.
 
     base: the hash of what the adapter lies on now; None where all weights are trained. weights: of all that the model
     is loaded from now; None: not known.
     """
-    if beginning.weights is not None and weights is not None and beginning.weights != weights:
+    if point.weights is not None and weights is not None and point.weights != weights:
         raise UsageError(
-            f"the weights of the model are {weights[:SHOWN]}, and the run began with {beginning.weights[:SHOWN]}; "
+            f"the weights of the model are {weights[:SHOWN]}, and the run began with {point.weights[:SHOWN]}; "
             "bring those back (run_metadata.json names them), or start a new run"
         )
-    then = beginning.manifest.base if beginning.manifest is not None else None
+    then = point.manifest.base if point.manifest is not None else None
     if then is not None and base is not None and then != base:
         raise UsageError(
-            f"the weights below the adapter are {base[:SHOWN]}, and {beginning.checkpoint} was trained on "
+            f"the weights below the adapter are {base[:SHOWN]}, and {point.checkpoint} was trained on "
             f"{then[:SHOWN]}; bring those back (base.json in the checkpoint names them), or start a new run"
         )
 
 
-def check_teacher(beginning: Beginning, weights: str | None, allowed_changes: list[str]) -> Beginning:
+def check_teacher(point: ResumePoint, weights: str | None, allowed_changes: list[str]) -> ResumePoint:
     """The beginning, with what is known of the teacher there is now; weights: its hash; None: not known, or no teacher.
 
     Raises UsageError where it is not the one that the run was begun with, and no other one was allowed.
     """
-    then = beginning.teacher
+    then = point.teacher
     if then is None or weights is None or then == weights:
-        return beginning
+        return point
     if not set(allowed_changes) & set(TEACHER_KEYS):
         raise UsageError(
             f"the weights of the teacher are {weights[:SHOWN]}, and the run was begun with {then[:SHOWN]}; bring those "
@@ -127,7 +127,7 @@ def check_teacher(beginning: Beginning, weights: str | None, allowed_changes: li
             "--allow-change teacher.path"
         )
     line = f"changed: the weights of the teacher: {then[:SHOWN]} -> {weights[:SHOWN]}"
-    return replace(beginning, changes=[*beginning.changes, line], other_teacher=True)
+    return replace(point, changes=[*point.changes, line], other_teacher=True)
 
 
 def _changes(

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
+from forge.config.former_names import current_config
 from forge.errors import TrainingError
 from forge.run.files import sha256_of, write_atomically
 from forge.run.records import Record, reason, record_of
@@ -53,6 +54,11 @@ class Manifest(Record):
     versions: dict[str, str]
     created_at: str
     files: dict[str, StoredFile]
+
+    @field_validator("config")
+    @classmethod
+    def _current_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return current_config(config)
 
     @property
     def bytes(self) -> int:

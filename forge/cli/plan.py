@@ -1,4 +1,4 @@
-"""`forge plan`: will a config fit on so many GPUs, and what to set where it does not."""
+"""`forge plan`: prints whether a config fits on so many GPUs, and what to set if it does not."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import EXIT_COMPLETE
-from forge.memory.advice import DDP, Advice, Machine, Row, advise, as_json, read_gpus, rows_of, settings_of
+from forge.memory.advice import DDP, Advice, Line, Machine, advise, as_json, read_gpus, shardings_of, table_of
 from forge.memory.totals import GIB, RESERVED, Job, ModelSizes
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def plan(args: argparse.Namespace, console: "Console") -> int:
-    """Prints the table, or the JSON, and returns the exit code. Raises ForgeError."""
-    machine = read_gpus(args.gpus, args.nodes)  # told before a config is read, and both before any heavy import
+    """Print the table, or the JSON, and return the exit code. Raises ForgeError."""
+    machine = read_gpus(args.gpus, args.nodes)  # refused before a config is read, and both before any heavy import
     overrides = {"max_steps": args.max_steps, "epochs": args.epochs, "output_root": args.output_root}
     config = load_config(Path(args.config), args.set, debug=args.debug, **overrides).config
 
@@ -29,30 +29,44 @@ def plan(args: argparse.Namespace, console: "Console") -> int:
 
     config = with_run_paths(config)
     job = replace(meta_job(config), rows=config.training.micro_batch_rows(machine.ranks))
-    settings = settings_of(config, machine)
-    rows, advice = rows_of(job, settings, machine), advise(job, settings, machine, own=config.deepspeed.student)
+    shardings = shardings_of(config, machine)
+    lines, advice = table_of(job, shardings, machine), advise(job, shardings, machine, own=config.deepspeed.student)
     models = {"student": sizes_text(job.student)}
     if job.teacher is not None or job.placement == "cached":
-        models["teacher"] = "its outputs from files" if job.teacher is None else sizes_text(job.teacher)
+        models["teacher"] = "outputs read from files" if job.teacher is None else sizes_text(job.teacher)
     if args.json:
-        print(json.dumps({**_facts(job, machine, models), **as_json(rows, advice)}, indent=2, allow_nan=False))
+        print(json.dumps({**_facts(job, machine, models), **as_json(lines, advice)}, indent=2, allow_nan=False))
     else:
-        _print(config, job, machine, models, rows, advice, console)
+        _print(config, job, machine, models, lines, advice, console)
     return EXIT_COMPLETE
 
 
 def sizes_text(sizes: ModelSizes) -> str:
-    """One model in a few words."""
+    """Describe a model in a few words."""
     if sizes.trained in (0, sizes.parameters):
         return f"{sizes.architecture}, {sizes.parameters / 1e6:,.1f} M parameters"
     return (
-        f"{sizes.architecture}, {sizes.parameters / 1e6:,.1f} M parameters, {sizes.trained / 1e6:,.1f} M of them "
-        f"trained and {sizes.frozen / 1e6:,.1f} M frozen"
+        f"{sizes.architecture}, {sizes.parameters / 1e6:,.1f} M parameters ({sizes.trained / 1e6:,.1f} M trained, "
+        f"{sizes.frozen / 1e6:,.1f} M frozen)"
     )
 
 
+def suggestion(job: Job, machine: Machine, advice: Advice | None) -> list[str]:
+    """Return what to set, in one or two lines."""
+    if advice is None:
+        return ["suggestion: nothing fits, not even one row with everything sharded or offloaded; use more GPUs"]
+    rows = f"{advice.rows} row{'s' * (advice.rows > 1)}"
+    line = f"suggestion: {advice.plan}, {_gib(advice.estimate.total)} of {machine.capacity / GIB:g} GiB with {rows}"
+    line += f", at most {advice.largest_rows:,}" if advice.largest_rows > advice.rows else ""
+    line += f"; {_gib(advice.estimate.host)} GiB of each host" if advice.estimate.host else ""
+    if advice.chunks is not None:
+        line += f"; the loss takes logits of {advice.chunks[0]:,} labels at a time, gradients of {advice.chunks[1]:,}"
+    if not advice.settings:
+        return [line, "            keep the config as it is"]
+    return [line, f"            {' '.join(f'--set {shlex.quote(words)}' for words in advice.settings)}"]
+
+
 def _facts(job: Job, machine: Machine, models: dict[str, str]) -> dict[str, object]:
-    tokens = max((stack.tokens for stack in job.student.stacks), default=0)
     return {
         "gpus_per_node": machine.gpus,
         "gib_per_gpu": machine.capacity / GIB,
@@ -61,10 +75,10 @@ def _facts(job: Job, machine: Machine, models: dict[str, str]) -> dict[str, obje
         **models,
         "parameters": job.student.parameters,
         "trained_parameters": job.student.trained,
-        "frozen_parameters": job.student.parameters - job.student.trained,
+        "frozen_parameters": job.student.frozen,
         "teacher_parameters": None if job.teacher is None else job.teacher.parameters,
         "micro_batch": job.rows,
-        "tokens_per_row": tokens,
+        "tokens_per_row": job.tokens,
         "half_precision": job.half,
         "gradient_checkpointing": job.checkpointing,
     }
@@ -75,7 +89,7 @@ def _print(
     job: Job,
     machine: Machine,
     models: dict[str, str],
-    rows: Sequence[Row],
+    lines: Sequence[Line],
     advice: Advice | None,
     console: "Console",
 ) -> None:
@@ -84,13 +98,12 @@ def _print(
     for name, text in models.items():
         placed = f"; {config.teacher.placement}" if name == "teacher" else ""
         console.print(f"{name}: {text}{placed}", highlight=False)
-    tokens = max((stack.tokens for stack in job.student.stacks), default=0)
     where = f"{machine.ranks} GPU{'s' * (machine.ranks > 1)} of {machine.capacity / GIB:g} GiB"
     where += f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
-    rounding = "bf16" if job.half else "float32"
+    precision = "bf16" if job.half else "float32"
     console.print(
-        f"{where}: micro-batches of {job.rows} rows of at most {tokens:,} tokens, {rounding}; GiB of each GPU, of "
-        f"which {RESERVED / GIB:g} are left to CUDA and NCCL\n",
+        f"{where}: micro-batches of {job.rows} rows of at most {job.tokens:,} tokens, {precision}; GiB per GPU, of "
+        f"which {RESERVED / GIB:g} are reserved for CUDA and NCCL\n",
         highlight=False,
     )
     shown = ["weights", "gradients", "optimizer", *(["teacher"] if "teacher" in models else []), "activations"]
@@ -98,38 +111,24 @@ def _print(
     table = Table(box=None)
     for name in header:
         table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
-    plain = replace(job, checkpointing=False)
-    settings = settings_of(config, machine)
-    for row, without in zip(rows, rows_of(plain, settings, machine), strict=True):
-        parts = row.parts
-        cells = [_gib(getattr(without.parts if name == "activations" else parts, name)) for name in shown]
-        cells += [_gib(value) for value in (row.recomputed.activations, parts.loss, parts.buffers, parts.total)]
-        verdict = "yes" if row.fits else "no"
-        table.add_row(row.plan, *cells, verdict, f"{row.largest_rows:,}" if row.largest_rows else "-", _gib(parts.host))
+    stored = table_of(replace(job, checkpointing=False), shardings_of(config, machine), machine)
+    for line, plain in zip(lines, stored, strict=True):
+        estimate = line.estimate
+        cells = [_gib(getattr(plain.estimate if name == "activations" else estimate, name)) for name in shown]
+        cells += [_gib(line.recomputed.activations)]
+        cells += [_gib(value) for value in (estimate.loss, estimate.buffers, estimate.total)]
+        largest = f"{line.largest_rows:,}" if line.largest_rows else "-"
+        table.add_row(line.plan, *cells, "yes" if line.fits else "no", largest, _gib(estimate.host))
     console.print(table)
     counted = "recomputed" if job.checkpointing else "activations"
     console.print(f"\ntotal: with the column {counted}; largest: the largest micro-batch that fits", highlight=False)
-    for refusal in dict.fromkeys(row.refusal for row in rows if row.refusal is not None):
+    for refusal in dict.fromkeys(line.refusal for line in lines if line.refusal is not None):
         console.print(f"{DDP}: {refusal}", highlight=False)
-    if not job.student.stacks:
-        console.print("activations are not counted: forge does not know where this model's layers are", highlight=False)
-    for line in suggestion(job, machine, advice):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-def suggestion(job: Job, machine: Machine, advice: Advice | None) -> list[str]:
-    """What to set, in one or two lines."""
-    if advice is None:
-        return ["suggestion: nothing fits, not even one row with all that can be spread or offloaded; take more GPUs"]
-    rows = f"{advice.rows} row{'s' * (advice.rows > 1)}"
-    line = f"suggestion: {advice.plan}, {_gib(advice.parts.total)} of {machine.capacity / GIB:g} GiB with {rows}"
-    line += f", at most {advice.largest_rows:,}" if advice.largest_rows > advice.rows else ""
-    line += f"; {_gib(advice.parts.host)} GiB of each host" if advice.parts.host else ""
-    if advice.chunks is not None:
-        line += f"; the loss takes logits of {advice.chunks[0]:,} labels at a time, gradients of {advice.chunks[1]:,}"
-    if not advice.settings:
-        return [line, "            as the config is"]
-    return [line, f"            {' '.join(f'--set {shlex.quote(words)}' for words in advice.settings)}"]
+    if job.uncounted:
+        console.print(f"activations are not counted: {job.student.architecture} cannot be run without memory "
+                      f"({job.uncounted})", highlight=False)  # fmt: skip
+    for text in suggestion(job, machine, advice):
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _gib(size: int) -> str:

@@ -56,7 +56,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "training.loss.precision": (Kind.MEANING, "the gradients of the steps to come would be rounded in another way"),
     "deepspeed": (Kind.HARMLESS, "how weights and moments are spread over devices; their values stay the same"),
     "evaluation": (Kind.HARMLESS, "when the model is measured; the steps of training stay the same"),
-    "evaluation.max_samples": (
+    "evaluation.max_rows": (
         Kind.MEANING,
         "the numbers before and after would be about other rows, and the best checkpoint would be chosen among both",
     ),

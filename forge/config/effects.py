@@ -61,7 +61,7 @@ def inert_keys(config: Config) -> dict[str, Inert]:
         add(of_loss, f"task.type is {config.task.type}, whose loss is computed from logits", "task.type")
     if not evaluation.baseline and not evaluation.final and evaluation.every_steps is None:
         reason = "evaluation.baseline and evaluation.final are false"
-        add("evaluation.max_samples evaluation.per_device_batch_size", reason, "evaluation.final")
+        add("evaluation.max_rows evaluation.per_device_batch_size", reason, "evaluation.final")
     if evaluation.every_steps is None:
         add("checkpoint.keep_best checkpoint.best_metric", "evaluation.every_steps is null", "evaluation.every_steps")
     elif not config.checkpoint.keep_best:
@@ -214,6 +214,6 @@ def _not_streamed(config: Config) -> str | None:
         return "rows can be packed only where all are known; set task.packing: false"
     if config.model.new_tokenizer is not None and config.model.config is not None:
         return "model.new_tokenizer is made from all training rows; name one with model.tokenizer"
-    if config.task.dataset.path is None and config.evaluation.max_samples is None:
-        return "of a split on the hub only the first rows are evaluated then; set evaluation.max_samples"
+    if config.task.dataset.path is None and config.evaluation.max_rows is None:
+        return "of a split on the hub only the first rows are evaluated then; set evaluation.max_rows"
     return None

@@ -8,6 +8,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from forge.config.fields import Section
+from forge.config.former_names import KEYS
 from forge.config.schema import Config
 
 # What the same thing is called elsewhere, where no spelling is near.
@@ -71,6 +72,8 @@ ABSENT = {
 def unknown_key(path: tuple[str, ...], task_type: str | None = None) -> str:
     """One sentence for a key that forge does not know, or that another type of task has."""
     dotted = ".".join(path)
+    if dotted in KEYS:
+        return f"{dotted} is now called {KEYS[dotted]}; rename it"
     owners = [name for name in task_types() if dotted in all_keys(name)]
     if path[0] == "task" and owners:
         return f"{dotted} is a key of task.type {' and '.join(owners)}, and this task is of type {task_type}"
@@ -86,6 +89,8 @@ def key_hint(dotted: str, task_type: str | None = None) -> str:
     """The nearest right key, or the keys that the map around it has."""
     keys = list(all_keys(task_type))
     leaf = dotted.rsplit(".", 1)[-1]
+    if dotted in KEYS:
+        return f"it is now called {KEYS[dotted]}"
     if leaf == "inherits":
         return "inherits stands at the top of a file and nowhere else"
     if leaf in OTHER_NAMES:

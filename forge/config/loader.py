@@ -11,18 +11,21 @@ from pydantic import ValidationError
 
 from forge.config.effects import Inert, inert_keys, unsupported
 from forge.config.fields import PlainText
+from forge.config.former_names import current_config, current_key
 from forge.config.hints import schema_path, unknown_key, value_problem
 from forge.config.schema import ALTERNATIVES, Config
+from forge.config.shipped import find_config
 from forge.config.source import KeyPath, Layer, Origin, display, near_name, read_file, read_setting
 from forge.errors import BaseConfigError, ConfigError
 
 COMMAND_LINE = "the command line"
+RUN_CONFIG, RUN_STATE = "config.yaml", "training_state.json"  # together they make a run directory
 
 # What --debug means: every stage runs, in seconds, and nothing leaves the machine.
 DEBUG_SETTINGS = (
     "training.max_steps=2",
     "task.dataset.max_rows=64",
-    "evaluation.max_samples=16",
+    "evaluation.max_rows=16",
     "logging.every_steps=1",
     "checkpoint.every_steps=1",
     "tracking.wandb=null",
@@ -49,8 +52,15 @@ def load_config(
     epochs: str | None = None,
     output_root: str | None = None,
 ) -> LoadedConfig:
-    """Reads file, its parents and the command line's settings. Raises ConfigError with every problem found."""
-    files, problems = read_chain(file)
+    """Load a file, its parents and the settings of the command line. Raises ConfigError with every problem found.
+
+    Former names of keys are an error, except in a run's own config.yaml, which an earlier version may have written.
+    """
+    found = find_config(file)
+    files, problems = read_chain(found)
+    if found.name == RUN_CONFIG and (found.parent / RUN_STATE).is_file():
+        for layer in files:
+            _with_current_names(layer)
     named = {"training.max_steps": max_steps, "training.epochs": epochs, "output_root": output_root}
     given = [read_setting(text) for text in settings]
     flags = [_flag(key, value) for key, value in named.items() if value is not None]
@@ -84,7 +94,9 @@ def load_config(
         raise BaseConfigError(problems)
     if problems or config is None:
         raise ConfigError(_in_order(problems, files, [layer.name for layer in [*given, *flags]]))
-    return LoadedConfig(config, file, merged.origins, notices)
+    if found != file:
+        notices.insert(0, f"{file} is not in this folder; using the one that comes with forge, {found}")
+    return LoadedConfig(config, found, merged.origins, notices)
 
 
 def read_chain(file: Path) -> tuple[list[Layer], list[str]]:
@@ -123,6 +135,11 @@ def _parent(layer: Layer, file: Path, seen: list[Path]) -> tuple[Path | None, st
         ring = " -> ".join(display(p) for p in [*seen[seen.index(parent.resolve()) :], parent])
         return None, f"inherits forms a ring: {ring}; take one `inherits` out"
     return parent, None
+
+
+def _with_current_names(layer: Layer) -> None:
+    layer.tree = current_config(layer.tree)
+    layer.origins = {tuple(current_key(".".join(path)).split(".")): at for path, at in layer.origins.items()}
 
 
 def _in_order(problems: list[str], files: list[Layer], settings: list[str]) -> list[str]:

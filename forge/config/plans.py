@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+from forge.config.shipped import shipped_folder
+
+FOLDER = shipped_folder("ds_configs")
 AUTO = "auto"
 TEACHER_PREFIX = "teacher_"
 # What DeepSpeed knows under these keys, forge's own config says.

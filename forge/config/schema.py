@@ -8,9 +8,10 @@ wanted. The docstring below a field is its description in `forge config schema`.
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from forge.config.fields import Bool, Layers, OpenMap, Positive, Section, Text
+from forge.config.former_names import current_metric
 from forge.config.teacher_schema import DistillationConfig, TeacherConfig
 
 
@@ -373,9 +374,9 @@ class EvaluationConfig(Section):
     control: Literal["sft"] | None = None
     """sft: train the same student without the teacher as well (alpha 0, the same steps and seed), in a run beside this
     one, and put it into the table at the end."""
-    max_samples: Positive | None = None
+    max_rows: Positive | None = None
     """Evaluate only so many rows of each split, chosen by the seed; the metrics say so."""
-    samples: Annotated[int, Field(ge=0)] = 4
+    shown_texts: Annotated[int, Field(ge=0)] = 4
     """Rows of each split that are shown with the text that the model itself gives, where a task has such."""
     per_device_batch_size: Positive = 64
     """Rows that go through the model at once on one device."""
@@ -391,9 +392,16 @@ class CheckpointConfig(Section):
     keep_best: Bool = True
     """With evaluation.every_steps: save where the evaluation is the best so far, and let that checkpoint stay too."""
     best_metric: Text | None = None
-    """What is best, such as matched/accuracy or matched/loss; null: the first validation split's main metric."""
+    """What is best, such as matched/accuracy or matched/ce; null: the first validation split's main metric."""
     asynchronous: Bool = False
     """Training goes on while a copy of its state is written; takes that much more memory on the host."""
+
+    @field_validator("best_metric")
+    @classmethod
+    def _current_name(cls, name: str | None) -> str | None:
+        if name is not None and current_metric(name) != name:
+            raise ValueError(f"must be {current_metric(name)}, as that metric is now called")
+        return name
 
 
 class ExportConfig(Section):

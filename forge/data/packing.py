@@ -1,9 +1,9 @@
-"""Lays several documents into one row of max_length tokens, so that none of them sees another.
+"""Packs several documents into one row of max_length tokens, so that none of them sees another.
 
-Nothing but the positions tells a model where a document begins: they restart at 0. Without an attention mask,
-transformers reads such positions as packed documents and masks each from all others (masking_utils,
-find_packed_sequence_indices); padding at the end of a row restarts at 0 too, and so is a document of its own.
-check_packing finds out whether a given model does so.
+Only the position ids mark where a document begins: they restart at 0. Without an attention mask, transformers reads
+such position ids as packed documents and masks each from all others (masking_utils, find_packed_sequence_indices). The
+padding at the end of a row restarts at 0 too, so it counts as another document. check_packing finds out whether a given
+model does this.
 """
 
 import hashlib
@@ -27,22 +27,24 @@ FEATURES = Features(
     {
         "input_ids": ListOf(Value("int32")),
         "learned": ListOf(Value("bool")),
-        "lengths": ListOf(Value("int32")),  # of the documents, in their order
-        "length": Value("int32"),  # of all together
+        "lengths": ListOf(Value("int32")),  # of the documents, in order
+        "length": Value("int32"),  # of the row
     }
 )
-# A leak of one document into another is at least a few thousandths of the spread of the logits, also in a model with
-# new weights; float32 rounds at a few millionths of it.
+# If one document leaks into another, logits change by at least a few thousandths of their standard deviation, even in a
+# model with new weights; the rounding of float32 is a few millionths of it.
 TOLERANCE = 1e-4
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of at most `capacity` tokens as lists of indices: each document, the longest first, goes to the fullest bin
-    that still takes it (best-fit decreasing: never more than 11/9 of the fewest bins possible, and one).
+    """Return bins of at most `capacity` tokens, each a list of document indices.
+
+    Best-fit decreasing: each document, the longest first, goes to the fullest bin with enough room. That takes at most
+    11/9 of the smallest possible number of bins, plus one.
     """
     bins: list[list[int]] = []
-    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the tokens that they still take
-    spaces = 0  # bit s is set where by_space[s] has a bin: the first that fits is found without a search
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by their free tokens
+    spaces = 0  # bit s is set if by_space[s] has a bin, so the fullest bin that fits is found without a search
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[index])
         fitting = spaces >> length
@@ -61,7 +63,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(rows: Dataset, capacity: int) -> Dataset:
-    """The same documents as rows of at most `capacity` tokens, with the columns of FEATURES."""
+    """Return the documents packed into rows of at most `capacity` tokens, with the columns of FEATURES."""
     bins = best_fit(rows["length"][:], capacity)
 
     def join(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -90,12 +92,12 @@ def pack(rows: Dataset, capacity: int) -> Dataset:
 
 
 def shifted_labels(ids: Sequence[int], learned: Sequence[bool]) -> list[int]:
-    """For each position of one document the token that follows, IGNORE where it is only read and at the end."""
+    """Return for each position of one document the next token, or IGNORE if that is not learned or does not exist."""
     return [token if wanted else IGNORE for token, wanted in zip(ids[1:], learned[1:], strict=True)] + [IGNORE]
 
 
 def collate_packed(rows: list[dict[str, Any]], pad: int) -> Batch:
-    """input_ids, position_ids, labels (B, T) int64; no attention_mask. tokens: () int64, the real ones."""
+    """Return input_ids, position_ids, labels (B, T) int64 and tokens () int64 without padding; no attention_mask."""
     width = max(row["length"] for row in rows)
     ids = torch.full((len(rows), width), pad)
     labels = torch.full((len(rows), width), IGNORE)
@@ -115,9 +117,9 @@ def collate_packed(rows: list[dict[str, Any]], pad: int) -> Batch:
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, forward_options: dict[str, Any]) -> None:
-    """Raises UsageError unless a document's logits are the same alone, and behind whatever other document.
+    """Raise UsageError unless a document's logits are the same alone and after any other document in its row.
 
-    Two short documents go through the model, alone and together, in two rows of which one has padding.
+    The model reads two short documents alone and packed, in a batch of two rows of which one has padding.
     """
     ids = torch.randint(model.config.get_text_config().vocab_size, (3, 6), generator=torch.Generator().manual_seed(0))
     first, other, second = ids.to(model.device)  # (6,) int64 each
@@ -125,7 +127,7 @@ def check_packing(model: PreTrainedModel, forward_options: dict[str, Any]) -> No
     model.eval()
     try:
         alone = model(input_ids=second[None], **forward_options).logits[0].float()  # (6, V)
-        behind = [_second_of_two(model, before, second, forward_options) for before in (first, other)]
+        packed = [_logits_after(model, before, second, forward_options) for before in (first, other)]  # (6, V) each
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UsageError(
@@ -134,17 +136,17 @@ def check_packing(model: PreTrainedModel, forward_options: dict[str, Any]) -> No
     finally:
         model.train(training)
     spread = alone.std()
-    leak = max((alone - logits).abs().max() for logits in behind)
-    leak = max(leak, (behind[0] - behind[1]).abs().max())
-    if not leak < TOLERANCE * spread:  # also where it is not a number
+    leak = max((alone - logits).abs().max() for logits in packed)
+    leak = max(leak, (packed[0] - packed[1]).abs().max())
+    if not leak < TOLERANCE * spread:  # also if it is not a number
         raise UsageError(
             f"{type(model).__name__} mixes packed rows: a document's logits change by {float(leak / spread):.1g} of "
-            "their spread with what lies before it in the row; set task.packing: false"
+            "their standard deviation with what precedes it in the row; set task.packing: false"
         )
 
 
-def _second_of_two(model: PreTrainedModel, first: Tensor, second: Tensor, options: dict[str, Any]) -> Tensor:
-    """The logits (6, V) float32 of `second` behind `first` in a row of a batch whose other row is shorter."""
+def _logits_after(model: PreTrainedModel, first: Tensor, second: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return the logits (6, V) float32 of `second` after `first`, in a batch whose other row is shorter."""
     rows = [[*first.tolist(), *second.tolist()], second.tolist()]
     documents = [
         {"input_ids": row, "learned": [True] * len(row), "lengths": lengths, "length": len(row)}

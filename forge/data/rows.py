@@ -1,6 +1,5 @@
 """Loads the rows of a data set, by split: from the hub, from a local folder, or generated."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from forge.errors import ForgeError, TrainingError, UsageError
 logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-METADATA = "metadata"  # the file in a split's folder that gives each image there, by file_name, its row
-DEMOS: dict[
-    str, tuple[Callable[[str, int], list[Any]], dict[str, int]]
-] = {  # what generates so many rows of a split, and how many each has
+METADATA = "metadata"  # the file in an image folder with a row for each image, which it names by file_name
+Generate = Callable[[str, int], list[Any]]  # (split, how many rows) -> rows
+DEMOS: dict[str, tuple[Generate, dict[str, int]]] = {  # with the number of rows of each split
     "nli": (demo_nli, {"train": 6000, "validation": 1000}),
     "lines": (demo_lines, {"train": 20000, "validation": 500}),
     "chat": (demo_chat, {"train": 8000, "validation": 500}),
@@ -33,44 +31,42 @@ DEMOS: dict[
 
 @dataclass(frozen=True)
 class StreamedRows:
-    """Rows that are read as they come, from the first one in each pass."""
+    """Rows that are read one after another, from the first one in each pass."""
 
     rows: IterableDataset
-    source: str  # the file, or the split of the hub's data set
+    source: str  # the file, or the hub's data set and its split
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises UsageError for a file that cannot be read on, and TrainingError where that may pass."""
+        """Yield the rows. Raises UsageError for unreadable data, and TrainingError for errors that may be temporary."""
         count = 0
         try:
             for row in self.rows:
                 count += 1
                 yield row
-        except ForgeError:  # of a signal, which may come at any moment
+        except ForgeError:  # a signal, which may come at any moment
             raise
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            place = f"{self.source} cannot be read on after {count} rows ({reason})"
-            if isinstance(
-                error, ValueError | TypeError | KeyError
-            ):  # of pyarrow, of a decoder: what is read is not what it is to be
+            place = f"reading {self.source} failed after {count} rows ({reason})"
+            if isinstance(error, ValueError | TypeError | KeyError):  # raised by parsers: the content is wrong
                 raise UsageError(
-                    f"{place}; check that it is whole, that text is UTF-8, and that all rows have the same columns"
+                    f"{place}; check that it is complete, that text is UTF-8, and that all rows have the same columns"
                 ) from error
             raise TrainingError(f"{place}; resume once it can be read again") from error
 
     def select_columns(self, names: list[str]) -> "StreamedRows":
-        """The rows with these columns alone."""
+        """Return the rows with only these columns."""
         return StreamedRows(self.rows.select_columns(names), self.source)
 
     def first(self, count: int | None) -> "StreamedRows":
-        """So many rows; None: all."""
+        """Return the first `count` rows; None: all."""
         return self if count is None else StreamedRows(self.rows.take(count), self.source)
 
 
 def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
-    """The training split, and the evaluated splits by their short names (validation_matched -> matched).
+    """Return the training split, and the evaluated splits by their short names (validation_matched -> matched).
 
-    Raises UsageError for a data set that cannot be found or read, for a missing and for an empty split.
+    Raises UsageError for a data set that cannot be found or read, and for a missing or empty split.
     """
     if config.demo is not None:
         splits = {split: _generate(config, split) for split in DEMOS[config.demo][1]}
@@ -89,29 +85,29 @@ def load_rows(config: DatasetConfig) -> tuple[Dataset, dict[str, Dataset]]:
     return splits[config.train_split], {_short(name): splits[name] for name in wanted}
 
 
-def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[StreamedRows, dict[str, Dataset], str]:
-    """The training split, to be read as it comes; the evaluated splits by their short names, loaded; what names the
-    data, whose rows nobody has seen.
+def load_stream(config: DatasetConfig, max_evaluated: int | None) -> tuple[StreamedRows, dict[str, Dataset], str]:
+    """Return the training split as a stream, the evaluated splits by their short names, and the data's identity.
 
-    Of a hub's splits the first max_samples rows are evaluated; task.dataset.max_rows bounds every split, of the
-    training split its first rows. Raises UsageError as load_rows does.
+    The identity stands in for a hash of the training rows, which nobody has read yet. Of a hub's evaluated splits the
+    first max_evaluated rows are loaded. task.dataset.max_rows takes rows of the evaluated splits at equal
+    distances, and the first rows of the training split. Raises UsageError like load_rows.
     """
     if config.path is not None:
         files = _find_files(Path(config.path), config)
         wanted = _evaluated(config, list(files))
         file = files[config.train_split]
         train = StreamedRows(_read(file, streaming=True), str(file))
-        identity = f"{file.name} of {file.stat().st_size} bytes"
+        identity = f"{file.name} of {file.stat().st_size} bytes"  # in the fingerprint of runs: never to be reworded
         splits = {name: _read(files[name]) for name in wanted}
     else:
-        assert max_samples is not None  # the config is refused without
+        assert max_evaluated is not None  # the config requires it
         streams = _load_hub(config, streaming=True)
         wanted = _evaluated(config, list(streams))
         where = describe(config)
         read = {name: StreamedRows(rows, f"{where}, {name}") for name, rows in streams.items()}
         train = read[config.train_split]
         identity = f"{where} {config.revision} {config.train_split}"
-        splits = {name: Dataset.from_list(list(read[name].first(max_samples))) for name in wanted}
+        splits = {name: Dataset.from_list(list(read[name].first(max_evaluated))) for name in wanted}
     for name, rows in splits.items():
         if len(rows) == 0:
             raise UsageError(f"{describe(config)}: the split {name} is empty; forge needs at least one row in each")
@@ -122,7 +118,7 @@ def load_stream(config: DatasetConfig, max_samples: int | None) -> tuple[Streame
 
 
 def describe(config: DatasetConfig) -> str:
-    """The data set in a few words, for messages and the model card."""
+    """Return the data set's name, for messages and the model card; also in a stream's identity."""
     if config.demo is not None:
         return f"forge's demo data set {config.demo}"
     if config.path is not None:
@@ -131,32 +127,21 @@ def describe(config: DatasetConfig) -> str:
 
 
 def row_numbers(rows: Dataset) -> Sequence[int]:
-    """The number of each row in the user's data, of which max_rows may have kept some."""
-    chosen = rows._indices  # where a Dataset keeps what it has selected
+    """Return each row's number in the user's data, of which max_rows may have selected a part."""
+    chosen = rows._indices  # where a Dataset keeps its selection
     return range(len(rows)) if chosen is None else chosen.column(0).to_pylist()
 
 
-def fingerprint(splits: dict[str, Dataset]) -> str:
-    """SHA-256 over the values of every split: equal where the model sees the same rows in the same order."""
-    digest = hashlib.sha256()
-    for name, rows in splits.items():
-        digest.update(f"{name}:{len(rows)}".encode())
-        for batch in rows.with_format("python").iter(batch_size=1000):
-            digest.update(repr(sorted(batch.items())).encode())
-    return digest.hexdigest()
-
-
 def _generate(config: DatasetConfig, split: str) -> Dataset:
-    """A split of a demo data set."""
     assert config.demo is not None
     generate, counts = DEMOS[config.demo]
-    if config.demo == "lines" and config.max_rows is not None:  # images take time: none that _spread leaves out is made
+    if config.demo == "lines" and config.max_rows is not None:  # images take time, so only the selected ones are made
         return Dataset.from_list(demo_lines(split, counts[split], only=_places(counts[split], config.max_rows)))
     return Dataset.from_list(generate(split, counts[split]))
 
 
 def _spread(rows: Dataset, count: int) -> Dataset:
-    """So many rows at equal distances: the first ones of a file are often of one label."""
+    """Return `count` rows at equal distances: the first rows of a file often share one label."""
     return rows.select(_places(len(rows), count)) if count < len(rows) else rows
 
 
@@ -165,7 +150,7 @@ def _places(length: int, count: int) -> list[int]:
 
 
 def _evaluated(config: DatasetConfig, splits: list[str]) -> list[str]:
-    """The splits that are evaluated. Raises UsageError if there is none, or if one that is asked for is missing."""
+    """Return the evaluated splits. Raises UsageError if there is none, or if one that the config names is missing."""
     where, has = describe(config), ", ".join(splits)
     if config.train_split not in splits:
         raise UsageError(f"{where} has no split {config.train_split}; it has: {has} (task.dataset.train_split)")
@@ -191,7 +176,7 @@ def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
 
 
 def _find_files(folder: Path, config: DatasetConfig) -> dict[str, Path]:
-    """The file of each split; those that forge reads are not empty."""
+    """Return the file of each split. Raises UsageError if one that forge reads is empty."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise UsageError(
@@ -206,7 +191,7 @@ def _find_files(folder: Path, config: DatasetConfig) -> dict[str, Path]:
 
 
 def _files_by_split(folder: Path) -> dict[str, Path]:
-    """train.jsonl, or train/metadata.jsonl of a folder of images, each under its split."""
+    """Return by split the data files of a folder: train.jsonl, or train/metadata.jsonl for a folder of images."""
     files: dict[str, Path] = {}
     for entry in sorted(folder.iterdir()):
         candidates = sorted(entry.glob(f"{METADATA}.*")) if entry.is_dir() else [entry]
@@ -221,39 +206,39 @@ def _files_by_split(folder: Path) -> dict[str, Path]:
     if not files:
         raise UsageError(
             f"{folder} has no .jsonl, .parquet or .csv file; forge reads train.jsonl and validation*.jsonl there, or "
-            f"train/{METADATA}.jsonl with the images beside it"
+            f"train/{METADATA}.jsonl next to its images"
         )
     return files
 
 
 def _read_images(file: Path) -> Dataset:
-    """The rows of an image folder's metadata, with the path of each image as `image` in place of its file_name."""
+    """Return the rows of an image folder's metadata, with each image's path as `image` instead of its file_name."""
     rows = _read(file)
     if "file_name" not in rows.column_names:
         has = ", ".join(rows.column_names)
-        raise UsageError(f"{file} has no column file_name, which names the image of each row beside it; it has: {has}")
+        raise UsageError(f"{file} has no column file_name, the name of each row's image in its folder; it has: {has}")
     names = [None if name is None else str(name) for name in rows["file_name"]]
     for row, name in enumerate(names):
         if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
             raise UsageError(
-                f"{file}: row {row} names an image outside its folder ({name}); file_name is a path below {file.parent}"
+                f"{file}: row {row} names an image outside its folder ({name}); keep images inside {file.parent}"
             )
     paths = [None if name is None else str(file.parent.absolute() / name) for name in names]
     return rows.remove_columns(["file_name"]).add_column("image", paths, feature=datasets.Value("string"))
 
 
 def _read(file: Path, *, streaming: bool = False) -> Any:
-    options = {"keep_default_na": False} if file.suffix == ".csv" else {}  # a cell that reads NA is text
+    options = {"keep_default_na": False} if file.suffix == ".csv" else {}  # a cell with NA is text
     library = logging.getLogger("datasets")
     level = library.level
-    library.setLevel(logging.CRITICAL)  # it logs the error that is said below
+    library.setLevel(logging.CRITICAL)  # it would log the error that is raised below
     try:
         return datasets.load_dataset(
             READERS[file.suffix], data_files=str(file.absolute()), split="train", streaming=streaming, **options
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        hint = "check that it is whole, that text is UTF-8, and that every row has the same columns"
+        hint = "check that it is complete, that text is UTF-8, and that every row has the same columns"
         raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason}); {hint}") from error
     except OSError as error:
         cache = datasets.config.HF_DATASETS_CACHE

@@ -1,7 +1,7 @@
-"""Optimizer steps from rows that are read as they come: of unknown number, in their order, prepared on the way.
+"""Optimizer steps from a stream of rows, whose number is unknown and which are prepared as they come.
 
-Every rank reads the whole stream and prepares its own rows of it; what a step takes depends on the seed and on its
-place alone. To go on at a step, the rows before it are read once more, and not prepared.
+Every rank reads the whole stream and prepares its own rows of it. What a step takes depends only on the seed and the
+step's number. To start at a later step, the rows before it are read again but not prepared.
 """
 
 import itertools
@@ -11,8 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
-from forge.data.batches import FILLER, Batch, StepBatches, for_the_loop, split_step
+from forge.data.batches import (
+    FILLER,
+    IN_PROCESS,
+    Batch,
+    Collate,
+    Loading,
+    Share,
+    StepBatches,
+    continued_sizes,
+    split_step,
+    with_positions,
+)
 from forge.errors import UsageError
 
 Row = dict[str, Any]
@@ -20,108 +32,113 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RowStream:
-    """Training rows that can only be read from the beginning to the end, as often as wanted."""
+    """Training rows that can only be read from beginning to end, any number of times."""
 
     rows: Iterable[Row]
     prepare: Callable[[list[Row], list[int]], tuple[list[Row], int]]
-    """Raw rows and their numbers in the stream -> those that collate takes, at least one, with the column `row`; and
+    """Raw rows and their numbers in the stream -> rows for collate, at least one and each with the column `row`; and
     how many were cut or left out."""
-    shuffle_buffer: int = 0  # rows among which the next one is drawn; 0: in their order
+    shuffle_buffer: int = 0  # rows among which the next one is drawn; 0: rows come in their order
     description: str = "the stream"
 
 
-def step_batches(train: Any, collate: Callable[[list[Row]], Batch], **options: Any) -> "StepBatches | StreamBatches":
-    """The optimizer steps of a task's training rows, a data set or a stream; options as StepBatches has them."""
-    kind = StreamBatches if isinstance(train, RowStream) else StepBatches
-    return kind(train, collate, **options)
+def step_batches(
+    train: Dataset | RowStream,
+    collate: Collate,
+    rows_per_step: int,
+    share: Share,
+    *,
+    seed: int,
+    group_by_length: bool = False,
+    loading: Loading = IN_PROCESS,
+) -> "StepBatches | StreamBatches":
+    """Return the optimizer steps of a task's training rows."""
+    if isinstance(train, RowStream):
+        return StreamBatches(train, collate, rows_per_step, share, seed=seed, pin_memory=loading.pin_memory)
+    return StepBatches(
+        train, collate, rows_per_step, share, seed=seed, group_by_length=group_by_length, loading=loading
+    )
 
 
 class StreamBatches:
-    """Gives this rank's micro-batches of one optimizer step after another, as StepBatches does.
+    """This rank's micro-batches of one optimizer step after another, like StepBatches.
 
-    Step k takes the rows_per_step rows that follow those of step k - 1. The stream begins again at its end, also within
-    a step. Rows that carry no label are among them: they are left out of their batch, and nothing comes in their place.
+    Step k takes the rows_per_step rows that follow those of step k - 1. At its end the stream starts again, also within
+    a step. Rows without labels are left out of their batch, and no other row takes their place.
+
+    Rows are not grouped by length, since lengths are unknown. There are no worker processes: each would read all rows,
+    and forking a process whose reader or tokenizer has threads can hang.
     """
 
     def __init__(
         self,
         rows: RowStream,
-        collate: Callable[[list[Row]], Batch],
-        *,
+        collate: Collate,
         rows_per_step: int,
-        rank: int,
-        ranks: int,
-        micro_batches: int,
+        share: Share,
+        *,
         seed: int,
-        group_by_length: bool = False,
-        num_workers: int = 0,
         pin_memory: bool = False,
-        worker_init: Callable[[int], None] | None = None,
     ):
-        """Of no effect: group_by_length, for lengths are unknown; num_workers and worker_init, for each process would
-        read all rows, and a fork of one whose reader or tokenizer has threads can hang."""
-        self.micro_batches = micro_batches
         self.step_sizes: list[list[int]] = [[0, rows_per_step]]  # [first step, rows of each step from there on]
-        self._rows, self._collate = rows, collate
-        self._rank, self._ranks, self._seed, self._pin_memory = rank, ranks, seed, pin_memory
+        self._rows, self._collate, self._share = rows, collate, share
+        self._seed, self._pin_memory = seed, pin_memory
         self._loaded: Iterator[Batch] = iter(())
         self._length: int | None = None  # of the stream, once its end was reached
 
     def adopt(self, step: int, step_sizes: list[list[int]]) -> None:
-        """A run that took its first `step` steps in the given sizes goes on in the size of this one."""
-        rows_per_step = self.step_sizes[-1][1]
-        self.step_sizes = [size for size in step_sizes if size[0] < step or size[0] == 0]
-        if self.step_sizes[-1][1] != rows_per_step:
-            self.step_sizes.append([step, rows_per_step])
+        """Continue, in the step size of this run, a run that took its first `step` steps in the given sizes."""
+        self.step_sizes = continued_sizes(step, step_sizes, self.step_sizes[-1][1])
 
     def start_at(self, step: int) -> None:
-        """Goes to optimizer step `step`, counted from 0."""
-        self._loaded = self._from(step)
+        """Move to optimizer step `step`, counted from 0."""
+        self._loaded = self._batches_from(step)
 
     def next_step(self) -> list[Batch]:
-        """The micro-batches of the next optimizer step, on the CPU. Raises UsageError for a row that cannot be read."""
-        return [next(self._loaded) for _ in range(self.micro_batches)]
+        """Return the micro-batches of the next optimizer step, on the CPU. Raises UsageError for an unreadable row."""
+        return [next(self._loaded) for _ in range(self._share.micro_batches)]
 
     def close(self) -> None:
-        """Stops reading."""
+        """Stop reading."""
         self._loaded = iter(())
 
-    def samples_at(self, step: int) -> int:
-        """Rows read, over all ranks and passes, once `step` steps are taken."""
+    def rows_at(self, step: int) -> int:
+        """Return the rows read after `step` steps, over all ranks and passes."""
         ends = [size[0] for size in self.step_sizes[1:]] + [step]
         return sum(
             max(0, min(end, step) - first) * rows for (first, rows), end in zip(self.step_sizes, ends, strict=True)
         )
 
     def epochs_at(self, step: int) -> float:
-        """Passes that lie wholly behind the last row of the first `step` steps; a fraction nobody knows.
+        """Return how many whole passes end before the last row of the first `step` steps.
 
-        Known of every step up to those that were taken, also by the attempts before: who goes on reads past their rows.
+        Fractions of a pass are unknown. The length is known for every step taken so far, also by earlier attempts: a
+        resumed run reads past their rows.
         """
-        return float((self.samples_at(step) - 1) // self._length) if self._length and step else 0.0
+        return float((self.rows_at(step) - 1) // self._length) if self._length and step else 0.0
 
     def steps_for(self, epochs: float) -> int:
-        """Raises UsageError: nobody knows."""
+        """Raise UsageError: a stream has no known number of steps."""
         raise UsageError("a stream has no known length; set training.max_steps")
 
-    def _from(self, step: int) -> Iterator[Batch]:
-        stream = self._endless(self.samples_at(step))
+    def _batches_from(self, step: int) -> Iterator[Batch]:
+        stream = self._endless(self.rows_at(step))
         for later in itertools.count(step):
             rows_per_step = next(size[1] for size in reversed(self.step_sizes) if size[0] <= later)
             taken = list(itertools.islice(stream, rows_per_step))
-            for places in split_step(np.arange(rows_per_step), self._ranks, self.micro_batches, self._rank):
+            for places in split_step(np.arange(rows_per_step), self._share):
                 yield self._batch([taken[max(place, 0)] for place in places], filler=places == [FILLER])
 
     def _batch(self, taken: list[tuple[int, Row]], *, filler: bool) -> Batch:
         rows, truncated = self._rows.prepare([row for _, row in taken], [number for number, _ in taken])
-        batch = for_the_loop(self._collate(rows), [FILLER] if filler else [row["row"] for row in rows])
+        batch = with_positions(self._collate(rows), [FILLER] if filler else [row["row"] for row in rows])
         batch["truncated"] = torch.tensor(0 if filler else truncated)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
 
     def _endless(self, skipped: int) -> Iterator[tuple[int, Row]]:
-        """The numbered rows of pass after pass, without so many at the beginning."""
+        """Yield the numbered rows of pass after pass, without the first `skipped` of them."""
         for passes in itertools.count():
-            if self._length is not None and skipped >= self._length:  # the pass lies wholly behind
+            if self._length is not None and skipped >= self._length:  # the whole pass is skipped
                 skipped -= self._length
                 continue
             count = 0
@@ -137,7 +154,7 @@ class StreamBatches:
 
 
 def _one_pass(stream: RowStream, seed: int, passes: int) -> Iterator[tuple[int, Row]]:
-    """Numbered rows, in their order or each drawn from the next shuffle_buffer ones."""
+    """Yield numbered rows in their order, or each drawn from a buffer of shuffle_buffer rows."""
     rows = enumerate(stream.rows)
     if not stream.shuffle_buffer:
         yield from rows

@@ -1,164 +1,334 @@
-"""How many bytes a forward keeps for backward, from the shape of a model's layers: arithmetic alone, without torch."""
+"""The bytes that a training step holds besides weights, from a run of the model on tensors without memory.
 
-from collections.abc import Sequence
+Under torch's FakeTensorMode a tensor has a shape, a dtype and a storage of a known size, but no memory, and nothing is
+computed. So the true model takes a true step, autograd saves what it would save, and the storages that are alive are
+counted, whatever the architecture, its adapters, its frozen weights, its dropout, and gradient checkpointing.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from forge.memory.totals import Form, Pass, RowBytes
+
+Inputs = Callable[[int], dict[str, Any]]  # what the model is called with, for a number of rows; tensors on the CPU
+BIAS_COLUMNS = 16  # the efficient attention kernel takes an additive mask whose rows are a multiple of this
+FEW, MORE = 2, 3  # rows of the two steps from which any other number of rows is extrapolated; 1 would broadcast
 
 
 @dataclass(frozen=True)
-class Form:
-    """What training computes in. Without DeepSpeed the weights are float32, and autocast rounds what products read;
-    with it weights and products have one dtype."""
+class StepBytes:
+    """What a step holds besides weights, their gradients and autocast's copies of them."""
 
-    weights: int  # bytes of a trained weight, and of the residual stream
-    products: int  # bytes of what a product reads and gives
-    on_cpu: bool = False  # where dropout keeps floats and not bools, and drops attention with a matrix of (T, T)
-
-    @property
-    def autocast(self) -> bool:
-        return self.weights != self.products
+    kept: int  # after forward: what backward needs, and the model's output
+    peak: int  # at most, in forward or in backward
 
 
-@dataclass(frozen=True)
-class Block:
-    """One layer. A reader is a linear layer that keeps its input, because its weight, or an adapter on it, is
-    trained."""
+def row_bytes(model: PreTrainedModel, inputs: Inputs, passes: Iterable[Pass]) -> dict[Pass, RowBytes]:
+    """Return the peak of a training step for each pass, as a function of the rows of a micro-batch.
 
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int  # the width within the MLP
-    gated: bool = False
-    activation: int = 1  # tensors of `inner` that the activation keeps of its input; 0: it keeps its output
-    attention_readers: int = 3  # of the layer's input: queries, keys and values, or one for all of them
-    mlp_readers: int = 1
-    down_reads: bool = True  # the layer that leaves the MLP is a reader
-    norms: int = 2
-    rms: bool = False
-    norms_trained: bool = True
-    qk_norm: bool = False
-    dropouts: int = 0  # over the width, with a rate above 0
-    attention_dropout: bool = False
-    masked: bool = True  # rows are padded, so that each layer has its own additive mask (T, T)
-    eager: bool = False  # attention that keeps its probabilities
-    source: int = 0  # tokens a row of an encoder that a second attention reads; 0: there is none
-    cross_reads: bool = True  # that attention's query layer is a reader
-    ranks: int = 0  # of all adapters of the layer together
-    dropped: int = 0  # elements a token that adapters with dropout read
+    What does not grow with the rows (rotary tables, positions) is the same in every pass, so only the first pass is
+    run twice.
 
-
-@dataclass(frozen=True)
-class Stack:
-    """Layers of one kind behind each other, and what lies before and behind them."""
-
-    name: str
-    layers: int
-    block: Block
-    tokens: int  # of a row
-    norms: int = 0  # outside the layers, of the same width
-    dropouts: int = 0
-
-
-def activation_bytes(stacks: Sequence[Stack], form: Form, rows: int, *, checkpointing: bool = False) -> int:
-    """The bytes that backward needs of a forward of so many rows, logits and loss left out.
-
-    Each layer keeps layer_bytes. With gradient checkpointing it keeps its input alone, and one layer at a time is
-    computed again; what that then keeps is counted once, of the largest stack.
+    model: on the meta device; it is changed.
     """
-    total, again = 0, 0
-    for stack in stacks:
-        tokens, whole = rows * stack.tokens, rows * layer_bytes(stack.block, stack.tokens, form)
-        total += tokens * _outside(stack, form)
-        total += stack.layers * (tokens * stack.block.width * form.weights if checkpointing else whole)
-        again = max(again, whole if checkpointing else 0)
-    return total + again
+    found: dict[Pass, RowBytes] = {}
+    fixed: int | None = None
+    for each in passes:
+        few = step_bytes(model, inputs, each, FEW).peak
+        if fixed is None:
+            more = step_bytes(model, inputs, each, MORE).peak
+            fixed = max(0, few - FEW * (more - few) // (MORE - FEW))
+        found[each] = RowBytes(fixed, -(-(few - fixed) // FEW))
+    return found
 
 
-def layer_bytes(block: Block, tokens: int, form: Form) -> int:
-    """The bytes that one layer keeps of one row.
+def step_bytes(model: PreTrainedModel, inputs: Inputs, each: Pass, rows: int) -> StepBytes:
+    """Return what a forward below the head and its backward hold.
 
-    It is the count of Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1: 34 bytes for each token and unit of
-    width, and 5 for each head and pair of tokens), term by term as torch's operators save their inputs, for other
-    widths, gates, shared keys, dtypes and adapters. With p bytes of a product's operand, r of the residual stream,
-    D width, A heads * head_dim, I inner width, T tokens, for each token:
-
-        norms       LayerNorm: r D + 8. RMSNorm: 4 D (its input in float32) + r D where its weight is trained + 4
-        inputs      p D of attention and of MLP each; under autocast p D for every linear layer that reads it
-        attention   p (2 A + 2 keys) + 4 heads, keys being A, or kv_heads * head_dim where rows are not padded; flash
-                    kernels keep nothing of (T, T) but, of padded rows, p T for the mask as numbers. Eager attention
-                    has p heads T in place of the 4 heads, and 4 heads T more under autocast; with dropout on a CPU
-                    there are three float32 matrices (heads, T), and queries, keys and values in float32
-        MLP         p I (activation + 1), and p I * 2 more with a gate
-        dropout     D each (p D on a CPU)
-        adapters    p rank each
-
-    Not counted: what single operators need for an instant; see working_bytes.
+    model: on the meta device; it is changed.
     """
-    p, D, A = form.products, block.width, block.heads * block.head_dim
-    total = block.norms * _norm(block, form)
-    total += _reads(block.attention_readers, D, form) + _reads(block.mlp_readers, D, form)
-    total += block.dropouts * D * _dropout(form)
-    K = block.kv_heads * block.head_dim
-    keys = A if block.masked or block.eager else K
-    total += p * (2 * A + 2 * keys) + _scores(block, tokens, form, masked=block.masked)
-    if block.qk_norm:
-        total += (4 + p) * (A + K) + 4 * (block.heads + block.kv_heads)
-    if block.source:
-        total += _reads(int(block.cross_reads), D, form) + 2 * p * A + _scores(block, block.source, form)
-        total += _norm(block, form) + 2 * p * A * block.source // tokens
-    kept = 2 + block.down_reads if block.gated else max(int(block.down_reads), int(not block.activation))
-    total += p * block.inner * (block.activation + kept)
-    total += p * block.ranks + (p + _dropout(form)) * block.dropped
-    return tokens * total
+    form = each.form
+    batch = inputs(rows)
+    with _no_memory(model, form) as fake, _without_head(model), _checkpointing(model, each.checkpointing):
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        storages = _Storages(model)
+        for weight in weights:
+            weight.register_post_accumulate_grad_hook(storages.leave_out_gradient)
+        model.train()
+        with ExitStack() as modes:
+            modes.enter_context(storages)
+            if not form.on_cpu:
+                modes.enter_context(AsOnCuda(form.autocast))
+            with torch.autocast("cpu", torch.bfloat16, enabled=form.autocast):
+                output = _forward(model, storages.given(batch, form, fake))
+            kept = storages.alive()
+            if output.requires_grad:
+                output.backward(torch.ones_like(output))
+        return StepBytes(kept, storages.peak())
 
 
-def working_bytes(stacks: Sequence[Stack], form: Form, rows: int) -> int:
-    """What backward has at once within one layer, beside what was kept: gradients of (T, I) and of (T, D)."""
-    return _at_once(stacks, form, rows, streams=2)
+def forward_bytes(model: PreTrainedModel, inputs: Inputs, form: Form) -> RowBytes:
+    """Return what a forward below the head holds at most where nothing is trained.
+
+    model: on the meta device; it is changed.
+    """
+    peaks = []
+    for batch in (inputs(FEW), inputs(MORE)):
+        with _no_memory(model, form) as fake, _without_head(model):
+            model.eval()
+            with _Storages(model) as storages, ExitStack() as modes, torch.no_grad():
+                if not form.on_cpu:
+                    modes.enter_context(AsOnCuda(autocast=False))
+                _forward(model, storages.given(batch, form, fake))
+            peaks.append(storages.peak())
+    few, more = peaks
+    fixed = max(0, few - FEW * (more - few) // (MORE - FEW))
+    return RowBytes(fixed, -(-(few - fixed) // FEW))
 
 
-def forward_bytes(stacks: Sequence[Stack], form: Form, rows: int) -> int:
-    """What a forward without gradients has at once: the residual stream and one MLP."""
-    return _at_once(stacks, form, rows, streams=3)
+class AsOnCuda(TorchFunctionMode):
+    """Makes a CPU tensor do what a CUDA tensor would: all that FakeTensorMode cannot tell in a build without CUDA.
+
+    dropout: CUDA's fused kernel keeps a mask of bools; the CPU multiplies with a mask of floats, and keeps that.
+    attention: scaled_dot_product_attention takes the flash kernel in half precision where there is no mask, and else
+        the memory-efficient one, with or without dropout. The CPU has no dropout in its flash kernel and keeps three
+        float32 matrices (heads, T, T) instead. A bool mask becomes an additive one for each layer on both.
+    autocast: on CUDA normalisations and softmax compute in float32 and return it; on a CPU they keep their dtype.
+        The operators that are cast to half precision are the same.
+    """
+
+    def __init__(self, autocast: bool):
+        super().__init__()
+        self.autocast = autocast
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.dropout or function is torch.dropout:
+            return _dropout(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            return _attention(self.autocast, *args, **kwargs)
+        if self.autocast and function in _FLOAT32_UNDER_CUDA_AUTOCAST:
+            args = tuple(arg.float() if _is_half(arg) else arg for arg in args)
+            kwargs = {name: value.float() if _is_half(value) else value for name, value in kwargs.items()}
+        return function(*args, **kwargs)
 
 
-def _at_once(stacks: Sequence[Stack], form: Form, rows: int, *, streams: int) -> int:
-    """Of the layer with the most: the tensors (T, I) of its MLP, and so many (T, D)."""
-    each = [
-        rows * stack.tokens * (form.products * (3 if stack.block.gated else 2) * stack.block.inner)
-        + rows * stack.tokens * form.weights * streams * stack.block.width
-        for stack in stacks
-    ]
-    return max(each, default=0)
+_FLOAT32_UNDER_CUDA_AUTOCAST = {
+    *(F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax),
+    *(F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.cumsum, Tensor.cumsum),
+}
 
 
-def _outside(stack: Stack, form: Form) -> int:
-    """For each token: norms and dropouts outside the layers, the output that a head reads, and ids."""
-    block = stack.block
-    outside = stack.norms * _norm(block, form) + stack.dropouts * block.width * _dropout(form)
-    return outside + block.width * form.products + 16
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **renamed: Any) -> Tensor:
+    training = bool(renamed.get("train", training))
+    return torch.native_dropout(input, p, True)[0] if training and 0.0 < p < 1.0 else input
 
 
-def _norm(block: Block, form: Form) -> int:
-    if block.rms:
-        return 4 * block.width + (form.weights * block.width if block.norms_trained else 0) + 4
-    return form.weights * block.width + 8
+def _attention(
+    autocast: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """query: (B, heads, T, head_dim); key, value: (B, heads, S, head_dim), or fewer heads with enable_gqa."""
+    if autocast:
+        query, key, value = (x.bfloat16() for x in (query, key, value))
+    if attn_mask is None and query.dtype != torch.float32:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    bias = None if attn_mask is None else _bias(attn_mask, query, key.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
 
 
-def _reads(readers: int, width: int, form: Form) -> int:
-    return form.products * width * (readers if form.autocast else min(readers, 1))
+def _bias(mask: Tensor, query: Tensor, keys: int) -> Tensor:
+    """Return the mask as numbers to be added, (B, heads, T, keys), padded in memory as the kernel wants it."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    mask = mask.to(query.dtype)
+    if keys % BIAS_COLUMNS:
+        mask = F.pad(mask, (0, -keys % BIAS_COLUMNS))[..., :keys]
+    return mask.expand(*query.shape[:3], keys)
 
 
-def _dropout(form: Form) -> int:
-    return form.products if form.on_cpu else 1
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
 
 
-def _scores(block: Block, keys: int, form: Form, *, masked: bool = False) -> int:
-    """What attention over so many keys keeps for each query beside queries, keys, values and output."""
-    p = form.products
-    if block.eager:
-        probabilities = p + (4 if form.autocast else 0)
-        return block.heads * keys * (probabilities + (p + _dropout(form) if block.attention_dropout else 0))
-    if form.on_cpu and block.attention_dropout:  # torch has no flash kernel with dropout there, and computes in float32
-        return 12 * block.heads * keys + (12 - 3 * p) * block.heads * block.head_dim
-    return 4 * block.heads + (p * keys if masked else 0)
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of each storage from the operator that makes it until nothing holds it any more.
+
+    Weights do not count, nor do autocast's copies of them, nor the gradients that the weights are left with.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+        self._weights = {id(storage): storage for storage in own}  # held, so that no other storage gets an id of theirs
+        self._alive: dict[
+            int, tuple[int, Any]
+        ] = {}  # id of a storage: its number and a reference that says when it dies
+        self._bytes: list[int] = []  # by number
+        self._events: list[tuple[int, int]] = []  # a storage's number, and 1 where it is made or -1 where it dies
+        self._gradients: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            result = function(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            result = _all_selected(function, args)
+        casts_weight = function is torch.ops.aten._to_copy.default and id(args[0].untyped_storage()) in self._weights
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if casts_weight:
+                    self._weights[id(storage)] = storage
+                else:
+                    self._add(storage)
+        return result
+
+    def given(self, batch: dict[str, Any], form: Form, fake: FakeTensorMode) -> dict[str, Any]:
+        """Return a batch without memory, in the dtypes of the form, and count it."""
+        dtype = torch.float32 if form.weights == 4 else torch.bfloat16
+        batch = {name: fake.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        for name, tensor in batch.items():
+            if isinstance(tensor, Tensor):
+                batch[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                self._add(batch[name].untyped_storage())
+        return batch
+
+    def alive(self) -> int:
+        """Return the bytes that are alive."""
+        return sum(self._bytes[number] for number, _ in self._alive.values() if number not in self._gradients)
+
+    def peak(self) -> int:
+        """Return the most bytes that were alive at a time."""
+        changes = (sign * self._bytes[number] for number, sign in self._events if number not in self._gradients)
+        return max(accumulate(changes), default=0)
+
+    def leave_out_gradient(self, weight: Tensor) -> None:
+        """Take the gradient from a weight, as a hook after it was accumulated: it does not count."""
+        if weight.grad is not None and (entry := self._alive.get(id(weight.grad.untyped_storage()))):
+            self._gradients.add(entry[0])
+        weight.grad = None
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._weights or key in self._alive:
+            return
+        number = len(self._bytes)
+
+        def dies(_: Any) -> None:
+            self._events.append((number, -1))
+            del self._alive[key]
+
+        self._bytes.append(storage.nbytes())
+        self._events.append((number, 1))
+        self._alive[key] = number, weakref.ref(storage, dies)
+
+
+def _all_selected(function: Any, args: tuple[Any, ...]) -> Any:
+    """Return what an operator gives whose result depends on values, as if every element were selected and true.
+
+    That is the most there can be. Raises the exception that is being handled for an operator that is not one of these.
+    """
+    operators, first = torch.ops.aten, args[0]
+    if function is operators._local_scalar_dense.default:
+        return True if first.dtype == torch.bool else 1.0 if first.is_floating_point() else 1
+    if function is operators.nonzero.default:
+        return first.new_zeros((first.numel(), first.dim()), dtype=torch.int64)
+    if function is operators.index.Tensor and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
+        return first.reshape(args[1][0].numel(), *first.shape[args[1][0].dim() :]).clone()
+    raise
+
+
+def _forward(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """Return what the head reads, or a classifier's logits; the rest of the output is let go."""
+    output: Tensor = model(**batch).logits
+    return output
+
+
+@contextmanager
+def _no_memory(model: nn.Module, form: Form) -> Iterator[FakeTensorMode]:
+    """Within, every tensor is without memory, and the model's weights have the dtype of the form."""
+    made: dict[int, Tensor] = {}  # a weight that two modules share stays one
+
+    def fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        return made[id(tensor)]
+
+    with FakeTensorMode() as mode:
+        weights = torch.float32 if form.weights == 4 else torch.bfloat16
+        originals = []  # held, so that no id is given twice
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    originals.append(parameter)
+                    shared = fake(parameter, weights if parameter.is_floating_point() else parameter.dtype)
+                    if not isinstance(shared, nn.Parameter):
+                        shared = made[id(parameter)] = nn.Parameter(shared, requires_grad=parameter.requires_grad)
+                    module._parameters[name] = shared
+            plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+            for holder, tensors in ((module._buffers, module._buffers), (vars(module), plain)):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        originals.append(tensor)
+                        holder[name] = fake(tensor, tensor.dtype)
+        yield mode
+
+
+@contextmanager
+def _without_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within, a language model's logits are what its head reads: the loss and its logits are counted apart."""
+    head = model.get_output_embeddings()
+    places = [] if head is None else [
+        (module, name) for module in model.modules() for name, part in module.named_children() if part is head
+    ]  # fmt: skip
+    for module, name in places:
+        setattr(module, name, nn.Identity())
+    try:
+        yield
+    finally:
+        for module, name in places:
+            setattr(module, name, head)
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    if wanted:  # without the random state, which cannot be kept where no memory is
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    try:
+        yield
+    finally:
+        if wanted:
+            model.gradient_checkpointing_disable()

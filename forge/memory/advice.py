@@ -1,4 +1,4 @@
-"""One row of numbers for each plan, and which of them to take: arithmetic alone, without torch."""
+"""The table of `forge plan`, a line for each DeepSpeed plan, and what to set so that a job fits: without torch."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,17 @@ from typing import Any
 from forge.config.plans import Plan, plan_names, read_plan
 from forge.config.schema import Config
 from forge.errors import UsageError
-from forge.memory.totals import GIB, Job, Parts, Setting, fits, form_of, largest_rows, loss_chunks, memory_of
+from forge.memory.totals import (
+    GIB,
+    Estimate,
+    Job,
+    Sharding,
+    estimate_memory,
+    fits,
+    form_of,
+    largest_rows,
+    loss_chunks,
+)
 
 DDP = "none (DDP)"
 
@@ -18,7 +28,7 @@ class Machine:
     """The GPUs that are asked about."""
 
     gpus: int  # of a node
-    capacity: int  # bytes of each
+    capacity: int  # bytes of each GPU
     nodes: int = 1
 
     @property
@@ -27,107 +37,108 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one plan comes to."""
+class Line:
+    """What a job takes under one plan."""
 
     plan: str
-    parts: Parts
-    recomputed: Parts  # with gradient checkpointing
+    estimate: Estimate
+    recomputed: Estimate  # with gradient checkpointing
     fits: bool
-    largest_rows: int  # 0: not one row fits
-    refusal: str | None = None  # why it cannot be run, whatever its size
+    largest_rows: int  # 0: not even one row fits
+    refusal: str | None = None  # why the plan cannot be used, whatever the job's size
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to set, and what that comes to."""
+    """What to set, and what the job then takes."""
 
     plan: str
     settings: tuple[str, ...]  # as --set takes them; none where the config fits as it is
     rows: int
-    parts: Parts
+    estimate: Estimate
     largest_rows: int
     chunks: tuple[int, int] | None  # rows of logits, and of their gradients, that the fused loss has at a time
 
 
 def read_gpus(text: str, nodes: int) -> Machine:
-    """8x80: eight GPUs of 80 GiB on each node. Raises UsageError."""
+    """Read --gpus: 8x80 is eight GPUs of 80 GiB on each node. Raises UsageError."""
     match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text)
     if match is None or int(match[1]) == 0 or float(match[2]) == 0:
-        raise UsageError(f"--gpus is {text!r}; write how many a node has and the GiB of each, such as 8x80")
+        raise UsageError(f"--gpus is {text!r}; write the GPUs of a node and the GiB of each GPU, such as 8x80")
     return Machine(int(match[1]), round(float(match[2]) * GIB), nodes)
 
 
-def settings_of(config: Config, machine: Machine) -> dict[str, Setting]:
-    """By the plan's name: no plan, those of ds_configs/, and the config's own where it is a file."""
+def shardings_of(config: Config, machine: Machine) -> dict[str, Sharding]:
+    """Return by name: no plan, the plans of ds_configs/, and the config's own plan where that is another file."""
     own = config.deepspeed.student
     names = [*plan_names(), *([own] if own is not None and own not in plan_names() else [])]
     teacher = read_plan(config.deepspeed.teacher)
 
-    def setting(plan: Plan | None) -> Setting:
-        return Setting(plan, teacher, machine.ranks, machine.gpus)
+    def sharding(plan: Plan | None) -> Sharding:
+        return Sharding(plan, teacher, machine.ranks, machine.gpus)
 
-    return {DDP: setting(None), **{name: setting(read_plan(name)) for name in names}}
-
-
-def rows_of(job: Job, settings: dict[str, Setting], machine: Machine) -> list[Row]:
-    """The table."""
-    rows = []
-    for name, setting in settings.items():
-        parts, refusal = memory_of(job, setting), refusal_of(job, setting)
-        recomputed = memory_of(replace(job, checkpointing=True), setting)
-        fitting = refusal is None and fits(parts, machine.capacity)
-        most = 0 if refusal is not None else largest_rows(job, setting, machine.capacity)
-        rows.append(Row(name, parts, recomputed, fitting, most, refusal))
-    return rows
+    return {DDP: sharding(None), **{name: sharding(read_plan(name)) for name in names}}
 
 
-def refusal_of(job: Job, setting: Setting) -> str | None:
-    """Why the two placements do not go together; None where they do."""
-    if setting.plan is None and job.teacher is not None and job.placement == "zero3":
+def table_of(job: Job, shardings: dict[str, Sharding], machine: Machine) -> list[Line]:
+    """Return the lines of the table."""
+    lines = []
+    for name, sharding in shardings.items():
+        estimate, refusal = estimate_memory(job, sharding), refusal_of(job, sharding)
+        recomputed = estimate_memory(replace(job, checkpointing=True), sharding)
+        fitting = refusal is None and fits(estimate, machine.capacity)
+        most = 0 if refusal is not None else largest_rows(job, sharding, machine.capacity)
+        lines.append(Line(name, estimate, recomputed, fitting, most, refusal))
+    return lines
+
+
+def refusal_of(job: Job, sharding: Sharding) -> str | None:
+    """Return why the student's and the teacher's placement exclude each other; None if they do not."""
+    if sharding.plan is None and job.teacher is not None and job.placement == "zero3":
         return "a zero3 teacher needs a plan"
     return None
 
 
-def advise(job: Job, settings: dict[str, Setting], machine: Machine, *, own: str | None = None) -> Advice | None:
-    """The first that fits: what the config itself says; then, at the same rows, the plan that sends least, the layers
-    recomputed, the teacher spread or offloaded, states in host memory; then the same with fewer rows. None: nothing
-    does.
+def advise(job: Job, shardings: dict[str, Sharding], machine: Machine, *, own: str | None = None) -> Advice | None:
+    """Return the first option that fits; None if nothing does.
+
+    The config as it is comes first. Then, with the same rows, the plan that communicates least, layers recomputed, the
+    teacher sharded or offloaded, and states in host memory; then all of that with half the rows, and so on.
 
     own: the config's plan.
     """
     rows = job.rows
     while rows:
-        for name, changed, words in _options(replace(job, rows=rows), settings, own):
-            setting = settings[name]
-            parts = memory_of(changed, setting)
-            if refusal_of(changed, setting) is None and fits(parts, machine.capacity):
+        for name, changed, words in _options(replace(job, rows=rows), shardings, own):
+            sharding = shardings[name]
+            estimate = estimate_memory(changed, sharding)
+            if refusal_of(changed, sharding) is None and fits(estimate, machine.capacity):
                 if rows < job.rows:
                     words = (*words, f"training.per_device_batch_size={rows}")
                 chunks = None
                 if job.fused:
-                    found = loss_chunks(changed, form_of(changed, setting.plan), rows)
+                    found = loss_chunks(changed, form_of(changed, sharding.plan), rows)
                     chunks = (found.rows, found.wide)
-                most = largest_rows(changed, setting, machine.capacity)
-                return Advice(name, words, rows, parts, most, chunks)
+                most = largest_rows(changed, sharding, machine.capacity)
+                return Advice(name, words, rows, estimate, most, chunks)
         rows //= 2
     return None
 
 
-def _options(job: Job, settings: dict[str, Setting], own: str | None) -> Iterator[tuple[str, Job, tuple[str, ...]]]:
-    """The plan's name, the job under it, and what is to be set."""
-    in_memory = [name for name, s in settings.items() if s.plan is None or not _offloads(s.plan)]
-    on_host = [name for name, s in settings.items() if s.plan is not None and _offloads(s.plan)]
-    again: list[tuple[Job, tuple[str, ...]]] = [(job, ())]
+def _options(job: Job, shardings: dict[str, Sharding], own: str | None) -> Iterator[tuple[str, Job, tuple[str, ...]]]:
+    """Yield the name of a plan, the job under it, and what to set for it."""
+    in_memory = [name for name, s in shardings.items() if s.plan is None or not _offloads(s.plan)]
+    on_host = [name for name, s in shardings.items() if s.plan is not None and _offloads(s.plan)]
+    jobs: list[tuple[Job, tuple[str, ...]]] = [(job, ())]
     if not job.checkpointing:
-        again.append((replace(job, checkpointing=True), ("training.gradient_checkpointing=true",)))
-    placed = list(again)
+        jobs.append((replace(job, checkpointing=True), ("training.gradient_checkpointing=true",)))
+    placed = list(jobs)
     if job.teacher is not None and job.placement == "replicated":
         for placement in ("zero3", "offload"):
-            placed += [(replace(j, placement=placement), (*w, f"teacher.placement={placement}")) for j, w in again]
+            placed += [(replace(j, placement=placement), (*w, f"teacher.placement={placement}")) for j, w in jobs]
     yield own or DDP, job, ()
-    for names, jobs in ((in_memory, placed), (on_host, placed)):
-        for changed, words in jobs:
+    for names in (in_memory, on_host):
+        for changed, words in placed:
             for name in names:
                 plan = () if name == (own or DDP) else (f"deepspeed.student={'null' if name == DDP else name}",)
                 yield name, changed, (*plan, *words)
@@ -137,18 +148,18 @@ def _offloads(plan: Plan) -> bool:
     return plan.offloads_optimizer or plan.offloads_weights
 
 
-def as_json(rows: list[Row], advice: Advice | None) -> dict[str, Any]:
-    """Every number of the table, and the suggestion, for scripts."""
+def as_json(lines: list[Line], advice: Advice | None) -> dict[str, Any]:
+    """Return every number of the table, and the suggestion, for scripts."""
     plans = [
         {
-            "plan": None if row.plan == DDP else row.plan,
-            **row.parts.as_gib(),
-            "recomputed_activations_gib": row.recomputed.as_gib()["activations_gib"],
-            "fits": row.fits,
-            "largest_micro_batch": row.largest_rows,
-            "refusal": row.refusal,
+            "plan": None if line.plan == DDP else line.plan,
+            **line.estimate.as_gib(),
+            "recomputed_activations_gib": line.recomputed.as_gib()["activations_gib"],
+            "fits": line.fits,
+            "largest_micro_batch": line.largest_rows,
+            "refusal": line.refusal,
         }
-        for row in rows
+        for line in lines
     ]
     suggestion = advice and {
         "plan": None if advice.plan == DDP else advice.plan,
@@ -156,6 +167,6 @@ def as_json(rows: list[Row], advice: Advice | None) -> dict[str, Any]:
         "micro_batch": advice.rows,
         "largest_micro_batch": advice.largest_rows,
         "loss_chunks": advice.chunks,
-        **advice.parts.as_gib(),
+        **advice.estimate.as_gib(),
     }
     return {"plans": plans, "suggestion": suggestion}

@@ -1,124 +1,97 @@
-"""Builds a config's models on the meta device, where a tensor has a shape and no memory: no weights are read."""
+"""Builds a config's models on the meta device, where a tensor has a shape but no memory, and counts what they hold."""
 
-import logging
+import copy
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import peft
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
-from forge.config.schema import CausalLmTask, ClassificationTask, Config, ModelConfig, OcrTask
+from forge.config.schema import Config, ModelConfig
+from forge.data.batches import Batch, model_inputs
 from forge.errors import UsageError
-from forge.memory.sizes import RowShape, sizes_of
-from forge.memory.totals import Job
-from forge.model.adapter import put_on
+from forge.memory.activations import forward_bytes, row_bytes, step_bytes
+from forge.memory.sizes import sizes_of
+from forge.memory.totals import Form, Job, Pass, RowBytes, form_for
+from forge.model.adapter import attach
 from forge.model.layers import cut_config
-from forge.model.load import LoadedModel, kept_layers, load_own_tokenizer, scratch_config, set_dropout
+from forge.model.load import LoadedModel, kept_layers, set_dropout
 from forge.model.lora import with_lora
-from forge.model.recognizer import new_recognizer_config, reads_lines
-from forge.model.source import ModelSource, load_model_config, model_source
-from forge.task.causal_lm.task import CausalLm
-from forge.task.classification import Classification
-from forge.task.ocr.characters import character_tokenizer
-from forge.task.ocr.task import Ocr
-from forge.teacher.layers import known_depth, teacher_layers
-from forge.teacher.loading import teacher_config
-
-logger = logging.getLogger(__name__)
-TASKS = {task.name: task for task in (Classification, Ocr, CausalLm)}
+from forge.model.source import load_model_config, model_source
+from forge.task.load import task_class
+from forge.teacher.placement import teacher_config
+from forge.teacher.teacher import known_depth, teacher_layers
 
 
 def meta_job(config: Config) -> Job:
-    """The job of a config on GPUs, its rows as long as task.max_length allows. Raises UsageError for a model that
-    cannot be found, or built."""
-    student = student_on_meta(config)
-    shape = row_shape(config, student.config)
-    teacher = None
-    if config.wants_teacher:
-        model = build_on_meta(teacher_config(config), config, "teacher")
-        model.requires_grad_(False)
-        teacher = model
+    """Return the job of a config on GPUs, with rows as long as task.max_length allows.
+
+    Raises UsageError for a model that cannot be found or built.
+    """
+    student, teacher = student_on_meta(config), None
+    if config.wants_teacher and config.teacher.placement != "cached":  # a cached teacher need not be here
+        teacher = build_on_meta(teacher_config(config), config, "teacher")
+        teacher.requires_grad_(False)
     half = config.training.mixed_precision != "no"
-    return job_of(config, student, teacher, shape, half=half, on_cpu=False)
+    job = _without_activations(config, student, teacher, half=half, on_cpu=False)
+    forms = dict.fromkeys(form_for(half, False, sharded) for sharded in (False, True))
+    recomputes = (False, True) if student.supports_gradient_checkpointing else (False,)
+
+    def count() -> Job:
+        passes = [Pass(form, recomputed) for recomputed in recomputes for form in forms]
+        activations = row_bytes(student, _inputs(config, config.model, student), passes)
+        for form in forms:  # a model that cannot recompute gains nothing by being told to
+            activations.setdefault(Pass(form, True), activations[Pass(form, False)])
+        if teacher is None:
+            return replace(job, activations=activations)
+        inputs = _inputs(config, teacher_config(config), teacher)
+        forward = forward_bytes(teacher, inputs, Form(job.teacher_bytes, job.teacher_bytes))
+        return replace(job, activations=activations, teacher_forward=forward)
+
+    return _or_uncounted(job, count)
 
 
-def job_of(
+def running_job(
     config: Config,
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    shape: RowShape,
     *,
-    half: bool,
-    on_cpu: bool,
+    form: Form,
+    rows: int,
+    longest: int | None,
 ) -> Job:
-    """The job of models that are there, on the meta device or in memory. teacher: None also for a cached one."""
-    task, distillation = config.task, config.distillation
-    sizes = sizes_of(student, shape, in_4bit=config.model.load_in_4bit)
-    own = config.teacher.dtype
-    teacher_bytes = 4 if own == "float32" or (own == "auto" and not half) else 2
-    drawn = 0
-    if distillation.hidden is not None and distillation.alpha > 0:
-        of_student = known_depth(student.config) or 0
-        of_teacher = of_student if teacher is None else known_depth(teacher.config) or 0
-        drawn = len(teacher_layers(distillation, of_student, of_teacher))
-    fused = TASKS[task.type].has_language_head and type(student.get_output_embeddings()) is torch.nn.Linear
-    return Job(
-        student=sizes,
-        teacher=None if teacher is None else sizes_of(teacher, shape),
-        placement=config.teacher.placement,
-        teacher_bytes=teacher_bytes,
-        teacher_layers=drawn,
-        half=half,
-        on_cpu=on_cpu,
-        rows=config.training.per_device_batch_size,
-        labels=1 if isinstance(task, ClassificationTask) else shape.tokens,
-        fused=fused,
-        distils=distillation.alpha > 0,
-        top_k=config.teacher.top_k,
-        checkpointing=config.training.gradient_checkpointing,
-        loss=config.training.loss,
+    """Return the job of a run whose models are in memory, for micro-batches of this many rows and for no other number.
+
+    Nothing of the models is changed, and no random number is drawn.
+
+    teacher: None also for a cached one. form: what the run computes in. longest: tokens of the longest row of the data;
+    None: as many as task.max_length allows.
+    """
+    half = form.products == 2
+    job = replace(
+        _without_activations(config, student, teacher, half=half, on_cpu=form.on_cpu, longest=longest), rows=rows
     )
 
+    def count() -> Job:
+        each = Pass(form, job.checkpointing)
+        inputs = _inputs(config, config.model, student, longest)
+        peak = step_bytes(_twin_on_meta(student), inputs, each, rows).peak
+        activations = {each: RowBytes(peak, 0)}
+        if teacher is None:
+            return replace(job, activations=activations)
+        inputs = _inputs(config, teacher_config(config), teacher, longest)
+        own = Form(job.teacher_bytes, job.teacher_bytes, form.on_cpu)
+        return replace(job, activations=activations, teacher_forward=forward_bytes(_twin_on_meta(teacher), inputs, own))
 
-def row_shape(config: Config, model: PreTrainedConfig, longest: int | None = None) -> RowShape:
-    """The longest row. longest: tokens of the longest that there is, where the data are known; else it is as long as
-    task.max_length allows. An image is as large as task.image says, or as the model's own."""
-    task = config.task
-    tokens = task.max_length if longest is None else min(task.max_length, longest)
-    if not isinstance(task, OcrTask):
-        return RowShape(tokens)
-    seeing = model.encoder if reads_lines(model) else getattr(model, "vision_config", model)
-    images = _image_tokens(seeing, task.image.height, task.image.width)
-    if reads_lines(model):
-        return RowShape(tokens, images)
-    merged = int(getattr(model, "scale_factor", None) or 1) ** 2  # Idefics 3 joins so many of them into a token
-    return RowShape(tokens + images // merged, images)
-
-
-def build_on_meta(model: ModelConfig, config: Config, key: str) -> PreTrainedModel:
-    """The model of a section, without adapters. Raises UsageError as loading it would."""
-    task = config.task
-    if model.config is not None:
-        built = _scratch(model, config, key)
-    else:
-        source = model_source(model, key)
-        built = load_model_config(source, f"{key}.path")
-        kept = kept_layers(model, source, built, key)
-        if kept is not None:
-            built = cut_config(built, kept)
-    set_dropout(built, model.dropout)
-    if isinstance(task, ClassificationTask) and task.labels is not None and _head_is_new(model, built):
-        built.num_labels = len(task.labels)
-    try:
-        with torch.device("meta"):
-            return cast(PreTrainedModel, TASKS[task.type].auto_model.from_config(built))
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        where = f"{key}.config" if model.config is not None else f"{key}.path"
-        raise UsageError(f"{where}: no model can be built from it ({' '.join(str(error).split())[:200]})") from error
+    with torch.random.fork_rng(devices=[]):
+        return _or_uncounted(job, count)
 
 
 def student_on_meta(config: Config) -> PreTrainedModel:
-    """With the adapter that is trained on it."""
+    """Return the student with the adapter that is trained on it. Raises UsageError as loading it would."""
     model = build_on_meta(config.model, config, "model")
     section = config.model
     if section.lora is None and not section.continue_adapter:
@@ -127,50 +100,112 @@ def student_on_meta(config: Config) -> PreTrainedModel:
     if section.continue_adapter:
         adapter = peft.LoraConfig.from_pretrained(source.adapters[-1].location)
         adapter.inference_mode = False
-        put_on(model, cast(peft.LoraConfig, adapter))
+        attach(model, cast(peft.LoraConfig, adapter))
         return model
-    loaded = LoadedModel(model, source, _new_weights(model, source, section, config), [])
-    return with_lora(loaded, section, config.training.seed).model
+    new = task_class(config).new_weights(section, load_model_config(source, "model.path"), model)
+    return with_lora(LoadedModel(model, source, new, []), section, config.training.seed).model
 
 
-def _head_is_new(section: ModelConfig, model: PreTrainedConfig) -> bool:
-    """Of a classifier: does the checkpoint's config not say that it is one?"""
-    told = model.architectures or []
-    return section.new_head or not any("ForSequenceClassification" in name for name in told)
+def build_on_meta(section: ModelConfig, config: Config, key: str) -> PreTrainedModel:
+    """Return the model of a section of the config, without adapters. Raises UsageError as loading it would.
 
-
-def _new_weights(model: PreTrainedModel, source: ModelSource, section: ModelConfig, config: Config) -> list[str]:
-    """The names of a classifier's head where it starts new: it is trained in full beside an adapter."""
-    is_classifier = isinstance(config.task, ClassificationTask)
-    if not is_classifier or not _head_is_new(section, load_model_config(source, "model.path")):
-        return []
-    body = f"{model.base_model_prefix}."
-    return [name for name, _ in model.named_parameters() if not name.startswith(body)]
-
-
-def _scratch(model: ModelConfig, config: Config, key: str) -> PreTrainedConfig:
-    """The transformers config of model.config, its vocabulary that of the tokenizer."""
-    assert model.config is not None
-    keys, where = model.config, f"{key}.config"
-    if isinstance(config.task, OcrTask) and reads_lines(keys):
-        tokenizer: Any = load_own_tokenizer(model) if model.new_tokenizer is None else character_tokenizer([])
-        return new_recognizer_config(keys, tokenizer, key)
-    if isinstance(config.task, OcrTask):
-        return scratch_config(keys, where)
-    if model.new_tokenizer is None:
-        tokens = len(load_own_tokenizer(model))
-    elif isinstance(config.task, CausalLmTask) and model.new_tokenizer.kind == "bpe":
-        tokens = model.new_tokenizer.vocab_size
+    key: the section's name.
+    """
+    task = task_class(config)
+    if section.config is not None:
+        built = task.scratch_config(section, key)
     else:
-        tokens = len(character_tokenizer([]))
-    return scratch_config(keys, where, vocab_size=tokens)
+        source = model_source(section, key)
+        built = load_model_config(source, f"{key}.path")
+        kept = kept_layers(section, source, built, key)
+        if kept is not None:
+            built = cut_config(built, kept)
+    set_dropout(built, section.dropout)
+    built = task.adapted_config(config, section, built)
+    try:
+        with torch.device("meta"):
+            return cast(PreTrainedModel, task.auto_model.from_config(built))
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        where = f"{key}.config" if section.config is not None else f"{key}.path"
+        raise UsageError(f"{where}: no model can be built from it ({_first_words(error)})") from error
 
 
-def _image_tokens(config: Any, height: int | None, width: int | None) -> int:
-    """Patches of an image, and the one that stands for it."""
-    size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
-    if size is None or patch is None:
-        return 0
-    sides = size if isinstance(size, list | tuple) else (size, size)
-    patches = patch if isinstance(patch, list | tuple) else (patch, patch)
-    return ((height or sides[0]) // patches[0]) * ((width or sides[1]) // patches[1]) + 1
+def _without_activations(
+    config: Config,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    *,
+    half: bool,
+    on_cpu: bool,
+    longest: int | None = None,
+) -> Job:
+    task, distillation = task_class(config), config.distillation
+    row = task.planned_batch(config, config.model, student.config, 1, longest)
+    ids = row["decoder_input_ids" if "decoder_input_ids" in row else "input_ids"]
+    own = config.teacher.dtype
+    compared = 0
+    if distillation.hidden is not None and distillation.alpha > 0:
+        depth = known_depth(student.config) or 0
+        teacher_depth = depth if teacher is None else known_depth(teacher.config) or 0
+        compared = len(teacher_layers(distillation, depth, teacher_depth))
+    return Job(
+        student=sizes_of(student, in_4bit=config.model.load_in_4bit),
+        activations={},
+        teacher=None if teacher is None else sizes_of(teacher),
+        teacher_forward=RowBytes(0, 0),
+        placement=config.teacher.placement,
+        teacher_bytes=4 if own == "float32" or (own == "auto" and not half) else 2,
+        teacher_layers=compared,
+        half=half,
+        on_cpu=on_cpu,
+        rows=config.training.per_device_batch_size,
+        tokens=ids.shape[1],
+        labels=row["labels"][0].numel(),
+        fused=task.has_language_head and type(student.get_output_embeddings()) is nn.Linear,
+        distils=distillation.alpha > 0,
+        top_k=config.teacher.top_k,
+        checkpointing=config.training.gradient_checkpointing,
+        loss=config.training.loss,
+    )
+
+
+def _inputs(
+    config: Config, section: ModelConfig, model: PreTrainedModel, longest: int | None = None
+) -> Callable[[int], Batch]:
+    task, built = task_class(config), model.config
+    options: dict[str, Any] = task.forward_options
+
+    def inputs(rows: int) -> dict[str, Any]:
+        return {**model_inputs(task.planned_batch(config, section, built, rows, longest)), **options}
+
+    return inputs
+
+
+def _or_uncounted(job: Job, count: Callable[[], Job]) -> Job:
+    """Return the job with what was counted, or without activations and with the reason.
+
+    An architecture may do anything in its forward, and an estimate is not worth an error.
+    """
+    try:
+        return count()
+    except UsageError:
+        raise
+    except Exception as error:
+        return replace(job, uncounted=f"{type(error).__name__}: {_first_words(error)}")
+
+
+def _twin_on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same shape, with the same weights frozen, on the meta device."""
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+        adapters = getattr(model, "peft_config", None) or {}
+        for adapter in adapters.values():
+            attach(twin, copy.deepcopy(adapter))
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+    return twin
+
+
+def _first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

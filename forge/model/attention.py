@@ -1,4 +1,4 @@
-"""Finds the modules that make queries, keys and values in a self-attention layer, and listens to them in a forward."""
+"""Finds the modules that compute queries, keys and values in a self-attention layer, and captures their outputs."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from forge.errors import UsageError
 
 KINDS = ("queries", "keys", "values")
-# As architectures name the three: BERT, RoBERTa, ELECTRA; DistilBERT; DeBERTa; most later ones; MPNet.
+# The names of the three in architectures: BERT, RoBERTa, ELECTRA; DistilBERT; DeBERTa; most later ones; MPNet.
 NAMES = (
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
@@ -25,9 +25,14 @@ OTHER = ("crossattention", "cross_attn", "encoder_attn")  # attention to another
 
 
 def attention_modules(model: PreTrainedModel, layer: int | None, whose: str) -> dict[str, str]:
-    """The name in model of the module that makes each of KINDS, in the encoder's layer (from 1; None: the last).
+    """Return the names of the modules that compute each of KINDS in one layer of an encoder.
 
-    Raises UsageError, which names the architecture, where forge does not know them. whose: student or teacher.
+    Args:
+        layer: counted from 1; None: the last.
+        whose: student or teacher, for messages.
+
+    Raises:
+        UsageError: forge does not know these modules in this architecture, or there is no such layer.
     """
     leaves = {leaf: kind for names in NAMES for leaf, kind in zip(names, KINDS, strict=True)}
     layers: dict[tuple[str, int], dict[str, str]] = {}
@@ -38,31 +43,31 @@ def attention_modules(model: PreTrainedModel, layer: int | None, whose: str) -> 
             if attends and found["leaf"] in leaves and not any(part in name for part in OTHER):
                 layers.setdefault((found["stack"], int(found["layer"])), {})[leaves[found["leaf"]]] = name
             elif found["leaf"] in FUSED:
-                fused = f" (it makes them in one, {name})"
+                fused = f" (one module computes all three, {name})"
     architecture = type(model).__name__
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     whole = all(len(modules) == len(KINDS) for modules in layers.values())
     if not whole or len({stack for stack, _ in layers}) != 1 or sorted(i for _, i in layers) != list(range(count or 0)):
         raise UsageError(
-            f"distillation.relations: forge finds no modules of queries, keys and values in each layer of the {whose}, "
-            f"a {architecture}{fused}; take distillation.relations out, or use distillation.hidden"
+            f"distillation.relations: forge cannot find modules of queries, keys and values in each layer of the "
+            f"{whose}, a {architecture}{fused}; remove distillation.relations, or use distillation.hidden"
         )
     if layer is not None and layer > len(layers):
         raise UsageError(
-            f"distillation.relations.{whose}_layer is {layer}, and the {whose}, a {architecture}, has {len(layers)} "
-            "layers"
+            f"distillation.relations.{whose}_layer is {layer}, but the {whose}, a {architecture}, has only "
+            f"{len(layers)} layers"
         )
     chosen = layers[max(layers) if layer is None else (max(layers)[0], layer - 1)]
     if getattr(model.get_submodule(chosen["queries"].rpartition(".")[0]), "is_causal", False):
         raise UsageError(
-            f"distillation.relations compares encoders, where each token reads all others, and the {whose}, a "
-            f"{architecture}, reads from left to right; take it out, or use distillation.hidden"
+            f"distillation.relations compares encoders, where each token attends to all others, but the {whose}, a "
+            f"{architecture}, attends only to the left; remove it, or use distillation.hidden"
         )
     return chosen
 
 
 def width_of(model: nn.Module, name: str) -> int:
-    """Of what the module gives, also where its weight lies elsewhere or has an adapter on it."""
+    """Return the width of a module's output, even if its weight is sharded or an adapter wraps it."""
     return int(getattr(model.get_submodule(name), "out_features"))  # noqa: B009 - of a linear layer of any library
 
 

@@ -1,14 +1,14 @@
-"""Loads a sequence classifier: from a checkpoint or from scratch, its outputs matched to the data's labels."""
+"""Loads a sequence classifier, from a checkpoint or from scratch, and matches its outputs to the data's labels."""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from forge.config.schema import ModelConfig
 from forge.errors import UsageError
-from forge.model.labels import align, named_labels
 from forge.model.layers import keep_layers
 from forge.model.load import (
     LoadedModel,
@@ -28,10 +28,13 @@ logger = logging.getLogger(__name__)
 def load_classifier(
     config: ModelConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, key: str = "model"
 ) -> LoadedModel:
-    """The sequence classifier of `config` for the data's labels. Raises UsageError where the two do not fit.
+    """Return the sequence classifier of `config` for the data's labels.
 
-    A head that the checkpoint lacks is made anew, in the data's order of labels. One that it has keeps the
-    checkpoint's order, and the data's labels are mapped to it by name.
+    A head that the checkpoint lacks is initialised, in the order of the data's labels. A head that it has keeps the
+    checkpoint's order, and the data's labels are mapped to it by name: the order differs between checkpoints.
+
+    Raises:
+        UsageError: the checkpoint does not fit the labels or the tokenizer.
     """
     if config.config is not None:
         scratch = scratch_config(config.config, f"{key}.config", vocab_size=len(tokenizer))
@@ -43,9 +46,39 @@ def load_classifier(
     else:
         loaded = _load_checkpoint(model_source(config, key), config, labels, key)
     check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
-    if loaded.model.config.pad_token_id is None:  # decoder models find a row's last token by it
+    if loaded.model.config.pad_token_id is None:  # decoder models need it to find a row's last token
         loaded.model.config.pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def named_labels(id2label: Mapping[int, str]) -> list[str] | None:
+    """Return a model's label names in the order of its outputs; None if they are transformers' LABEL_0, LABEL_1, …"""
+    names = [str(id2label[i]) for i in sorted(id2label)]
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def align(data_labels: Sequence[str], model_labels: Sequence[str], key: str = "model") -> list[int]:
+    """Return for each label of the data the index of the model's output with that name, ignoring case.
+
+    Args:
+        key: the model's section of the config, for the message.
+
+    Raises:
+        UsageError: the two have different names, so nobody can tell which output is which label.
+    """
+    positions = {_plain(name): i for i, name in enumerate(model_labels)}
+    wanted = [_plain(name) for name in data_labels]
+    if sorted(positions) != sorted(wanted) or len(positions) != len(model_labels):
+        way_out = (
+            f"the model's with {key}.labels, or start a new head with {key}.new_head: true"
+            if key == "model"
+            else f"or the {key}'s with {key}.labels; a {key} with more or fewer labels cannot be used"
+        )
+        raise UsageError(
+            f"the data's labels ({', '.join(data_labels)}) and the {key}'s ({', '.join(model_labels)}) do not have the "
+            f"same names; rename the data's with task.labels, {way_out}"
+        )
+    return [positions[name] for name in wanted]
 
 
 def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[str], key: str) -> LoadedModel:
@@ -55,7 +88,7 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
     outputs = checkpoint.num_labels
     names = config.labels or named_labels(checkpoint.id2label or {})
     if config.labels is not None and len(config.labels) != outputs:
-        raise UsageError(f"{key}.labels has {len(config.labels)} names and the checkpoint has {outputs} outputs")
+        raise UsageError(f"{key}.labels has {len(config.labels)} names, but the checkpoint has {outputs} outputs")
     if config.new_head or names is None:
         _set_labels(checkpoint, labels)
     else:
@@ -68,16 +101,16 @@ def _load_checkpoint(source: ModelSource, config: ModelConfig, labels: Sequence[
     refuse_missing(source, model, [name for name in absent if name.startswith(body) and ".pooler." not in name], key)
     head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
     if config.new_head:
-        _renew(model, head)
+        _reset_head(model, head)
         absent = sorted({*absent, *head})
     elif names is None and (read.mismatched or not any(name in absent for name in head)):
         new_head = f", or start a new head with {key}.new_head: true" if key == "model" else ""
         raise UsageError(
             f"{key}.path: {source.name} has a classification head of {outputs} outputs without label names; give "
-            f"them in the order of its outputs with {key}.labels: [...]{new_head}"
+            f"them with {key}.labels: [...], in the order of the outputs{new_head}"
         )
     if absent:
-        logger.info("%s: %s has no %s; they start new", key, source.name, ", ".join(absent))
+        logger.info("%s: not in %s, so initialised at random: %s", key, source.name, ", ".join(absent))
     model = keep_layers(model, kept, source.name, key)
     final_names = cast(dict[int, str], model.config.id2label)
     label_ids = align(labels, [final_names[i] for i in sorted(final_names)], key)
@@ -91,7 +124,11 @@ def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
     config.problem_type = "single_label_classification"
 
 
-def _renew(model: PreTrainedModel, head: Sequence[str]) -> None:
-    """Gives the head the weights that a model of its own config starts with."""
+def _reset_head(model: PreTrainedModel, head: Sequence[str]) -> None:
+    """Initialise the head again, as a new model of its config would be."""
     fresh = AutoModelForSequenceClassification.from_config(model.config).state_dict()
     model.load_state_dict({name: fresh[name] for name in head}, strict=False)
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", " ").replace("-", " ")

@@ -14,26 +14,26 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class LinearHead:
-    """logits = softcap * tanh(scale * linear(hidden) / softcap), without the softcap where there is none."""
+    """A head: logits = softcap * tanh(scale * linear(hidden) / softcap); without a softcap, scale * linear(hidden)."""
 
-    body: Callable[..., Any]  # the model below its head; gives last_hidden_state (B, T, D)
+    body: Callable[..., Any]  # the model without its head; returns last_hidden_state (B, T, D)
     linear: nn.Linear
     scale: float = 1.0
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: (..., D). Returns (..., V)."""
+        """Return the logits (..., V) of hidden states (..., D)."""
         logits = self.linear(hidden) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def find_head(model: PreTrainedModel, forward_options: dict[str, Any]) -> LinearHead | str:
-    """The head of a model that reads input_ids, or why it has none that is known to be all of its logits.
+    """Return the head of a model that reads input_ids, or the reason why its logits are not just a linear head.
 
-    Whether it is, a few tokens tell: an architecture may do more to its logits than any config says.
+    This is tried on a few tokens: an architecture may do more to its logits than its config says.
     """
     linear = _trained(model.get_output_embeddings())
-    if type(linear) is not nn.Linear:  # LoRA's layers are other classes, and more than their weight
+    if type(linear) is not nn.Linear:  # LoRA's layers are other classes: they compute with more than one weight
         return f"its head is {type(linear).__module__}.{type(linear).__name__}"
     text = model.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
@@ -48,11 +48,11 @@ def find_head(model: PreTrainedModel, forward_options: dict[str, Any]) -> Linear
             agree = torch.allclose(head.logits(hidden), expected, rtol=1e-3, atol=1e-4)
     finally:
         model.train(training)
-    return head if agree else f"{type(model).__name__} does more to its logits than forge knows of"
+    return head if agree else f"{type(model).__name__} changes its logits in a way that forge does not know"
 
 
 def _trained(head: nn.Module | None) -> nn.Module | None:
-    """The layer that is trained in full beside an adapter, where peft has put one over the head."""
+    """Return the copy of the head that is trained in full next to an adapter, if peft has wrapped the head."""
     if isinstance(head, ModulesToSaveWrapper) and len(head.active_adapters) == 1:
         return head.modules_to_save[head.active_adapters[0]]
     return head

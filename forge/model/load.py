@@ -1,10 +1,10 @@
-"""Loads and builds models in float32: the parts that every task uses, and what is known of the result."""
+"""Loads and builds models in float32: the steps that all tasks share, and LoadedModel, which they return."""
 
 import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,15 +12,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
-from forge.model.adapter import is_adapted, is_untied, merge, put_on_trained
+from forge.model.adapter import is_adapted, is_untied, load_adapter, merge
 from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, find_model, load_model_config, load_tokenizer, model_source, not_found
 
 logger = logging.getLogger(__name__)
+
+AutoModelClass = type[_BaseAutoModelClass]  # the class of transformers that loads a kind of model
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,25 @@ class LoadedModel:
 
     model: PreTrainedModel
     source: ModelSource | None  # None: built from scratch
-    new_weights: list[str]  # the parameters that no checkpoint gave
-    label_ids: list[int]  # of a classifier: for each label of the data the index of the model's output
-    adapter: dict[str, Any] | None = None  # what is known of the one that is trained; None: all weights are
-    origin: Origin | None = None  # the files that it came from, where rank 0 has read them
+    new_weights: list[str]  # the parameters that no checkpoint has, initialised at random
+    label_ids: list[int]  # of a classifier: for each label of the data, the index of the model's output
+    adapter: dict[str, Any] | None = None  # facts of the adapter that is trained; None: all weights are
+    origin: Origin | None = None  # the files that it came from, once rank 0 has read them
     layers: KeptLayers | None = None  # those of the source that it is made of; None: all
 
     @property
-    def below(self) -> Origin | None:
-        """What an adapter that is trained lies on."""
+    def base_origin(self) -> Origin | None:
+        """The files of what a trained adapter is applied to."""
         continued = self.origin is not None and self.source is not None and self.source.continues
         return self.origin.without_last() if self.origin is not None and continued else self.origin
 
     @property
     def base_sha256(self) -> str | None:
-        """The hash of what an adapter that is trained lies on; None where there is none."""
-        return self.below.weights_sha256 if self.below is not None and is_adapted(self.model) else None
+        """The hash of what the trained adapter is applied to; None if there is no adapter."""
+        return self.base_origin.weights_sha256 if self.base_origin is not None and is_adapted(self.model) else None
 
     def facts(self) -> dict[str, Any]:
-        """What run_metadata.json tells of the model."""
+        """Return what run_metadata.json records of the model."""
         return {
             "source": self.source.name if self.source else "from scratch",
             "location": self.source.location if self.source else None,
@@ -55,7 +58,7 @@ class LoadedModel:
             "commit": self.origin.base.commit if self.origin else None,
             "weights_sha256": self.origin.weights_sha256 if self.origin else None,
             "location_sha256": self.origin.base.sha256 if self.origin else None,
-            "adapters": [asdict(adapter) for adapter in self.origin.adapters] if self.origin else [],
+            "adapters": [adapter.model_dump() for adapter in self.origin.adapters] if self.origin else [],
             "base_sha256": self.base_sha256,
             "kept_layers": self.layers.numbers if self.layers else None,
             "layers_of": self.layers.of if self.layers else None,
@@ -73,23 +76,34 @@ class ReadWeights(NamedTuple):
     """A model with the weights of a checkpoint."""
 
     model: PreTrainedModel
-    missing: list[str]  # names of parameters that start new, sorted: the checkpoint lacks them, or
+    missing: list[str]  # the parameters that are initialised at random, sorted: the checkpoint lacks them, or
     mismatched: list[str]  # has them in another shape
 
 
 def not_pooler(names: Iterable[str]) -> list[str]:
-    """Of weights that no file has, those that logits need: encoders come without their pooler, which only a classifier
-    of BERT's kind reads, and there the adapter that was trained on it holds it."""
+    """Return the weights that logits need, among those that no file has.
+
+    Encoders come without their pooler. Only classifiers like BERT's read it, and then their adapter has it.
+    """
     return [name for name in names if ".pooler." not in name]
 
 
 def load_whole(
-    auto_model: Any, config: ModelConfig, key: str, what: str, scratch: PreTrainedConfig | None, may_lack: str = ""
+    auto_model: AutoModelClass,
+    config: ModelConfig,
+    key: str,
+    what: str,
+    scratch: PreTrainedConfig | None,
+    may_lack: str = "",
 ) -> LoadedModel:
-    """The model of the config's section `key`: new, as `scratch` says, or of a checkpoint that has all its weights.
+    """Return the model of the config's section `key`, built from `scratch` or read from a checkpoint with all weights.
 
-    what: the weights in a few words, for a message. may_lack: what is in the name of a weight that may start new.
-    Raises UsageError where the model cannot be built, or read whole.
+    Args:
+        what: the weights in a few words, for a message.
+        may_lack: part of the name of weights that the checkpoint may lack.
+
+    Raises:
+        UsageError: the model cannot be built, or the checkpoint is incomplete.
     """
     if scratch is not None:
         set_dropout(scratch, config.dropout)
@@ -106,25 +120,32 @@ def load_whole(
 
 
 def kept_layers(config: ModelConfig, source: ModelSource, checkpoint: PreTrainedConfig, key: str) -> KeptLayers | None:
-    """What `keep_layers` asks for; None where nothing does. Raises UsageError where the model has no such layers."""
+    """Return the layers that `keep_layers` asks for, if any. Raises UsageError if the model does not have them."""
     return None if config.keep_layers is None else check_layers(config.keep_layers, checkpoint, source.name, key)
 
 
 def load_own_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model, or that the config names for it. Raises UsageError."""
+    """Return the model's own tokenizer, or the one that the config names. Raises UsageError if it cannot be read."""
     return load_tokenizer(*processing_source(config))
 
 
 def processing_source(config: ModelConfig, key: str = "model") -> tuple[ModelSource, str]:
-    """Where the tokenizer or processor of the section `key` comes from, and the key that says so."""
+    """Return the source of the tokenizer or processor of the section `key`, and the key that names it."""
     if config.tokenizer:
         return find_model(config.tokenizer, f"{key}.tokenizer"), f"{key}.tokenizer"
     return model_source(config, key), f"{key}.path"
 
 
-def read_checkpoint(auto_model: Any, source: ModelSource, config: PreTrainedConfig, key: str, what: str) -> ReadWeights:
-    """The model of `config` with the weights of `source`, in float32, its adapters merged into it, the newest put on it
-    if that is to be trained. Raises UsageError where there are no such weights, or an adapter does not fit them."""
+def read_checkpoint(
+    auto_model: AutoModelClass, source: ModelSource, config: PreTrainedConfig, key: str, what: str
+) -> ReadWeights:
+    """Return the model of `config` with the weights of `source`, in float32, and its adapters merged into it.
+
+    If the newest adapter is to be trained, it is attached instead of merged.
+
+    Raises:
+        UsageError: there are no such weights, or an adapter does not fit them.
+    """
     options = _in_4bit(source, key) if source.in_4bit else {}
     with _quiet_about_missing_weights():
         try:
@@ -132,33 +153,33 @@ def read_checkpoint(auto_model: Any, source: ModelSource, config: PreTrainedConf
                 source.location,
                 revision=source.revision,
                 config=config,
-                dtype=torch.float32,  # master weights; mixed precision computes in less
+                dtype=torch.float32,  # master weights; mixed precision computes in fewer bits
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # a head of another size is judged by its task, with a sentence
+                ignore_mismatched_sizes=True,  # a head of another size is judged by its task
                 **options,
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UsageError(not_found(source, f"{key}.path", what, error)) from error
     if is_adapted(model):
         raise UsageError(
-            f"{key}.path: {source.name} is an adapter on the hub; set {key}.path to its base and {key}.adapter to it"
+            f"{key}.path: {source.name} is an adapter on the hub; set {key}.path to its base, and {key}.adapter to it"
         )
-    given = _with_adapters(model, source, key)
-    mismatched = [entry[0] for entry in info["mismatched_keys"] if entry[0] not in given]
-    return ReadWeights(model, sorted((set(info["missing_keys"]) | set(mismatched)) - given), mismatched)
+    in_full = _attach_adapters(model, source, key)
+    mismatched = [entry[0] for entry in info["mismatched_keys"] if entry[0] not in in_full]
+    return ReadWeights(model, sorted((set(info["missing_keys"]) | set(mismatched)) - in_full), mismatched)
 
 
 def refuse_missing(source: ModelSource, model: PreTrainedModel, missing: list[str], key: str) -> None:
-    """Raises UsageError if a checkpoint lacks weights that cannot start new."""
+    """Raise UsageError if a checkpoint lacks weights that must not be initialised at random."""
     if missing:
         raise UsageError(
             f"{key}.path: {source.name} lacks weights of {model.config.model_type} ({', '.join(missing[:3])}, "
-            f"{len(missing)} in all); it is a checkpoint of another architecture or a part of one"
+            f"{len(missing)} in all); it is a checkpoint of another architecture, or only a part of one"
         )
 
 
-def build_model(auto_model: Any, config: PreTrainedConfig, key: str) -> PreTrainedModel:
-    """A model with new weights, in float32. Raises UsageError for a config that no model can be built from."""
+def build_model(auto_model: AutoModelClass, config: PreTrainedConfig, key: str) -> PreTrainedModel:
+    """Return a model with random weights, in float32. Raises UsageError if it cannot be built from the config."""
     try:
         model = auto_model.from_config(config)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # sizes that do not fit each other
@@ -168,9 +189,14 @@ def build_model(auto_model: Any, config: PreTrainedConfig, key: str) -> PreTrain
 
 
 def scratch_config(keys: dict[str, Any], where: str, **defaults: Any) -> PreTrainedConfig:
-    """The transformers config of these keys, model_type among them; `where` is their place in forge's config.
+    """Return the transformers config with these keys, which include model_type.
 
-    Raises UsageError for a key that it lacks.
+    Args:
+        where: the place of the keys in forge's config.
+        defaults: keys that apply unless `keys` has them.
+
+    Raises:
+        UsageError: models of this type have no such key, or the values do not fit.
     """
     given = dict(keys)
     model_type = str(given.pop("model_type"))
@@ -185,7 +211,7 @@ def scratch_config(keys: dict[str, Any], where: str, **defaults: Any) -> PreTrai
 
 
 def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
-    """Sets every dropout rate of the config; their names differ from model to model."""
+    """Set every dropout rate in the config, whose names differ from model to model; None: leave them."""
     if rate is not None:
         for name, value in config.to_dict().items():
             if ("dropout" in name or "pdrop" in name) and isinstance(value, int | float | None):
@@ -195,55 +221,55 @@ def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
 
 
 def check_embeddings(embeddings: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
-    """Raises UsageError for a tokenizer with more tokens than the model embeds."""
+    """Raise UsageError if the tokenizer has more tokens than the model embeds."""
     rows = len(cast(torch.nn.Embedding, embeddings).weight)
     if len(tokenizer) > rows:
         raise UsageError(
-            f"{key}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; use its own tokenizer"
+            f"{key}: the tokenizer has {len(tokenizer)} tokens, but the model embeds only {rows}; use its own tokenizer"
         )
 
 
 def check_fits(model: PreTrainedModel, max_length: int, training: TrainingConfig) -> None:
-    """Raises UsageError where the model cannot take rows of max_length tokens, or be trained as asked."""
+    """Raise UsageError if the model cannot read rows of max_length tokens, or cannot be trained as asked."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from padding_idx + 1 on.
+        # RoBERTa and similar models count positions from padding_idx + 1 on.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1
     if positions is not None and max_length > positions:
         raise UsageError(
-            f"task.max_length is {max_length}, and the model has {positions} positions; lower task.max_length"
+            f"task.max_length is {max_length}, but the model has only {positions} positions; lower task.max_length"
         )
     if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
         name = type(model).__name__
         raise UsageError(f"{name} cannot recompute activations; set training.gradient_checkpointing: false")
 
 
-def _with_adapters(model: PreTrainedModel, source: ModelSource, key: str) -> set[str]:
-    """The names of the parameters that an adapter holds in full, which its base may lack."""
-    given: set[str] = set()
+def _attach_adapters(model: PreTrainedModel, source: ModelSource, key: str) -> set[str]:
+    """Return the names of the parameters that an adapter holds in full, which its base may lack."""
+    found: set[str] = set()
     for adapter in source.adapters:
         trained = source.continues and adapter is source.adapters[-1]
-        handle, in_full = put_on_trained(model, Path(adapter.location), f"{key}.path", trainable=trained)
-        given |= in_full
+        handle, in_full = load_adapter(model, Path(adapter.location), f"{key}.path", trainable=trained)
+        found |= in_full
         if not trained:
             merge(handle)
     if source.adapters:
         logger.info("%s: %s on %s", key, ", ".join(item.name for item in source.adapters), source.base)
-    return given
+    return found
 
 
 def _in_4bit(source: ModelSource, key: str) -> dict[str, Any]:
-    """What from_pretrained is given for QLoRA (arXiv 2305.14314). Raises UsageError where it cannot be done."""
+    """Return the options of from_pretrained for QLoRA (arXiv 2305.14314). Raises UsageError if it cannot be done."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(
             f"{key}.load_in_4bit needs the package bitsandbytes; `pip install bitsandbytes`, or set it to false"
         )
     if not torch.cuda.is_available():
-        raise UsageError(f"{key}.load_in_4bit needs a GPU, and there is none here; set it to false")
+        raise UsageError(f"{key}.load_in_4bit needs a GPU, but there is none here; set it to false")
     if len(source.adapters) > int(source.continues):
         raise UsageError(
-            f"{key}.load_in_4bit: an adapter cannot be merged into weights of 4 bits; set {key}.path to its run's "
+            f"{key}.load_in_4bit: an adapter cannot be merged into 4-bit weights; set {key}.path to its run's "
             "final/merged (export.merge: true writes it), or set it to false"
         )
     quantization = BitsAndBytesConfig(
@@ -265,7 +291,7 @@ def _no_load_report(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _quiet_about_missing_weights() -> Iterator[None]:
-    """transformers reports them as a table; what they mean is judged and said by the task."""
+    """Silence the table in which transformers reports missing weights: the task judges and reports what they mean."""
     report = logging.getLogger("transformers.modeling_utils")
     report.addFilter(_no_load_report)
     try:

@@ -1,14 +1,15 @@
-"""Tells which files a model's weights came from, and their hash: a base, and the adapters that were merged into it."""
+"""Where a model's weights came from: the files and their hashes, base.json, and the runs that they descend from."""
 
 import hashlib
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from huggingface_hub import try_to_load_from_cache
+from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -16,83 +17,92 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from forge.config.placing import config_name
 from forge.errors import UsageError
+from forge.run.directory import RunDirectory
 from forge.run.files import read_json, sha256_of
+from forge.run.metadata import read_metadata
+from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"  # its folder is an adapter
-BASE_FILE = "base.json"  # beside an adapter: what it was trained on
-FORMAT = 1
+ADAPTER_CONFIG = "adapter_config.json"  # a folder with this file is an adapter
+BASE_FILE = "base.json"  # next to an adapter: what it was trained on
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+RUN_DEPTH = 3  # the deepest model of a run is in RUN/final/merged
 
 
-@dataclass(frozen=True)
-class Weights:
-    """One folder with weights, or one model of the hub."""
+class WeightFiles(BaseModel):
+    """One folder with weights, or one model on the hub."""
 
-    name: str  # as a config had it
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str  # as the config has it
     location: str  # an absolute folder, or a hub id
     revision: str | None = None
-    commit: str | None = None  # of a hub model, whatever revision said
-    sha256: str | None = None  # None: not known
+    commit: str | None = None  # of a hub model, whatever the revision is
+    sha256: str | None = None  # None: unknown
 
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Self:
-        """Of base.json. Raises TypeError for other keys, and for values that are no text."""
-        weights = cls(**values)
-        for name, value in values.items():
-            if not isinstance(value, str) and (value is not None or name in ("name", "location")):
-                raise TypeError(f"{name} is {value!r} and no text")
-        return weights
+
+class BaseRecord(BaseModel):
+    """The content of base.json: merge the adapters into the base in this order, and the adapter next to it fits."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    format: Literal[1]
+    base: WeightFiles
+    adapters: tuple[WeightFiles, ...]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model starts from, and what base.json tells of an adapter: merge these in order and the adapter fits."""
+    """The files that a model starts from: a base, and the adapters that are merged into it."""
 
-    base: Weights
-    adapters: tuple[Weights, ...] = ()  # merged into the base one after the other, the oldest first
+    base: WeightFiles
+    adapters: tuple[WeightFiles, ...] = ()  # merged into the base one after the other, the oldest first
 
     @property
     def weights_sha256(self) -> str | None:
-        """The base's hash; with adapters, one of all hashes in their order."""
+        """The hash of the base; with adapters, one hash of all hashes in their order."""
         hashes = [part.sha256 for part in (self.base, *self.adapters)]
         if None in hashes or len(hashes) == 1:
             return None if None in hashes else hashes[0]
         return hashlib.sha256("\n".join(str(item) for item in hashes).encode()).hexdigest()
 
     def without_last(self) -> "Origin":
-        """What lies below the newest adapter."""
+        """Return the origin of what the newest adapter is applied to."""
         return replace(self, adapters=self.adapters[:-1])
 
     def text(self) -> str:
-        """base.json."""
-        parts = {"base": asdict(self.base), "adapters": [asdict(adapter) for adapter in self.adapters]}
-        return json.dumps({"format": FORMAT, **parts}, indent=2) + "\n"
+        """Return the content of base.json."""
+        record = BaseRecord(format=1, base=self.base, adapters=self.adapters)
+        return json.dumps(record.model_dump(), indent=2) + "\n"
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """Raises UsageError for a base.json that forge did not write, or not this forge."""
-        values = read_file(file)
+        """Read base.json. Raises UsageError if it is broken, or was not written by this version of forge."""
         try:
-            if values["format"] != FORMAT:
-                raise ValueError(f"format {values['format']} instead of {FORMAT}")
-            return cls(Weights.of(values["base"]), tuple(Weights.of(adapter) for adapter in values["adapters"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{file} is not as forge writes it ({error}); restore it, or name model.base") from error
+            record = BaseRecord.model_validate_json(json.dumps(read_file(file)))
+        except ValidationError as error:
+            raise UsageError(
+                f"{file} is not a record of forge ({_first_problem(error)}); restore it, or set model.base"
+            ) from error
+        return cls(record.base, record.adapters)
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """A small file of an adapter or a model. Raises UsageError where it is broken."""
+    """Return the content of a small JSON file of an adapter or a model. Raises UsageError if it is broken."""
     try:
         return read_json(file)
     except UsageError as error:
         raise UsageError(f"{file} is broken; restore it, or name another adapter or model") from error
 
 
-def hashed(weights: Weights) -> Weights:
-    """With the commit and the hash of its files. Reads every byte of a local folder; the hub's cache knows its own."""
+def hashed(weights: WeightFiles) -> WeightFiles:
+    """Return the record with the commit and the hash of its files; unchanged for a hub model that is not cached.
+
+    Reads every byte of a local folder; the hub's cache knows the hashes of its files.
+    """
     folder = Path(weights.location)
     commit = None
     if not folder.is_dir():
@@ -102,16 +112,16 @@ def hashed(weights: Weights) -> Weights:
         folder = Path(found).parent
         commit = folder.name
     files = weight_files(folder)
-    return replace(weights, commit=commit, sha256=hash_of_files(files) if files else None)
+    return weights.model_copy(update={"commit": commit, "sha256": hash_of_files(files) if files else None})
 
 
 def short(sha256: str | None) -> str:
-    """The digits of a hash that stand in a message."""
+    """Return the first digits of a hash, for a message."""
     return "unknown" if sha256 is None else sha256[:12]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those that from_pretrained reads, of a model or of an adapter; none where the folder holds neither."""
+    """Return the files that from_pretrained reads, of a model or an adapter; none if the folder has neither."""
     for name in ADAPTER_WEIGHTS if (folder / ADAPTER_CONFIG).is_file() else (SAFE_WEIGHTS_NAME,):
         if (folder / name).is_file():
             return [folder / name]
@@ -124,9 +134,62 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def hash_of_files(files: list[Path]) -> str:
-    """SHA-256 over names and hashes, in the order of the names."""
+    """Return the SHA-256 of the files' names and hashes, sorted by name."""
     lines = sorted(f"{file.name} {_sha256(file)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def lineage(origin: Origin | None, role: str = "model") -> list[dict[str, Any]]:
+    """Return the runs that the model descends from, the oldest first and each once; none if no run of forge made it.
+
+    Args:
+        role: what the model is in the new run. If it has adapters, its base has the role `base` and each adapter
+            `adapter`.
+    """
+    if origin is None:
+        return []
+    parts = [("base" if origin.adapters else role, origin.base), *(("adapter", part) for part in origin.adapters)]
+    found: dict[str, dict[str, Any]] = {}
+    for part_role, weights in parts:
+        for entry in _line_of(part_role, weights):
+            found.setdefault(entry["run_id"], entry)
+    return list(found.values())
+
+
+def _line_of(role: str, weights: WeightFiles) -> list[dict[str, Any]]:
+    """Return the run that holds these weights, after its own ancestors."""
+    folder = Path(weights.location)
+    run = _enclosing_run(folder) if folder.is_absolute() else None  # a hub id is not a path here
+    if run is None:
+        return []
+    try:
+        metadata, state = read_metadata(run), TrainingState.load(run.state_file)
+        own = {
+            "role": role,
+            "run_id": metadata.run_id,
+            "name": run.name,
+            "path": str(run.path.absolute()),
+            "config": str(config_name(metadata.config_file)),
+            "weights_sha256": weights.sha256,
+            "steps": _steps(folder, state),
+        }
+        return [*(ancestor.model_dump() for ancestor in metadata.lineage), own]
+    except UsageError as error:  # a run that was copied in part can still be trained on
+        logger.warning("the ancestors of the run %s are unknown (%s)", run.path, error)
+        return []
+
+
+def _enclosing_run(folder: Path) -> RunDirectory | None:
+    for path in (folder, *folder.parents)[:RUN_DEPTH]:
+        if (run := RunDirectory(path)).state_file.is_file():
+            return run
+    return None
+
+
+def _steps(folder: Path, state: TrainingState) -> int:
+    """Return the steps of a checkpoint, or of the whole run for its final model."""
+    name, _, step = folder.name.partition("-")
+    return int(step) if name == "checkpoint" and step.isdigit() else state.step
 
 
 def _sha256(file: Path) -> str:
@@ -134,3 +197,8 @@ def _sha256(file: Path) -> str:
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name  # the hub's cache names a large file by its SHA-256
     return sha256_of(file)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

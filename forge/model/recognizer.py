@@ -1,4 +1,4 @@
-"""Loads a model that reads images: an encoder-decoder from a checkpoint or from scratch, or a vision-language model."""
+"""Loads a model that reads images: an encoder-decoder, or a vision-language model."""
 
 import logging
 from collections.abc import Mapping
@@ -30,9 +30,13 @@ ENCODER_DECODER = "vision-encoder-decoder"
 def load_recognizer(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, end: int, key: str = "model"
 ) -> LoadedModel:
-    """The model of `config`, which writes with this tokenizer and knows its start, end and padding tokens.
+    """Return the model of `config`, set up to write with this tokenizer's start, end and padding tokens.
 
-    end: the token that a text ends with. Raises UsageError where config, checkpoint and tokenizer do not fit.
+    Args:
+        end: the token that a text ends with.
+
+    Raises:
+        UsageError: config, checkpoint and tokenizer do not fit each other.
     """
     scratch = None if config.config is None else new_recognizer_config(config.config, tokenizer, key)
     what = "weights for a model that reads images"
@@ -44,18 +48,18 @@ def load_recognizer(
 
 
 def reads_lines(config: PreTrainedConfig | dict[str, Any]) -> bool:
-    """True for an encoder-decoder, which is asked nothing; False for a model that is prompted."""
+    """True for an encoder-decoder, which takes no prompt; False for a model that needs one."""
     own = config.get("model_type") if isinstance(config, dict) else config.model_type
     return own == ENCODER_DECODER
 
 
 def writer(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of the model that writes text."""
+    """Return the part of the model that writes text."""
     return cast(PreTrainedModel, model.decoder if reads_lines(model.config) else model.get_decoder())
 
 
 def start_token(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that an encoder-decoder writes after."""
+    """Return the token that an encoder-decoder starts a text after."""
     config = None if model is None else model.config
     for token in (
         getattr(config, "decoder_start_token_id", None),
@@ -67,32 +71,35 @@ def start_token(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBas
     ):
         if token is not None:
             return int(token)
-    raise UsageError("the tokenizer has neither a start nor an end token, and a decoder needs one; use another")
+    raise UsageError("the tokenizer has neither a start nor an end token, but a decoder needs one; use another")
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a text ends with."""
+    """Return the token that a text ends with."""
     token = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if token is None:
-        raise UsageError("the tokenizer has no end token, and a decoder needs one to know when to stop; use another")
+        raise UsageError("the tokenizer has no end token, but a decoder needs one to stop at; use another")
     return int(token)
 
 
 def freeze_unused(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[str]:
-    """Freezes the weights that no logit depends on, and names them: data parallelism waits for their gradients.
+    """Freeze the weights that no logit depends on, and return their names: data parallelism waits for their gradients.
 
-    They are an encoder's pooler, and what comes after the layers of a vision tower that are read (LLaVA). inputs: one
-    row, whose graph tells them, whatever the architecture; nothing is computed backwards. The part that writes is left
-    alone: which of its experts are used depends on the row.
+    These are an encoder's pooler, and what follows the last layer of a vision tower that is read (LLaVA). The autograd
+    graph of one row shows them, without a backward pass. The part that writes is left alone: which of its experts are
+    used depends on the row.
+
+    Args:
+        inputs: one row, for the model's forward.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         return []
     training = model.training
-    model.eval()  # without dropped layers
+    model.eval()  # no layer is dropped
     logits = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False).logits
     model.train(training)
-    used = _weights_behind(logits) | {id(parameter) for parameter in writer(model).parameters()}
+    used = _weights_reached_by(logits) | {id(parameter) for parameter in writer(model).parameters()}
     frozen = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in used:
@@ -101,8 +108,8 @@ def freeze_unused(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[
     return frozen
 
 
-def _weights_behind(output: Tensor) -> set[int]:
-    """The id of every tensor that would get a gradient from the output's."""
+def _weights_reached_by(output: Tensor) -> set[int]:
+    """Return the id of every tensor that would get a gradient in a backward pass from the output."""
     found: set[int] = set()
     seen: set[Any] = {None}
     waiting: list[Any] = [output.grad_fn]
@@ -111,13 +118,14 @@ def _weights_behind(output: Tensor) -> set[int]:
         if node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):  # the end of the graph, where a gradient is kept
+        if hasattr(node, "variable"):  # a leaf of the graph, where a gradient is stored
             found.add(id(node.variable))
         waiting += [before for before, _ in node.next_functions]
     return found
 
 
 def new_recognizer_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> PreTrainedConfig:
+    """Return the transformers config of a model that is built from scratch with the keys of model.config."""
     if not reads_lines(keys):
         return scratch_config(keys, f"{key}.config")
     unknown = sorted(set(keys) - {"model_type", "encoder", "decoder"})
@@ -136,16 +144,16 @@ def new_recognizer_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBa
     }
     encoder = scratch_config(keys["encoder"], f"{key}.config.encoder")
     decoder = scratch_config(keys["decoder"], f"{key}.config.decoder", vocab_size=len(tokenizer), **special)
-    # It also marks the decoder as one that attends to an encoder.
+    # This also makes the decoder one that attends to an encoder.
     whole: PreTrainedConfig = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     whole.decoder_start_token_id = start
     return whole
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: int, key: str) -> None:
-    """In the config and in what generate goes by: it starts, stops and pads as the transcripts of training do.
+    """Set the tokens in the model's config and generation config, as in the transcripts that it is trained on.
 
-    A chat model may also stop where its checkpoint says.
+    A chat model also stops at the tokens of its checkpoint.
     """
     tokens: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end}
     if reads_lines(model.config):

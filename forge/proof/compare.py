@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json_lines
+from forge.run.metrics import read_metrics
 
 CARD = "README.md"  # of the final model: it names the run, and when it was made
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -136,7 +136,7 @@ def _compare_curves(left: Path, right: Path, counts: Counter[str]) -> None:
     rows: list[dict[tuple[Any, Any], list[dict[str, Any]]]] = []
     for file in (left, right):
         rows.append({})
-        for row in read_json_lines(file):
+        for row in read_metrics(file):
             rows[-1].setdefault((row.get("step"), row.get("stage")), []).append(row)
     unbroken, killed = rows
     for key in [*unbroken, *(key for key in killed if key not in unbroken)]:

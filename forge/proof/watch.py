@@ -7,7 +7,7 @@ from pathlib import Path
 
 from forge.errors import UsageError
 from forge.run.directory import STATE_FILE, RunDirectory
-from forge.run.files import read_json_lines
+from forge.run.metrics import read_metrics
 from forge.run.state import Stage, TrainingState
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -58,7 +58,7 @@ class Watch:
 
     def reported_step(self) -> int:
         """The last step that the run's metrics tell of; 0 before the first report."""
-        return max((row.get("step", 0) for row in read_json_lines(self._run.metrics_file)), default=0)
+        return max((row.get("step", 0) for row in read_metrics(self._run.metrics_file)), default=0)
 
     def _read_state(self, file: Path) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Compares runs: means over seeds with their intervals, untrained and teacher beside them, and the gap closed."""
+"""Compares runs: means over seeds with intervals, next to the untrained model and the teacher, and the gap closed."""
 
 import difflib
 import math
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from forge.config.former_names import current_headline, current_metric
 from forge.errors import UsageError
 from forge.report.estimate import Estimate, estimate
 from forge.report.figures import RunFigures, gap_closed, read_figures, shown_metrics, splits_of
@@ -13,7 +14,7 @@ from forge.report.groups import Group, group_runs, only_distillation_differs
 from forge.run.directory import RunDirectory
 from forge.run.state import TrainingState
 
-ROUNDING = 1e-5  # relative: more than float32 loses to another order of sums, less than one row more or less
+ROUNDING = 1e-5  # relative; more than sums in another order differ in float32, less than one more correct row
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Line:
 
     label: str
     kind: str  # untrained, trained, gap closed, teacher
-    of: tuple[int, ...]  # the groups whose numbers they are
-    cells: dict[str, Estimate]  # by metric; of `gap closed` the ratio alone
+    groups: tuple[int, ...]  # the indices of the groups that it is about
+    cells: dict[str, Estimate]  # by metric; for `gap closed`, the ratio as the mean
     seconds_per_step: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """left - right, seed by seed: what the seeds have in common drops out."""
+    """left - right, seed by seed, so that what depends on the seed alone cancels out."""
 
     metric: str
     left: str
@@ -39,18 +40,24 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class Comparison:
+    """The table of `forge compare`, and what is printed after it."""
+
     groups: list[Group]
     metrics: list[str]
     lines: list[Line]
     paired: list[PairedDifference]
-    legend: list[str]  # what the labels stand for, where they are the configs' names
+    legend: list[str]  # what the labels mean, if they are names of configs
     notes: list[str]
 
 
 def compare_runs(runs: Sequence[RunDirectory], metrics: Sequence[str] = ()) -> Comparison:
-    """metrics: names, with or without the split, instead of the headline and what stands beside it.
+    """Return the comparison of complete runs.
 
-    Raises UsageError for runs that are not complete, whose numbers are about other rows, and for repeated seeds.
+    Args:
+        metrics: names, with or without the split; default: the headline metrics, agreement, kl and ece.
+
+    Raises:
+        UsageError: a run is not complete, two runs were evaluated on different rows, or a seed is repeated.
     """
     distinct = list({run.path.resolve(): run for run in runs}.values())
     _check_complete(distinct)
@@ -62,57 +69,58 @@ def compare_runs(runs: Sequence[RunDirectory], metrics: Sequence[str] = ()) -> C
     teachers = [_values([number], groups, "teacher", shown) for number in range(len(groups))]
     headline = [name for name in shown if name.split("/")[-1] in figures[0].headline]
     notes: list[str] = []
-    lines = _references("untrained", "baseline", groups, shown)
+    lines = _reference_lines("untrained", "baseline", groups, shown)
     for number, line in enumerate(trained):
         lines.append(line)
         lines += _gap_line(number, groups, trained, teachers[number], headline, notes)
-    lines += _references("teacher", "teacher", groups, shown)
+    lines += _reference_lines("teacher", "teacher", groups, shown)
     paired = _paired(groups, shown if metrics else headline)
     return Comparison(groups, shown, lines, paired, legend, [*notes, *_notes(groups, lines)])
 
 
 def _check_complete(runs: Sequence[RunDirectory]) -> None:
     states = [(run, TrainingState.load(run.state_file)) for run in runs]
-    behind = [
+    unfinished = [
         f"{run.path} ({state.stage.replace('_', ' ')}, step {state.step}/{state.total_steps or '?'})"
         for run, state in states
         if not state.pipeline_complete
     ]
-    if behind:
+    if unfinished:
         raise UsageError(
-            f"only complete runs can be compared, and {'this one is' if len(behind) == 1 else 'these are'} not: "
-            f"{', '.join(behind)}; go on with `forge resume RUN`, or leave {'it' if len(behind) == 1 else 'them'} out"
+            f"only complete runs can be compared; not complete: {', '.join(unfinished)}; continue with `forge resume "
+            f"RUN`, or leave {'it' if len(unfinished) == 1 else 'them'} out"
         )
 
 
 def _check_same_rows(figures: Sequence[RunFigures]) -> None:
-    """The final numbers of all runs are about the same rows, as far as their files tell."""
+    """Raise UsageError if the final numbers of two runs are about different rows, as far as their files show."""
     for run in figures:
         if "final" not in run.evaluations:
             raise UsageError(f"{run.run.path} has no final evaluation (evaluation.final is false); leave it out")
     first, *others = figures
     for run in others:
         for what, a, b in zip(
-            ("task", "data fingerprint", "evaluation.max_samples", "splits", "evaluated rows"),
+            ("task", "data fingerprint", "evaluation.max_rows", "splits", "evaluated rows"),
             _about(first),
             _about(run),
             strict=True,
         ):
             if a != b:
                 raise UsageError(
-                    f"{first.run.path} and {run.run.path} cannot stand in one table, since their numbers are about "
-                    f"other rows: {what} {a} and {b}; compare runs on the same data with the same evaluation"
+                    f"{first.run.path} and {run.run.path} cannot be compared, since their numbers are about different "
+                    f"rows: {what} {a} and {b}; compare runs on the same data with the same evaluation"
                 )
 
 
 def _about(run: RunFigures) -> tuple[str, ...]:
+    """Return what shows which rows the final numbers are about, as text."""
     final = run.evaluations["final"]
     splits = splits_of(final)
-    counts = [f"{split} {final[name]:g}" for split in splits if (name := f"{split}/samples") in final]
+    counts = [f"{split} {final[name]:g}" for split in splits if (name := f"{split}/rows") in final]
     return (
         run.metadata.task.type,
         run.metadata.data.fingerprint[:12],  # of rows and tokenizer
-        str(run.config.get("evaluation.max_samples")).replace("None", "null"),
+        str(run.config.get("evaluation.max_rows")).replace("None", "null"),
         ", ".join(sorted(splits)),
         ", ".join(sorted(counts)),
     )
@@ -130,7 +138,8 @@ def _chosen(names: Sequence[str], figures: Sequence[RunFigures]) -> list[str]:
         found = [metric for metric in known if name in (metric, metric.partition("/")[2])]
         if not found:
             short = dict.fromkeys([*known, *(metric.partition("/")[2] for metric in known)])
-            near = difflib.get_close_matches(name, short, n=1)
+            near = [now for now in (current_metric(name), *current_headline([name])) if now in short]
+            near += difflib.get_close_matches(name, short, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise UsageError(f"--metric {name}: no final evaluation has it; {hint}")
         chosen += [metric for metric in found if metric not in chosen]
@@ -146,7 +155,7 @@ def _trained(number: int, group: Group, metrics: Sequence[str]) -> Line:
 def _values(
     numbers: Sequence[int], groups: Mapping[int, Group] | Sequence[Group], stage: str, metrics: Sequence[str]
 ) -> dict[str, dict[int, float]]:
-    """By metric and seed; of the first of the groups that has a value for the seed."""
+    """Return the values by metric and seed; for each seed from the first group that has one."""
     found: dict[str, dict[int, float]] = {}
     for metric in metrics:
         for run in (run for number in numbers for run in groups[number].runs):
@@ -159,8 +168,8 @@ def _estimates(values: Mapping[str, Mapping[int, float]]) -> dict[str, Estimate]
     return {metric: estimate(by_seed) for metric, by_seed in values.items()}
 
 
-def _references(kind: str, stage: str, groups: Sequence[Group], metrics: Sequence[str]) -> list[Line]:
-    """One line for all groups whose numbers are equal on the seeds that they share; else one for each such set."""
+def _reference_lines(kind: str, stage: str, groups: Sequence[Group], metrics: Sequence[str]) -> list[Line]:
+    """Return one line for all groups whose numbers agree on their common seeds, else one per set of such groups."""
     sets: list[list[int]] = []
     for number in range(len(groups)):
         own = _values([number], groups, stage, metrics)
@@ -181,7 +190,7 @@ def _references(kind: str, stage: str, groups: Sequence[Group], metrics: Sequenc
 
 
 def _agree(a: Mapping[str, Mapping[int, float]], b: Mapping[str, Mapping[int, float]]) -> bool:
-    """Are they equal up to rounding on every seed that they share; without one, whatever the seed?"""
+    """True if the values are equal up to rounding on all common seeds; without common seeds, on all pairs of seeds."""
     pairs = []
     for metric in a.keys() & b.keys():
         common = a[metric].keys() & b[metric].keys()
@@ -197,7 +206,7 @@ def _close(a: float, b: float) -> bool:
 
 
 def _once_if_equal(known: Estimate) -> Estimate:
-    """A model that no seed has touched has one value and no interval."""
+    """Return a single value without an interval if all seeds have the same, as for a model that was not trained."""
     first, *others = known.values.values()
     return known if not all(_close(first, value) for value in others) else Estimate(known.values, first, None)
 
@@ -210,19 +219,19 @@ def _gap_line(
     headline: Sequence[str],
     notes: list[str],
 ) -> list[Line]:
-    """How much of the way from the control to the teacher a distilled group has gone; ratios of the means."""
+    """Return the share of the gap between control and teacher that a distilled group has closed, from the means."""
     controls = [other for other, group in enumerate(groups) if group.alpha == 0]
     if groups[number].alpha == 0 or not controls or not teacher:
         return []
     twins = [other for other in controls if only_distillation_differs(groups[number], groups[other])]
     if len(twins) != 1 and len(controls) != 1:
-        notes.append(f"gap closed of {groups[number].label}: no control differs from it in the distillation alone")
+        notes.append(f"gap closed of {groups[number].label}: no control differs from it only in the distillation")
         return []
     control = (twins or controls)[0]
     if not twins:
         notes.append(
-            f"gap closed of {groups[number].label}: its control, {groups[control].label}, differs in more than the "
-            f"distillation"
+            f"gap closed of {groups[number].label}: its control, {groups[control].label}, differs in more than "
+            f"the distillation"
         )
     before, after = trained[control].cells, trained[number].cells
     cells = {}
@@ -235,8 +244,10 @@ def _gap_line(
 
 
 def _paired(groups: Sequence[Group], metrics: Sequence[str]) -> list[PairedDifference]:
-    """Where exactly two groups have seeds in common: the distilled one minus the other, else the later minus the
-    earlier."""
+    """Return the differences of two groups if exactly two have common seeds.
+
+    The difference is the distilled group minus the other; without distillation, the later minus the earlier.
+    """
     sharing = [
         group for group in groups if any(set(group.seeds) & set(other.seeds) for other in groups if other is not group)
     ]
@@ -256,7 +267,7 @@ def _paired(groups: Sequence[Group], metrics: Sequence[str]) -> list[PairedDiffe
 
 
 def _notes(groups: Sequence[Group], lines: Sequence[Line]) -> list[str]:
-    """What a reader must know of the numbers; one sentence each."""
+    """Return what a reader must know about the numbers, one sentence each."""
     notes = []
     seeds = [len(group.runs) for group in groups]
     if max(seeds) > 1:
@@ -266,29 +277,29 @@ def _notes(groups: Sequence[Group], lines: Sequence[Line]) -> list[str]:
         notes.append(f"one seed, so no interval{which}; a difference between single runs may be chance")
     final = groups[0].runs[0].evaluations["final"]
     sampled = [
-        f"{final[f'{split}/samples']:g} of {final[f'{split}/samples_of']:g} rows of {split}"
+        f"{final[f'{split}/rows']:g} of {final[f'{split}/rows_of']:g} rows of {split}"
         for split in splits_of(final)
-        if f"{split}/samples_of" in final
+        if f"{split}/rows_of" in final
     ]
     if sampled:
-        notes.append(f"evaluated on {', '.join(sampled)}, which each run draws by its seed (evaluation.max_samples)")
+        notes.append(f"evaluated on {', '.join(sampled)}, sampled by each run with its seed (evaluation.max_rows)")
     for group, line in zip(groups, (line for line in lines if line.kind == "trained"), strict=True):
         fewer = [name for name, cell in line.cells.items() if cell.seeds < len(group.runs)]
         if fewer:
-            notes.append(f"{group.label}: not every seed has {', '.join(fewer)}")
+            notes.append(f"{group.label}: some seeds lack {', '.join(fewer)}")
         places = {(run.metadata.world.device, run.metadata.world.ranks) for run in group.runs}
         if len(places) > 1:
-            notes.append(f"{group.label}: the time per step is of runs on different devices or numbers of ranks")
+            notes.append(f"{group.label}: the time per step is from runs on different devices or numbers of ranks")
     if any(line.kind == "gap closed" for line in lines):
         notes.append(
-            "gap closed: (distilled - control) / (teacher - control), of the means; - where the teacher is not better "
+            "gap closed: (distilled - control) / (teacher - control), from the means; - if the teacher is not better "
             "than the control"
         )
     return notes
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything raw: the table's numbers, and those of every seed. Numbers that are not finite are text."""
+    """Return everything as JSON: the numbers of the table, and those of every seed. Non-finite numbers are text."""
     return {
         "metrics": comparison.metrics,
         "groups": [
@@ -319,7 +330,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             {
                 "label": line.label,
                 "kind": line.kind,
-                "groups": [comparison.groups[number].label for number in line.of],
+                "groups": [comparison.groups[number].label for number in line.groups],
                 "metrics": {name: _estimate_json(cell) for name, cell in line.cells.items()},
                 "seconds_per_step": None if line.seconds_per_step is None else _estimate_json(line.seconds_per_step),
             }

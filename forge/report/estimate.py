@@ -1,4 +1,4 @@
-"""The mean of a few seeds' numbers, and how far another few seeds would move it."""
+"""The mean of a number over seeds, with its 95 % interval."""
 
 import math
 from collections.abc import Mapping
@@ -19,8 +19,11 @@ class Estimate:
 
 
 def estimate(values: Mapping[int, float]) -> Estimate:
-    """mean ± t * s / sqrt(n): s the standard deviation with n - 1, t the 97.5 % quantile of Student's distribution
-    with n - 1 degrees of freedom (12.71 for two seeds, 4.30 for three)."""
+    """Return the mean of one value per seed, and its interval: mean ± t * s / sqrt(n).
+
+    s is the standard deviation with n - 1 in the denominator, t the 97.5 % quantile of Student's distribution with
+    n - 1 degrees of freedom (12.71 for two seeds, 4.30 for three).
+    """
     n = len(values)
     if not all(map(math.isfinite, values.values())):
         return Estimate(dict(values), math.nan, None)
@@ -32,7 +35,7 @@ def estimate(values: Mapping[int, float]) -> Estimate:
 
 
 def student_t(degrees: int) -> float:
-    """The 97.5 % quantile."""
-    from scipy.special import stdtrit  # a quarter of a second, and only here
+    """Return the 97.5 % quantile of Student's distribution."""
+    from scipy.special import stdtrit  # imported here because it takes a quarter of a second
 
     return float(stdtrit(degrees, 0.975))

@@ -1,4 +1,4 @@
-"""Says what a run's training brought: untrained, SFT, KD and teacher side by side, and the share of the gap closed."""
+"""Summarises what training achieved: untrained, SFT, KD and teacher side by side, and the share of the gap closed."""
 
 from dataclasses import dataclass
 
@@ -13,20 +13,20 @@ GAP_CLOSED = "gap closed"
 
 @dataclass(frozen=True)
 class Evidence:
-    """Numbers of one seed: they carry no interval."""
+    """The evaluations of one run, and of its control; numbers of one seed, so without intervals."""
 
-    rows: dict[str, dict[str, float]]  # by what was evaluated, in the order untrained, SFT, KD, teacher: by metric
-    metrics: list[str]  # the headline of every split, agreement, kl and ece; then the rows evaluated of each split
-    gap_closed: dict[str, float]  # by headline metric; without those that leave no gap to close
-    against: str | None  # the row that the gap is measured from: SFT with a control, else untrained; None: no gap
+    evaluations: dict[str, dict[str, float]]  # by model (untrained, SFT, KD, teacher, in this order), then by metric
+    metrics: list[str]  # each split's headline metrics, agreement, kl and ece; then each split's number of rows
+    gap_closed: dict[str, float]  # by headline metric, if there is a gap to close
+    against: str | None  # the model that the gap is measured from: SFT with a control, else untrained; None: no gap
     sampled: bool  # evaluated on a sample of the rows
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows as text: a metric to a row, `-` where there is no number."""
-        header = ["metric", *self.rows, *([GAP_CLOSED] if self.gap_closed else [])]
+        """Return header and rows as text, one metric per row, with `-` for a missing number."""
+        header = ["metric", *self.evaluations, *([GAP_CLOSED] if self.gap_closed else [])]
         rows = []
         for metric in self.metrics:
-            values = [numbers.get(metric) for numbers in self.rows.values()]
+            values = [numbers.get(metric) for numbers in self.evaluations.values()]
             cells = [ABSENT if value is None else _text(value) for value in values]
             share = self.gap_closed.get(metric)
             gap = [ABSENT if share is None else f"{100 * share:.0f} %"] if self.gap_closed else []
@@ -35,47 +35,51 @@ class Evidence:
 
     @property
     def text(self) -> str:
-        """What stands below the table; empty where there is nothing to say."""
+        """The notes that follow the table, one per line; may be empty."""
         lines = []
         if self.gap_closed:
             lines.append(f"gap closed: the share of the way from {self.against} to the teacher; one seed, no interval")
         if self.sampled:
-            lines.append("evaluated on a sample of the rows (evaluation.max_samples), not on all of them")
+            lines.append("evaluated on a sample of the rows (evaluation.max_rows), not on all of them")
         return "\n".join(lines)
 
 
 def evidence(run: RunDirectory, control: RunDirectory | None = None) -> Evidence:
-    """The evaluations that the runs' files hold; a run need not be complete, and none need have been made.
+    """Read the evaluations that a run's files hold. The run need not be complete, and any evaluation may be missing.
 
-    control: the alpha = 0 twin of a distilled run, whose final numbers are SFT's. Raises UsageError, naming the file,
-    where one is missing or broken.
+    Args:
+        control: the twin of a distilled run with alpha = 0, whose final numbers are those of SFT.
+
+    Raises:
+        UsageError: a file is missing or broken.
     """
     own = read_evaluations(run)
     trained = KD if float(read_config(run).get("distillation.alpha", 0.0)) > 0 else SFT
     found = {UNTRAINED: own.get("baseline"), trained: own.get("final"), TEACHER: own.get("teacher")}
     if control is not None:
         found[SFT] = read_evaluations(control).get("final")
-    rows = {name: numbers for name in (UNTRAINED, SFT, KD, TEACHER) if (numbers := found.get(name))}
+    evaluations = {name: numbers for name in (UNTRAINED, SFT, KD, TEACHER) if (numbers := found.get(name))}
     headline = read_metadata(run).task.headline
-    metrics = shown_metrics(list(rows.values()), [*headline])
+    metrics = shown_metrics(list(evaluations.values()), headline)
     against = SFT if control is not None else UNTRAINED
-    gaps = _gaps(metrics, headline, rows.get(against), rows.get(trained), rows.get(TEACHER))
+    gaps = _gaps(metrics, headline, *(evaluations.get(name) for name in (against, trained, TEACHER)))
+    names = dict.fromkeys(name for numbers in evaluations.values() for name in numbers)
     return Evidence(
-        rows,
-        [*metrics, *(name for name in _known(rows) if name.endswith("/samples"))],
+        evaluations,
+        [*metrics, *(name for name in names if name.endswith("/rows"))],
         gaps,
         against if gaps else None,
-        any(name.endswith("/samples_of") for name in _known(rows)),
+        any(name.endswith("/rows_of") for name in names),
     )
 
 
 def evidence_markdown(known: Evidence) -> str:
-    """A table of GitHub's Markdown and what stands below it, for a model card; empty where nothing was evaluated."""
-    if not known.rows:
+    """Return the table and its notes in GitHub's Markdown, for a model card; empty if nothing was evaluated."""
+    if not known.evaluations:
         return ""
     header, rows = known.table()
-    below = "".join(f"\n\n{line[0].upper()}{line[1:]}." for line in known.text.splitlines())
-    return markdown(["", *header[1:]], rows) + below
+    notes = "".join(f"\n\n{line[0].upper()}{line[1:]}." for line in known.text.splitlines())
+    return markdown(["", *header[1:]], rows) + notes
 
 
 def _gaps(
@@ -94,10 +98,6 @@ def _gaps(
             if share is not None:
                 gaps[metric] = share
     return gaps
-
-
-def _known(rows: dict[str, dict[str, float]]) -> dict[str, None]:
-    return {name: None for numbers in rows.values() for name in numbers}
 
 
 def _text(value: float) -> str:

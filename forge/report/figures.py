@@ -1,4 +1,4 @@
-"""Reads the numbers of a run back from its files: evaluations by stage, time per step, and what they were made with."""
+"""Reads a run's numbers from its files: evaluations by stage, the time per step, and the config behind them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,19 +10,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from forge.config.explain import effective, flattened
+from forge.config.explain import effective, flatten
+from forge.config.former_names import current_config
 from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json_lines
 from forge.run.metadata import RunMetadata, read_metadata
+from forge.run.metrics import read_metrics
 from forge.run.state import TrainingState
 
-BESIDE_HEADLINE = ("agreement", "kl", "kl_top_k", "ece")  # what an evaluation has once there is a teacher; ece always
-LOWER_IS_BETTER = ("loss", "perplexity", "cer", "wer", "kl", "kl_top_k", "ece")
+ALSO_SHOWN = ("agreement", "kl", "kl_top_k", "ece")  # after the headline; all but ece need a teacher
+LOWER_IS_BETTER = ("ce", "perplexity", "cer", "wer", "kl", "kl_top_k", "ece")
 NOT_FINITE = ("nan", "inf", "-inf")  # as metrics.jsonl writes them
-TINY = 1e-3  # of the larger number: a gap below it is one of rounding, or of a row or two
+TINY = 1e-3  # relative to the larger number: a smaller gap is due to rounding, or to a row or two
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class RunFigures:
     state: TrainingState
     metadata: RunMetadata
     config: dict[str, Any]  # the effective one, by dotted key
-    evaluations: dict[str, dict[str, float]]  # by stage, the last one of each: baseline, final, teacher
-    seconds_per_step: float | None  # None where no report tells of it
+    evaluations: dict[str, dict[str, float]]  # the last one of each stage: baseline, final, teacher
+    seconds_per_step: float | None  # None if no report has it
 
     @property
     def seed(self) -> int:
@@ -54,9 +55,9 @@ class RunFigures:
 
 
 def read_figures(run: RunDirectory) -> RunFigures:
-    """Raises UsageError, naming the file, where one is missing or broken."""
+    """Read what a comparison needs of a run. Raises UsageError, which names the file, if one is missing or broken."""
     metadata, state = read_metadata(run), TrainingState.load(run.state_file)
-    rows = read_json_lines(run.metrics_file)
+    rows = read_metrics(run.metrics_file)
     try:
         sizes = state.step_sizes or [[0, metadata.world.rows_per_step]]
         figures = RunFigures(
@@ -65,46 +66,48 @@ def read_figures(run: RunDirectory) -> RunFigures:
         _ = figures.seed, figures.alpha
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{run.path} does not tell all that a comparison needs ({type(error).__name__}: {error}); is it a run of "
-            f"this forge?"
+            f"{run.path} lacks what a comparison needs ({type(error).__name__}: {error}); is it a run of this version "
+            f"of forge?"
         ) from None
     return figures
 
 
 def read_config(run: RunDirectory) -> dict[str, Any]:
-    """The run's effective config by dotted key; what an older forge did not write has its default."""
+    """Return the run's effective config by dotted key; keys that an older forge did not write have their defaults."""
     try:
         tree = yaml.safe_load(run.config_file.read_bytes())
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{run.config_file} cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{run.config_file} holds no config; is its folder a run directory?")
-    with suppress(ValidationError):  # keys of another forge: taken as they were recorded, and shown where they differ
+        raise UsageError(f"{run.config_file} does not hold a config; is its folder a run directory?")
+    tree = current_config(tree)
+    with suppress(ValidationError):  # keys of another version: used as recorded, and shown if they differ
         tree = effective(Config.model_validate(tree))
-    return {key: value for key, value in flattened(tree).items() if value != {}}  # an empty map says nothing
+    return {key: value for key, value in flatten(tree).items() if value != {}}  # an empty map sets nothing
 
 
 def read_evaluations(run: RunDirectory) -> dict[str, dict[str, float]]:
-    """The numbers of the run's last evaluation of each stage, as {"final": {"matched/loss": 0.5, …}, …}."""
-    return evaluations_of(read_json_lines(run.metrics_file))
+    """Return the run's last evaluation of each stage, such as {"final": {"matched/ce": 0.5, …}, …}."""
+    return evaluations_of(read_metrics(run.metrics_file))
 
 
 def evaluations_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The same of the rows of metrics.jsonl."""
+    """Return the last evaluation of each stage from the rows of metrics.jsonl."""
     return {row["stage"]: _numbers(row) for row in rows if "stage" in row}
 
 
 def seconds_per_step(rows: Sequence[Mapping[str, Any]], step_sizes: Sequence[Sequence[int]]) -> float | None:
-    """Seconds of training per optimizer step, the mean over the reports of metrics.jsonl weighted by their steps.
+    """Return the seconds of training per optimizer step: the mean over the reports, weighted by their steps.
 
-    A report tells samples a second since the report before it. step_sizes: [first step, rows of each step from there
-    on], ascending.
+    Args:
+        rows: the rows of metrics.jsonl. A report has the rows per second since the report before it.
+        step_sizes: [first step, rows of each step from there on], ascending.
     """
     seconds, steps, last = 0.0, 0, 0
     for row in rows:
-        if "samples_per_second" not in row:
+        if "rows_per_second" not in row:
             continue
-        speed = _number(row["samples_per_second"])
+        speed = _number(row["rows_per_second"])
         first, last = last, row["step"]
         if speed is None or not 0 < speed < math.inf:
             continue
@@ -119,20 +122,21 @@ def seconds_per_step(rows: Sequence[Mapping[str, Any]], step_sizes: Sequence[Seq
 
 
 def splits_of(metrics: Iterable[str]) -> list[str]:
+    """Return the splits of metrics named `split/metric`, each once, in their order."""
     return list(dict.fromkeys(name.split("/")[0] for name in metrics))
 
 
 def shown_metrics(evaluations: Sequence[Mapping[str, float]], headline: Sequence[str]) -> list[str]:
-    """Split by split the headline metrics, and those beside it, that any of the evaluations has: `split/metric`."""
+    """Return the metrics to show of these evaluations, `split/metric`: for each split the headline, then ALSO_SHOWN."""
     known = {name: None for evaluation in evaluations for name in evaluation}
-    wanted = dict.fromkeys((*headline, *BESIDE_HEADLINE))
+    wanted = dict.fromkeys((*headline, *ALSO_SHOWN))
     return [name for split in splits_of(known) for metric in wanted if (name := f"{split}/{metric}") in known]
 
 
 def gap_closed(metric: str, before: float, after: float, teacher: float) -> float | None:
-    """(after - before) / (teacher - before): 0 at `before`, 1 at the teacher; for a loss as for an accuracy.
+    """Return (after - before) / (teacher - before): 0 at `before`, 1 at the teacher, for losses and accuracies alike.
 
-    None where there is no gap to close: a tiny one, or a teacher that is worse.
+    Returns None if there is no gap to close: it is tiny, or the teacher is worse.
     """
     gap = teacher - before
     lower = metric.split("/")[-1] in LOWER_IS_BETTER

@@ -1,4 +1,4 @@
-"""Sorts runs into groups that differ in nothing but the seed, and says in a few words what tells the groups apart."""
+"""Sorts runs into groups that differ only in the seed, and labels each group by what sets it apart."""
 
 import os
 from collections.abc import Sequence
@@ -13,23 +13,23 @@ from forge.config.teacher_schema import DistillationConfig, TeacherConfig
 from forge.errors import UsageError
 from forge.report.figures import RunFigures
 
-LENGTHS = ("training.max_steps", "training.epochs")  # two ways to say how many steps a run takes
-# A resume may change these without harm, a comparison must tell them apart: they change the numbers, or the time.
+LENGTHS = ("training.max_steps", "training.epochs")  # two ways to set the number of steps
+# A resumed run may change these, but a comparison must distinguish them: they change the numbers, or the time.
 COUNTED = (*LENGTHS, "teacher", "distillation")
 _DEFAULTS = {
     f"{section}.{name}": value
     for section, config in (("teacher", TeacherConfig()), ("distillation", DistillationConfig()))
     for name, value in config.model_dump(mode="json").items()
 }
-LONGEST_LABEL = 48  # beyond it the configs' names stand for their keys, where they tell the groups apart
+LONGEST_LABEL = 48  # groups with longer labels are named by their configs, if those differ
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose configs are equal in all that counts, but for the seed; in the order of their seeds."""
+    """Runs whose configs differ only in the seed and in keys that do not count, sorted by seed."""
 
     label: str
-    differs: dict[str, Any]  # the counted keys in which it differs from another group, with its values
+    differs: dict[str, Any]  # the counted keys that differ between groups, with the values of this one
     runs: tuple[RunFigures, ...]
 
     @property
@@ -42,9 +42,10 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunFigures]) -> tuple[list[Group], list[str]]:
-    """The groups in the order of their first runs; and a line for each label that is a config's name.
+    """Return the groups in the order of their first runs, and a legend of the labels that are names of configs.
 
-    Raises UsageError for two runs of one group with the same seed: they are no two draws.
+    Raises:
+        UsageError: two runs of one group have the same seed, so they are not independent.
     """
     found: dict[str, list[RunFigures]] = {}
     for run in runs:
@@ -54,26 +55,26 @@ def group_runs(runs: Sequence[RunFigures]) -> tuple[list[Group], list[str]]:
         for a, b in pairwise(group):
             if a.seed == b.seed:
                 raise UsageError(
-                    f"{a.run.path} and {b.run.path} have the same config and the same seed, {a.seed}: they do not "
-                    f"count as two; name one of them, or train another with `--set training.seed=N`"
+                    f"{a.run.path} and {b.run.path} have the same config and the same seed ({a.seed}), so they "
+                    f"count only once; leave one of them out, or train another with `--set training.seed=N`"
                 )
     configs = [counted_config(group[0]) for group in members]
     varying = [key for key in _keys(configs) if len({repr(config.get(key, key)) for config in configs}) > 1]
     differs = [{key: config[key] for key in varying if key in config} for config in configs]
     labels, legend = _labels(differs, [group[0].config_name for group in members])
-    unsaid = [key for key in varying if _goes_without_saying(key, differs)]
+    implied = [key for key in varying if _is_implied(key, differs)]
     groups = [
-        Group(label, {key: diff[key] for key in diff if key not in unsaid}, tuple(group))
+        Group(label, {key: diff[key] for key in diff if key not in implied}, tuple(group))
         for label, diff, group in zip(labels, differs, members, strict=True)
     ]
     return groups, legend
 
 
 def counted_config(run: RunFigures) -> dict[str, Any]:
-    """The keys that two runs of one group must have in common.
+    """Return the keys, with their values, that all runs of one group have in common.
 
-    Left out: the seed, and what a resume may change without harm, which is a matter of place, of reports and of
-    memory. Steps, the rows of a step and the precision are those that the run had, whatever keys led to them.
+    Left out are the seed and what a resumed run may change without harm: paths, reports, and memory. The steps, the
+    rows per step and the precision are those that the run had, whichever keys set them.
     """
     config = {key: value for key, value in run.config.items() if counts(key) and key not in LENGTHS}
     config["training.max_steps"] = run.state.step
@@ -83,7 +84,7 @@ def counted_config(run: RunFigures) -> dict[str, Any]:
 
 
 def counts(key: str) -> bool:
-    """Can the key change the numbers of a run, other than by chance?"""
+    """True if the key can change the numbers of a run, other than by chance."""
     if key == "training.seed":
         return False
     prefixes = [key.rsplit(".", n)[0] for n in range(key.count(".") + 1)]
@@ -94,7 +95,7 @@ def counts(key: str) -> bool:
 
 
 def only_distillation_differs(a: Group, b: Group) -> bool:
-    """Is one the other's control, or its twin with another teacher?"""
+    """True if one group is the other's control, or its twin with another teacher."""
 
     def rest(group: Group) -> dict[str, Any]:
         config = counted_config(group.runs[0])
@@ -103,8 +104,8 @@ def only_distillation_differs(a: Group, b: Group) -> bool:
     return rest(a) == rest(b)
 
 
-def _goes_without_saying(key: str, differs: Sequence[dict[str, Any]]) -> bool:
-    """Is it a default of the teacher's part, which groups without a teacher do not have?"""
+def _is_implied(key: str, differs: Sequence[dict[str, Any]]) -> bool:
+    """True for defaults of the teacher's sections, which groups without a teacher do not have."""
     values = [diff[key] for diff in differs if key in diff]
     return len(values) < len(differs) and key in _DEFAULTS and all(value == _DEFAULTS[key] for value in values)
 
@@ -116,7 +117,7 @@ def _keys(maps: Sequence[dict[str, Any]]) -> list[str]:
 def _labels(differs: list[dict[str, Any]], names: list[Path]) -> tuple[list[str], list[str]]:
     if len(differs) == 1:
         return [str(names[0])], []
-    keys = _telling_keys(differs)
+    keys = _distinguishing_keys(differs)
     texts = {key: _texts(key, differs) for key in keys}
     labels = [_label(number, diff, keys, texts) for number, diff in enumerate(differs)]
     if max(map(len, labels)) <= LONGEST_LABEL or len(set(names)) < len(names):
@@ -125,20 +126,20 @@ def _labels(differs: list[dict[str, Any]], names: list[Path]) -> tuple[list[str]
     return short, [f"{name}: {label}" for name, label in zip(short, labels, strict=True)]
 
 
-def _telling_keys(differs: list[dict[str, Any]]) -> list[str]:
-    """Every key with two values; then as few as will do of those that only some groups have."""
+def _distinguishing_keys(differs: list[dict[str, Any]]) -> list[str]:
+    """Return every key with several values, and as few as necessary of those that only some groups have."""
     keys: list[str] = []
     present_in_some: list[str] = []
     for key in _keys(differs):
         values = {repr(diff[key]) for diff in differs if key in diff}
         (keys if len(values) > 1 else present_in_some).append(key)
 
-    def told_apart(keys: list[str]) -> int:
+    def distinguished(keys: list[str]) -> int:
         return len({repr([(key, diff[key]) for key in keys if key in diff]) for diff in differs})
 
-    # A key whose one value is null says less than the keys of the others.
+    # A key whose only value is null says less than other keys.
     for key in sorted(present_in_some, key=lambda key: all(diff.get(key) is None for diff in differs)):
-        if told_apart([*keys, key]) > told_apart(keys):
+        if distinguished([*keys, key]) > distinguished(keys):
             keys.append(key)
     return keys
 
@@ -153,7 +154,7 @@ def _label(number: int, diff: dict[str, Any], keys: list[str], texts: dict[str, 
 
 
 def _texts(key: str, differs: list[dict[str, Any]]) -> list[str]:
-    """The key's value in each group; of paths only what is not the same in all."""
+    """Return the key's value in each group; paths without their common parent."""
     values = [diff.get(key) for diff in differs]
     if all(isinstance(value, str) and value.startswith("/") for value in values if value is not None):
         short = iter(_without_common_parent([str(value) for value in values if value is not None]))

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from forge.config.explain import to_yaml
+from forge.config.former_names import current_headline
 from forge.config.schema import Config
 from forge.model.layers import KeptLayers
 from forge.model.origin import short
@@ -44,13 +45,15 @@ def model_card(
         "tags": ["forge"],
         **({"base_model": model.location} if hub_id else {}),
     }
-    lines = "\n".join(f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, task.headline))
+    lines = "\n".join(
+        f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, current_headline(task.headline))
+    )
     numbers = f"| | before | after |\n|---|---|---|\n{lines}" if lines else "It was not evaluated."
     numbers = numbers if evidence_table is None else evidence_table or "It was not evaluated."
     labels = f"- Labels: {', '.join(model.labels)}\n" if model.labels else ""
     learned = _layers(model) + _distillation(metadata, config) + _adapter(model)
-    sampled = any(name.endswith("/samples_of") for name in {**before, **after})
-    note = "\nEvaluated on a sample of the rows (evaluation.max_samples), not on all of them.\n" if sampled else ""
+    sampled = any(name.endswith("/rows_of") for name in {**before, **after})
+    note = "\nEvaluated on a sample of the rows (evaluation.max_rows), not on all of them.\n" if sampled else ""
     note = note if evidence_table is None else ""  # the table has its own
     rows_read = f"{data.rows['train']:,}" if "train" in data.rows else "a stream of unknown length"
     return f"""---
@@ -84,7 +87,7 @@ def model_card(
 
 def compare(before: dict[str, Any], after: dict[str, Any], headline: Sequence[str]) -> list[tuple[str, str, str]]:
     """The headline metrics of two evaluations as text, `-` where one was not made: (name, before, after)."""
-    names = [name for name in {**before, **after} if name.split("/")[-1] in (*headline, "samples")]
+    names = [name for name in {**before, **after} if name.split("/")[-1] in (*headline, "rows")]
 
     def text(value: Any) -> str:
         return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
@@ -94,7 +97,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], headline: Sequence[st
 
 def _layers(model: ModelFacts) -> str:
     """A line on the layers that a student was begun with; empty where it has all of its source."""
-    if not model.kept_layers or model.layers_of is None:
+    if not model.kept_layers:  # a run of an older forge tells nothing of them
         return ""
     kept = KeptLayers(model.kept_layers, model.layers_of)
     return f"- Begun with {kept} of {model.source}, renumbered from 0, and with its other weights\n"
@@ -120,7 +123,7 @@ def _distillation(metadata: RunMetadata, config: Config) -> str:
 def _adapter(model: ModelFacts) -> str:
     """A line on a LoRA adapter; empty where all weights were trained."""
     adapter = model.adapter
-    if adapter is None:
+    if not adapter:
         return ""
     in_full = f", and {', '.join(adapter.trained_in_full)} in full" if adapter.trained_in_full else ""
     return (
@@ -147,7 +150,7 @@ def _use(model: ModelFacts, task: TaskFacts, merged: Merged | None) -> str:
     auto, processing, here = task.auto_model, task.auto_processing, '"PATH OF THIS FOLDER"'
     variable = processing.removeprefix("Auto").lower()
     load = f"{variable} = {processing}.from_pretrained({here})"
-    if model.adapter is None:
+    if not model.adapter:
         return _python(
             f"from transformers import {auto}, {processing}",
             "",

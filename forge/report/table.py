@@ -1,4 +1,4 @@
-"""Lays a comparison out as one table for a terminal or for Markdown, turned on its side where it is too wide."""
+"""Prints a comparison as a table in a terminal or in Markdown, transposed if it is too wide."""
 
 import math
 from collections.abc import Sequence
@@ -14,45 +14,45 @@ GAP = "  gap closed"
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Groups as rows where that fits the console, else metrics as rows, in as many blocks of columns as it takes."""
+    """Print groups as rows if they fit the console, else metrics as rows, in as many blocks of columns as needed."""
     header, rows = cells_of(comparison)
     table = _table(header, rows)
     if _width(table, console) <= console.width:
         console.print(table)
     else:
-        header, rows = turned(header, rows)
+        header, rows = transposed(header, rows)
         header = [_folded(label) for label in header]
         first = 1
         while first < len(header):
             count = len(header) - first
             while count > 1 and _width(_block(header, rows, first, count), console) > console.width:
                 count -= 1
-            if count > 1 and header[first + count :][:1] == [GAP]:  # stays beside the group that closed it
+            if count > 1 and header[first + count :][:1] == [GAP]:  # it stays next to the group that closed it
                 count -= 1
             console.print(_block(header, rows, first, count))
             first += count
-    for line in _below(comparison):
+    for line in _notes(comparison):
         console.print(line, highlight=False)
 
 
 def comparison_markdown(comparison: Comparison, width: int) -> str:
-    """The same for a document whose lines may be `width` characters long; what stands below is one list."""
+    """Return the comparison for a document with lines of up to `width` characters; the notes are one list."""
     header, rows = cells_of(comparison)
     text = markdown(header, rows)
     if max(map(len, text.splitlines())) > width:
-        text = markdown(*turned(header, rows))
-    below = "\n".join(f"{'  ' * line.startswith(' ')}- {line.strip()}" for line in _below(comparison) if line)
-    return f"{text}\n\n{below}\n" if below else f"{text}\n"
+        text = markdown(*transposed(header, rows))
+    notes = "\n".join(f"{'  ' * line.startswith(' ')}- {line.strip()}" for line in _notes(comparison) if line)
+    return f"{text}\n\n{notes}\n" if notes else f"{text}\n"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of GitHub's Markdown, without a line break at its end."""
+    """Return a table of GitHub's Markdown, without a newline at the end."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def cells_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, groups as rows; a column without any number is left out."""
+    """Return header and rows, with groups as rows; the column of times is left out if there are none."""
     timed = any(line.seconds_per_step is not None for line in comparison.lines)
     header = ["", "seeds", *comparison.metrics, *(["s/step"] if timed else [])]
     rows = []
@@ -63,14 +63,14 @@ def cells_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def turned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Rows and columns changed."""
+def transposed(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows with rows and columns swapped."""
     columns = [list(column) for column in zip(header, *rows, strict=True)]
     return columns[0], columns[1:]
 
 
 def number(value: float) -> str:
-    """Four decimals of a small number, fewer of a large one: 0.8213, 25.03, 1520."""
+    """Return a number with four decimals if it is small, and fewer if it is large: 0.8213, 25.03, 1520."""
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
@@ -78,9 +78,9 @@ def number(value: float) -> str:
 
 
 def _seeds(comparison: Comparison, line: Line) -> str:
-    """Of how many the cells are means, where they are."""
+    """Return the number of seeds that the cells are means of."""
     if line.kind == "trained":
-        return str(len(comparison.groups[line.of[0]].runs))
+        return str(len(comparison.groups[line.groups[0]].runs))
     means = [cell.seeds for cell in line.cells.values() if cell.half_width is not None]
     return str(max(means)) if means else ABSENT
 
@@ -97,11 +97,12 @@ def _with_interval(known: Estimate, sign: str = "") -> str:
     mean = f"{sign if known.mean >= 0 else ''}{number(known.mean)}"
     if known.half_width is None:
         return mean
-    decimals = len(mean.partition(".")[2])  # as many as of the mean, or the sum of the two could not be read
+    decimals = len(mean.partition(".")[2])  # as many as the mean has
     return f"{mean} ± {known.half_width:.{decimals}f}"
 
 
-def _below(comparison: Comparison) -> list[str]:
+def _notes(comparison: Comparison) -> list[str]:
+    """Return the lines that follow the table: its legend, the paired differences, and the notes."""
     lines = []
     if comparison.legend:
         lines += ["", *comparison.legend]
@@ -110,7 +111,7 @@ def _below(comparison: Comparison) -> list[str]:
         lines += ["", f"{first.left} minus {first.right}, seed by seed:"]
         for item in comparison.paired:
             seeds = sorted(item.difference.values)
-            named = f"seed {seeds[0]} alone" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+            named = f"seed {seeds[0]} only" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
             lines.append(f"  {item.metric}: {_with_interval(item.difference, '+')} ({named})")
     return [*lines, "", *comparison.notes] if comparison.notes else lines
 
@@ -125,7 +126,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def _folded(label: str) -> str:
-    """A key to a line."""
+    """Put each key of a label on its own line."""
     return label.replace(", ", ",\n").replace("; ", ";\n").replace(": ", ":\n")
 
 

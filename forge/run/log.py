@@ -11,8 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,31 +97,6 @@ class RunLog:
         finally:
             self._to_file.release()
         self._redirect(path)
-
-    @contextmanager
-    def of_another(self) -> Iterator[None]:
-        """Log for another run inside the context, into the file that `open` names."""
-        _flush_streams()
-        bypassed = []  # our tees keep running, but nothing is written to them
-        for descriptor, original, _ in self._tees:
-            bypassed.append((descriptor, os.dup(descriptor)))
-            os.dup2(original, descriptor)
-        ours = self._to_file.setStream(io.StringIO())
-        tees, self._tees = self._tees, []
-        assert ours is not None
-        try:
-            yield
-        finally:
-            self._close_tees()
-            self._tees = tees
-            for descriptor, entry in bypassed:
-                os.dup2(entry, descriptor)
-                os.close(entry)
-            theirs = self._to_file.setStream(ours)
-            if isinstance(theirs, io.StringIO):  # never opened: log the kept lines here
-                ours.write(theirs.getvalue())
-            elif theirs is not None:
-                theirs.close()
 
     def close(self) -> None:
         """Restore the descriptors and wait until the last lines are written. A second call does nothing."""

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from forge.config.former_names import current_headline, current_keys
 from forge.run.directory import RunDirectory
 from forge.run.files import Guard, unguarded, write_json
 from forge.run.provenance import Provenance
@@ -23,6 +24,11 @@ class TaskFacts(OpenRecord):
     auto_processing: str  # likewise for its tokenizer or processor
     headline: list[str]  # the metrics that count most
     usage: list[str] = Field(default_factory=list)  # lines of Python for the model card
+
+    @field_validator("headline")
+    @classmethod
+    def _current_names(cls, headline: list[str]) -> list[str]:
+        return current_headline(headline)
 
 
 class DataFacts(OpenRecord):
@@ -95,7 +101,7 @@ class World(OpenRecord):
     deepspeed: dict[str, Any] | None = None  # the plans by model, as DeepSpeed got them
 
 
-class AttemptFacts(Provenance):
+class AttemptRecord(Provenance):
     """One attempt at the run."""
 
     attempt: int
@@ -103,6 +109,11 @@ class AttemptFacts(Provenance):
     dirty_diff: str | None = None  # the file with what the commit does not have
     changes: list[str] = Field(default_factory=list)  # of the config since the checkpoint it resumed from
     allowed: dict[str, str] = Field(default_factory=dict)  # changes of meaning: key and new value
+
+    @field_validator("allowed")
+    @classmethod
+    def _current_keys(cls, allowed: dict[str, str]) -> dict[str, str]:
+        return current_keys(allowed)
 
 
 class RunName(Record):
@@ -146,7 +157,7 @@ class RunMetadata(OpenRecord):
     teacher: ModelFacts | None = None
     lineage: list[Ancestor] = Field(default_factory=list)
     world: World
-    attempts: list[AttemptFacts] = Field(min_length=1)
+    attempts: list[AttemptRecord] = Field(min_length=1)
     # These come later, or not at all; None is not written.
     control_of: RunName | None = None
     control: RunName | None = None

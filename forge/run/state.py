@@ -6,8 +6,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
+from forge.config.former_names import current_metric
 from forge.errors import UsageError
 from forge.run.files import Guard, unguarded, write_json
 from forge.run.records import Record, read_record
@@ -26,7 +27,6 @@ class Stage(StrEnum):
     TRAINING = "training"
     EXPORT = "export"
     FINAL_EVALUATION = "final_evaluation"
-    CONTROL = "control"  # the control run, if the config asks for one
     COMPLETE = "complete"
 
     @property
@@ -44,12 +44,17 @@ def new_run_id() -> str:
     return secrets.token_hex(6)
 
 
-class BestMetric(Record):
-    """The best evaluation so far."""
+class BestEvaluation(Record):
+    """The best evaluation so far, by one of its metrics."""
 
     name: str
     value: float | int
     step: int
+
+    @field_validator("name")
+    @classmethod
+    def _current_name(cls, name: str) -> str:
+        return current_metric(name)
 
 
 class TrainingState(Record):
@@ -68,13 +73,19 @@ class TrainingState(Record):
     step_sizes: list[list[int]] = Field(default_factory=list)  # [first step, rows of each step from there on]
     evaluated_step: int = 0  # of the last evaluation that was finished during training
     latest_checkpoint: str | None = None  # its folder's name, as in checkpoint-500
-    best_metric: BestMetric | None = None
+    best_metric: BestEvaluation | None = None
     kept_best: int | None = None  # the step of the best evaluation that has a checkpoint
     attempts: int = 0
     preemptions: int = 0  # attempts that ended on a signal
     error: str | None = None  # why the last attempt failed, if it did
     created_at: str = Field(default_factory=now)
     updated_at: str = Field(default_factory=now)
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _current_stage(cls, stage: object) -> object:
+        """Read a control run that forge 0.1.0 trained inside its run, after all else was done, as complete."""
+        return Stage.COMPLETE if stage == "control" else stage
 
     def reached(self, stage: Stage) -> bool:
         """True if the run is in this stage or a later one."""

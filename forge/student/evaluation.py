@@ -11,7 +11,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from forge.cluster.signals import in_loader_worker
-from forge.data.batches import FILLER, Batch, evaluated_rows, evaluation_batches, preparing, row_loader
+from forge.data.batches import FILLER, Batch, Loading, evaluated_rows, evaluation_batches, preparing, row_loader
 from forge.losses.cross_entropy import count_labels
 from forge.ranks.deepspeed import bare
 from forge.task.task import Sample, Task
@@ -26,7 +26,7 @@ def evaluate(
     accelerator: Accelerator,
     *,
     batch_size: int,
-    max_samples: int | None,
+    max_rows: int | None,
     seed: int,
     num_workers: int,
     teacher_outputs: Callable[[Batch, str], TeacherOutputs | None],
@@ -34,12 +34,12 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     """The task's metrics and those of any task, of each validation split, as `split/metric`; the same on every rank.
 
-    loss: cross-entropy in nats, the mean over all labels of the split. ece: the expected calibration error of the
+    ce: cross-entropy in nats, the mean over all labels of the split. ece: the expected calibration error of the
     probability of the likeliest label, in 15 bins (Guo et al. 2017, arXiv 1706.04599). With a teacher also agreement,
     the share of labels where it has the same likeliest one, and kl, KL(teacher || student) at temperature 1, nats a
     label; of a teacher's top k instead kl_top_k, the KL over its k tokens and all others as one, which is at most that.
-    Beside the metrics, the samples of each split that has some. With max_samples the rows are drawn by the seed,
-    and `split/samples_of` says how many there are.
+    Beside the metrics, the samples of each split that has some. With max_rows the rows are drawn by the seed,
+    and `split/rows_of` says how many there are.
 
     teacher_outputs: of a batch and its split; None where there is no teacher. between_batches: called as often on every
     rank; may raise to break off.
@@ -49,7 +49,7 @@ def evaluate(
     samples: dict[str, list[Sample]] = {}
     try:
         for split, rows in task.validation.items():
-            chosen = evaluated_rows(len(rows), max_samples, seed)
+            chosen = evaluated_rows(len(rows), max_rows, seed)
             values, shown = _evaluate_split(
                 student, task, accelerator, split, chosen, batch_size, num_workers, teacher_outputs, between_batches
             )
@@ -80,9 +80,7 @@ def _evaluate_split(
         rows,
         batches,
         task.collate,
-        num_workers=num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init=in_loader_worker,
+        Loading(num_workers, accelerator.device.type == "cuda", in_loader_worker),
     )
     counted = task.metrics(split, bare(student).model)
     device = accelerator.device
@@ -113,14 +111,14 @@ def _evaluate_split(
     if total != len(chosen):
         raise RuntimeError(f"evaluated {total} rows of {len(chosen)}; this is a bug in forge")
     right, confidence = calibration.unbind(dim=1)
-    metrics = {"loss": ce_sum / labels, **counted.compute(), "ece": ((right - confidence).abs().sum() / labels).item()}
+    metrics = {"ce": ce_sum / labels, **counted.compute(), "ece": ((right - confidence).abs().sum() / labels).item()}
     if kl_name is not None:
         metrics |= {"agreement": agreed / labels, kl_name: kl_sum / labels}
-    metrics["samples"] = total
+    metrics["rows"] = total
     if len(chosen) < len(rows):
-        metrics["samples_of"] = len(rows)
+        metrics["rows_of"] = len(rows)
     metrics["seconds"] = round(time.perf_counter() - start, 3)
-    return metrics, sorted(gather_object(counted.samples), key=lambda sample: sample.row)[: task.samples]
+    return metrics, sorted(gather_object(counted.samples), key=lambda sample: sample.row)[: task.shown_texts]
 
 
 def _calibrate(bins: Tensor, outputs: dict[str, Tensor], batch: Batch) -> None:

@@ -17,8 +17,15 @@ from forge.losses.cross_entropy import IGNORE
 from forge.losses.hidden_states import hidden_state_loss
 from forge.losses.relations import relation_loss
 from forge.model.attention import attention_modules, width_of
-from forge.teacher.layers import known_depth, layer_map
-from forge.teacher.teacher import Teacher, TeacherOutputs, hidden_states_of, hidden_widths, wanting
+from forge.teacher.teacher import (
+    Teacher,
+    TeacherOutputs,
+    hidden_state_options,
+    hidden_states_of,
+    hidden_widths,
+    known_depth,
+    layer_map,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +49,7 @@ class Features(nn.Module):
         super().__init__()
         self.config, self.pairs, self.attention = config, dict(pairs), dict(attention)
         self.projections = projections
-        self.options = wanting(list(self.pairs))  # of the student's forward
+        self.options = hidden_state_options(list(self.pairs))  # of the student's forward
 
     def forward(
         self, result: Any, heard: dict[str, Tensor], batch: Batch, teacher: TeacherOutputs
@@ -140,7 +147,7 @@ def build_features(
         found = attention_modules(model, config.relations.student_layer, "student")
         attention = {kind: found[kind] for kind in config.relations.of}
         widths = {kind: width_of(model, name) for kind, name in attention.items()}
-        of_teacher = teacher.want_relations(config.relations.teacher_layer, list(attention))
+        of_teacher = teacher.request_relations(config.relations.teacher_layer, list(attention))
         _check_heads(config.relations.heads, {"student": widths, "teacher": of_teacher})
     return Features(config, pairs, projections, attention)
 

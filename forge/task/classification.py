@@ -15,19 +15,20 @@ from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from forge.config.schema import ClassificationTask, Config, ModelConfig, TrainingConfig
-from forge.data.batches import OF_THE_TEACHER, Batch
-from forge.data.fingerprints import source_hash, tokenizer_hash
-from forge.data.rows import describe, fingerprint, load_rows
+from forge.data.batches import TEACHER_PREFIX, Batch
+from forge.data.fingerprints import rows_hash, source_hash, tokenizer_hash
+from forge.data.rows import describe, load_rows
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.classifier import load_classifier
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer
-from forge.task.task import Metrics, Task
+from forge.task.task import Metrics, Task, task_section
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,32 @@ class Classification(Task):
     pipeline_tag: ClassVar[str] = "text-classification"
     auto_model: ClassVar[type[Any]] = AutoModelForSequenceClassification
     main_metric: ClassVar[str] = "accuracy"
-    headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+    headline: ClassVar[tuple[str, ...]] = ("ce", "accuracy", "macro_f1")
+    one_label_per_row: ClassVar[bool] = True
+
+    @classmethod
+    def load(cls, config: Config) -> "Classification":
+        return prepare(task_section(config, ClassificationTask), load_own_tokenizer(config.model))
+
+    @classmethod
+    def adapted_config(cls, config: Config, section: ModelConfig, model: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the config with the number of labels, where task.labels gives it and the head starts new."""
+        labels = task_section(config, ClassificationTask).labels
+        if labels is not None and _head_is_new(section, model):
+            model.num_labels = len(labels)
+        return model
+
+    @classmethod
+    def new_weights(cls, section: ModelConfig, checkpoint: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
+        """Return the names of the head's weights, where the head starts new."""
+        if not _head_is_new(section, checkpoint):
+            return []
+        body = f"{model.base_model_prefix}."
+        return [name for name, _ in model.named_parameters() if not name.startswith(body)]
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.labels
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A classifier whose outputs are named like the labels of the data."""
@@ -94,7 +120,7 @@ class Classification(Task):
                 truncated[split],
                 self.max_length,
             )
-            named = rows.select_columns(inputs).rename_columns({name: f"{OF_THE_TEACHER}{name}" for name in inputs})
+            named = rows.select_columns(inputs).rename_columns({name: f"{TEACHER_PREFIX}{name}" for name in inputs})
             splits[split] = concatenate_datasets([splits[split], named], axis=1)
         return replace(
             self,
@@ -116,10 +142,10 @@ class Classification(Task):
         """teacher_input_ids, teacher_attention_mask (B, Tt), …; nothing for a teacher that reads the model's."""
         if self.teacher_tokenizer is None:
             return {}
-        names = [name for name in rows[0] if name.startswith(OF_THE_TEACHER)]
-        own = [{name.removeprefix(OF_THE_TEACHER): row[name] for name in names} for row in rows]
+        names = [name for name in rows[0] if name.startswith(TEACHER_PREFIX)]
+        own = [{name.removeprefix(TEACHER_PREFIX): row[name] for name in names} for row in rows]
         padded = DataCollatorWithPadding(self.teacher_tokenizer)(own)
-        return {f"{OF_THE_TEACHER}{name}": tensor for name, tensor in padded.items()}
+        return {f"{TEACHER_PREFIX}{name}": tensor for name, tensor in padded.items()}
 
     def facts(self) -> dict[str, Any]:
         """What run_metadata.json tells of the data."""
@@ -173,12 +199,6 @@ class ClassificationMetrics(Metrics):
         return metrics
 
 
-def load_classification(whole: Config) -> Classification:
-    """Loads, checks and tokenizes the data. Raises UsageError for missing columns, bad labels and empty splits."""
-    assert isinstance(whole.task, ClassificationTask)
-    return prepare(whole.task, load_own_tokenizer(whole.model))
-
-
 def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> Classification:
     """The task from its data and a tokenizer."""
     train, validation = load_rows(config.dataset)
@@ -211,12 +231,18 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
         max_length=config.max_length,
         train=tokenized.pop("train"),
         validation=tokenized,
-        fingerprint=hashlib.sha256(f"{fingerprint(splits)} {backend}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(f"{rows_hash(splits)} {backend}".encode()).hexdigest(),
         truncated=truncated,
         description=describe(config.dataset),
         texts=splits,
         label_ids=list(range(len(labels))),
     )
+
+
+def _head_is_new(section: ModelConfig, checkpoint: PreTrainedConfig) -> bool:
+    """Return True unless the config of the checkpoint says that it is a classifier whose head is kept."""
+    architectures = checkpoint.architectures or []
+    return section.new_head or not any("ForSequenceClassification" in name for name in architectures)
 
 
 def _check_columns(config: ClassificationTask, split: str, rows: Dataset) -> None:

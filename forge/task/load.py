@@ -1,18 +1,19 @@
 """Chooses the task that the config names."""
 
 from forge.config.schema import Config
-from forge.task.causal_lm.task import load_causal_lm
-from forge.task.classification import load_classification
-from forge.task.ocr.task import load_ocr
+from forge.task.causal_lm.task import CausalLm
+from forge.task.classification import Classification
+from forge.task.ocr.task import Ocr
 from forge.task.task import Task
+
+TASKS: tuple[type[Task], ...] = (Classification, Ocr, CausalLm)
+
+
+def task_class(config: Config) -> type[Task]:
+    """Return the class of the config's task, which answers what is known before the data are read."""
+    return next(task for task in TASKS if task.name == config.task.type)
 
 
 def load_task(config: Config) -> Task:
-    """The task with its data, checked and tokenized. Raises UsageError for data that cannot be trained on."""
-    match config.task.type:
-        case "classification":
-            return load_classification(config)
-        case "ocr":
-            return load_ocr(config)
-        case "causal_lm":
-            return load_causal_lm(config)
+    """Return the task with its data, checked and tokenized. Raises UsageError for data that cannot be trained on."""
+    return task_class(config).load(config)

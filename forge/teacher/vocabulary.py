@@ -14,7 +14,7 @@ from forge.model.load import processing_source
 from forge.model.source import load_processor, load_tokenizer
 from forge.task.classification import Classification
 from forge.task.task import Task
-from forge.teacher.loading import teacher_config
+from forge.teacher.placement import teacher_config
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +29,42 @@ from forge.task.classification import Classification
 from forge.task.load import load_task
 from forge.task.ocr.task import Ocr
 from forge.task.task import Task
-from forge.teacher.loading import load_teacher
-from forge.teacher.placement import place
+from forge.teacher.placement import LoadedTeacher, load_teacher
 from forge.teacher.teacher import ModelTeacher
 from forge.teacher.vocabulary import for_teacher
 from forge.teacher_cache import files as cache
 from forge.teacher_cache.files import TRAIN, Record, Shard, split_name
 from forge.teacher_cache.key import LAYERS, ContentKey, changed, digest, keeps_whole_logits, token_columns
 from forge.teacher_cache.reader import check_loss, differences, named_folder, place_of_cache, wanted_key
-from forge.teacher_cache.writer import MEASURED, Keeper, splits_of
+from forge.teacher_cache.writer import MEASURED, CacheWriter, splits_of
 
 logger = logging.getLogger(__name__)
-
-Load = Callable[[], tuple[LoadedModel, ModelTeacher]]  # of all ranks at once
 
 REPORT_EVERY_S = 30.0
 
 
-def cache_teacher(
-    config: Config,
-    stop: StopRequest,
-    evaluate: Callable[[Config, Task, Origin, Accelerator, Load], object] | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Fills the cache of the config with what it lacks; returns its folder and its manifest.
+@dataclass(frozen=True)
+class FilledCache:
+    """A complete teacher cache, and what the job that completed it knows."""
 
-    evaluate: called at the end, with what loads and places the teacher, where it is not in memory yet.
+    folder: Path
+    manifest: dict[str, Any]
+    config: Config
+    task: Task  # as its student and its teacher need it
+    origin: Origin  # of the teacher
+    accelerator: Accelerator
+    teacher: Callable[[], ModelTeacher]  # of all ranks together: loads it, unless the job has done so
 
-    Raises UsageError where the config, the data or the folder is not fit for it, TrainingError where the disk is full,
-    and Stopped, with every finished shard kept, at a signal.
+    def close(self) -> None:
+        """Leave the other ranks."""
+        self.accelerator.end_training()
+
+
+def cache_teacher(config: Config, stop: StopRequest) -> FilledCache:
+    """Compute and write what the cache of the config still lacks.
+
+    Raises UsageError if the config, the data or the folder does not allow it, TrainingError if the disk is full, and
+    Stopped at a signal, with every finished shard kept.
     """
     config = with_run_paths(config)
     _check(config)
@@ -77,14 +85,15 @@ def cache_teacher(
     shards = _plan(config, task, len(layers) * width)
 
     @functools.cache
-    def load() -> tuple[LoadedModel, ModelTeacher]:
+    def load() -> LoadedTeacher:
         loaded = on_every_rank(accelerator, lambda: stop.breaks(lambda: load_teacher(config, task)))
         placement = "offload" if config.teacher.placement == "offload" else "replicated"
-        placed = config.teacher.model_copy(update={"placement": placement})
+        return LoadedTeacher(replace(loaded, origin=origin), config.teacher.model_copy(update={"placement": placement}))
+
+    @functools.cache
+    def teacher() -> ModelTeacher:
         # In the teacher's own order of labels: each student takes its own from it.
-        teacher = place(loaded.model, placed, accelerator, task, None)
-        assert isinstance(teacher, ModelTeacher)
-        return replace(loaded, origin=origin), teacher
+        return load().place(accelerator, task, None)
 
     with ExitStack() as held:
         on_rank_0(accelerator, lambda: _take(folder, key, source.name, held))
@@ -94,19 +103,16 @@ def cache_teacher(
         if not missing and manifest is not None:
             logger.info("the cache is complete already; nothing is computed")
         else:
-            keeper = Keeper(config, task, *load(), accelerator, layers)
+            writer = CacheWriter(config, task, teacher(), accelerator, layers)
             logger.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
             on_rank_0(accelerator, lambda: _reopen(folder))
-            _fill(keeper, folder, digest(key), missing, shards, stop)
-            about = {"teacher": load()[0].facts(), "made_at": now()}
-            facts = {"digest": digest(key), "key": key, **about, **keeper.facts()}
+            _fill(writer, folder, digest(key), missing, shards, stop)
+            about = {"teacher": load().facts(), "made_at": now()}
+            facts = {"digest": digest(key), "key": key, **about, **writer.facts()}
             manifest = on_rank_0(accelerator, lambda: _complete(folder, shards, facts))
     for line in report(folder, manifest):
         logger.info(line)
-    if evaluate is not None:
-        evaluate(config, task, origin, accelerator, load)
-    accelerator.end_training()
-    return folder, manifest
+    return FilledCache(folder, manifest, config, task, origin, accelerator, teacher)
 
 
 def report(folder: Path, manifest: dict[str, Any]) -> list[str]:
@@ -210,10 +216,10 @@ def _lacking(folder: Path, shards: Sequence[Shard], accelerator: Accelerator) ->
 
 
 def _fill(
-    keeper: Keeper, folder: Path, name: str, missing: Sequence[Shard], shards: Sequence[Shard], stop: StopRequest
+    writer: CacheWriter, folder: Path, name: str, missing: Sequence[Shard], shards: Sequence[Shard], stop: StopRequest
 ) -> None:
     """Writes the missing ones, each rank every W-th; all ranks stop together, behind a shard that is finished."""
-    accelerator = keeper.accelerator
+    accelerator = writer.accelerator
     vote = StopVote(accelerator, stop)
     ranks, rank = accelerator.num_processes, accelerator.process_index
     started = reported = time.monotonic()
@@ -222,7 +228,7 @@ def _fill(
     def write(shard: Shard) -> int:
         begun = time.monotonic()
         try:
-            kept = stop.breaks(lambda: keeper.compute(shard))
+            kept = stop.breaks(lambda: writer.compute(shard))
             seconds = round(time.monotonic() - begun, 3)
             return stop.breaks(lambda: cache.write_shard(folder, shard, *kept, name, seconds)).labels
         except UnreadableRows:

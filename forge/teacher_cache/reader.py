@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,15 @@ from torch import Tensor
 from forge.config.schema import Config
 from forge.data.batches import Batch
 from forge.errors import UsageError
-from forge.model.labels import align
+from forge.model.classifier import align
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, load_model_config, model_source, origin_of
 from forge.ranks.agreement import on_every_rank, on_rank_0
 from forge.task.classification import Classification
 from forge.task.task import Task
-from forge.teacher.layers import depth, teacher_layers
-from forge.teacher.loading import teacher_config
-from forge.teacher.placement import teacher_dtype
-from forge.teacher.teacher import Teacher, TeacherOutputs
+from forge.teacher.placement import dtype_name, teacher_config, teacher_dtype
+from forge.teacher.teacher import Teacher, TeacherOutputs, TeacherSource, required_depth, teacher_layers
 from forge.teacher_cache.files import (
     HIDDEN,
     KEY,
@@ -47,7 +45,7 @@ CACHES = ".teacher_caches"  # below output_root
 
 
 @dataclass(frozen=True)
-class TeacherCache:
+class TeacherCache(TeacherSource):
     """A complete cache of the teacher's outputs on the rows of a run, and what the run tells of that teacher."""
 
     folder: Path
@@ -66,21 +64,23 @@ class TeacherCache:
             "commit": self.origin.base.commit,
             "weights_sha256": self.origin.weights_sha256,
             "location_sha256": self.origin.base.sha256,
-            "adapters": [asdict(adapter) for adapter in self.origin.adapters],
+            "adapters": [adapter.model_dump() for adapter in self.origin.adapters],
             "cache": {"folder": str(self.folder.absolute()), "digest": self.manifest["digest"]},
         }
 
-    def placed(self, accelerator: Accelerator, columns: list[int] | None) -> Teacher:
-        """columns: of a classifier, the teacher's output for each of the student's."""
-        return CachedTeacher(self.folder, self.manifest, accelerator.device, columns)
+    def place(self, accelerator: Accelerator, task: Task, columns: list[int] | None) -> "CachedTeacher":
+        """Return a teacher that reads the files; columns as TeacherSource.place takes them."""
+        return CachedTeacher(self, accelerator.device, columns)
 
 
 class CachedTeacher(Teacher):
     """A teacher whose outputs are read."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device, columns: list[int] | None = None):
-        """manifest: of the folder. columns: of a classifier, the teacher's output for each of the student's."""
-        self._folder, self._device, self._columns = folder, device, columns
+    def __init__(self, cache: TeacherCache, device: torch.device, columns: list[int] | None = None):
+        """Open no file yet; columns as TeacherSource.place takes them."""
+        manifest = cache.manifest
+        self._folder, self._device, self._columns = cache.folder, device, columns
+        self.origin = cache.origin
         self._temperature: float | None = manifest["temperature"]
         self._widths: list[int] = manifest["hidden_widths"]
         records = [Record(**record) for record in manifest["shards"]]
@@ -185,9 +185,11 @@ def wanted_key(
     def read() -> tuple[ModelSource, Origin, tuple[int, ...], ContentKey]:
         source = model_source(teacher_config(config), "teacher")
         origin = origin_of(source, "teacher")
-        teacher_depth = depth(load_model_config(source, "teacher.path")) if config.distillation.hidden else 0
-        layers = teacher_layers(config.distillation, depth(student.model.config) if student else 0, teacher_depth)
-        dtype = str(teacher_dtype(config.teacher, accelerator)).removeprefix("torch.")
+        distillation = config.distillation
+        teacher_depth = required_depth(load_model_config(source, "teacher.path")) if distillation.hidden else 0
+        student_depth = required_depth(student.model.config) if student is not None else 0
+        layers = teacher_layers(distillation, student_depth, teacher_depth)
+        dtype = dtype_name(teacher_dtype(config.teacher, accelerator))
         return source, origin, layers, cache_key(config, task, origin, dtype, layers)
 
     return on_rank_0(accelerator, read)

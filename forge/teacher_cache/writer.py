@@ -11,10 +11,9 @@ from torch import Tensor
 
 from forge.cluster.signals import in_loader_worker
 from forge.config.schema import Config
-from forge.data.batches import OF_THE_TEACHER, Batch, for_the_loop, preparing, row_loader
+from forge.data.batches import TEACHER_PREFIX, Batch, Loading, preparing, row_loader, with_positions
 from forge.errors import TrainingError, UsageError
 from forge.losses.linear_kd_plain import head_logits
-from forge.model.load import LoadedModel
 from forge.task.classification import Classification
 from forge.task.task import Task
 from forge.teacher.teacher import ModelTeacher, TeacherOutputs
@@ -32,20 +31,18 @@ def splits_of(task: Task) -> dict[str, Any]:
     return {split_name(None): task.train, **{split_name(name): rows for name, rows in task.validation.items()}}
 
 
-class Keeper:
+class CacheWriter:
     """A teacher in memory, and what is kept of it."""
 
     def __init__(
         self,
         config: Config,
         task: Task,
-        loaded: LoadedModel,
         teacher: ModelTeacher,
         accelerator: Accelerator,
         layers: tuple[int, ...],
     ):
-        """loaded, teacher: the same model, loaded and placed, in its own order of labels. layers: whose hidden states
-        are kept, of rows that are trained on."""
+        """teacher: placed, in its own order of labels. layers: those whose hidden states are kept for training rows."""
         self.accelerator, self._config, self._task, self._layers = accelerator, config, task, layers
         self._splits = splits_of(task)
         self._head: Tensor | None = None  # (V, H) float32, as long as the job: of a frozen teacher it stays the same
@@ -64,7 +61,7 @@ class Keeper:
         k = min(config.teacher.top_k, self._columns)
         of_top_k = {"log_probs": ("float16", k), "indices": (index_dtype(self._columns), k), "tails": ("float32", 2)}
         self._form = {"logits": ("float32", columns)} if self._whole else of_top_k  # dtype, columns of each array
-        names = cast(dict[int, str], loaded.model.config.id2label or {})
+        names = cast(dict[int, str], teacher.model.config.id2label or {})
         self._labels = [names[i] for i in sorted(names)] if isinstance(task, Classification) else []
 
     def facts(self) -> dict[str, Any]:
@@ -100,9 +97,7 @@ class Keeper:
                 rows,
                 batches,
                 self._task.collate,
-                num_workers=self._num_workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-                worker_init=in_loader_worker,
+                Loading(self._num_workers, self.accelerator.device.type == "cuda", in_loader_worker),
             )
         )
         trained_on = shard.split == TRAIN
@@ -121,7 +116,7 @@ class Keeper:
 
     def _probe(self) -> tuple[int, list[int]]:
         """Columns of the teacher's logits; where hidden states are kept, the widths of those of each layer."""
-        batch = for_the_loop(self._task.collate([self._task.train[0]]), [0])
+        batch = with_positions(self._task.collate([self._task.train[0]]), [0])
         batch = send_to_device(batch, self.accelerator.device)
         outputs = self._teacher.outputs(batch, None, 1.0)
         columns = outputs["logits"].shape[1] if "logits" in outputs else outputs["head"].shape[0]
@@ -167,7 +162,7 @@ class Keeper:
         for layer in self._layers:
             name = f"{HIDDEN}{layer}"
             states = outputs[name]  # (B, T, D)
-            own = batch.get(f"{OF_THE_TEACHER}attention_mask", batch.get("attention_mask"))
+            own = batch.get(f"{TEACHER_PREFIX}attention_mask", batch.get("attention_mask"))
             mask = {} if own is None else {"attention_mask": own.to(states.device)}
             places = token_places(mask, counts.tolist(), states.shape[1], states.device)
             arrays[name] = states.flatten(0, 1)[places].half().cpu().numpy()

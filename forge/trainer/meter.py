@@ -111,7 +111,7 @@ class StepMeter:
             },
             "learning_rate": rate,
             "grad_norm": self._norms[-1],
-            "samples_per_second": round(self._counts["rows"] / seconds, 2),
+            "rows_per_second": round(self._counts["rows"] / seconds, 2),
             "tokens_per_second": round(self._counts["tokens"] / seconds, 1),
             "peak_memory_mib": round(peak, 1),
         }

@@ -10,7 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from faults.forkserver import ForkServer
 from faults.rows import ROWS, Size
 from faults.scene import Scene
 from faults.trials import Row, run_row, table
@@ -42,9 +41,8 @@ def main() -> int:
     )
     start = time.monotonic()
     rows: list[Row] = []
-    server = ForkServer()
     try:
-        scene = Scene(folder, server)
+        scene = Scene(folder)
         for name in wanted:
             begun = time.monotonic()
             try:
@@ -58,7 +56,6 @@ def main() -> int:
             rows.append(row)
             tell(table([row]).splitlines()[-1])
     finally:
-        server.close()
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
     minutes = (time.monotonic() - start) / 60

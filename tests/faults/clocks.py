@@ -3,10 +3,10 @@
 import os
 import random
 
+from faults.attempts import Setup, wait
 from faults.corruption import Donors, flip_byte
 from faults.crash import injector
-from faults.forkserver import wait
-from faults.scene import Scene, Setup, Shape, checkpoint_names, closed, run_of
+from faults.scene import Scene, Shape, checkpoint_names, closed, run_of
 from faults.trials import Trial
 
 YEAR_DAYS = 365.25

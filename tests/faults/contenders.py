@@ -12,10 +12,10 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
+from faults.attempts import Child, Setup, free_port, start_ranks, wait
 from faults.corruption import Donors
 from faults.crash import injector
-from faults.forkserver import Child, free_port, wait
-from faults.scene import MAX_STEPS, Scene, Setup, Shape, closed, last_words, run_of
+from faults.scene import MAX_STEPS, Scene, Shape, closed, last_words, run_of
 from faults.trials import Trial
 
 # Where an attempt is frozen: the pattern of the events that count, and the number of the one before which it stops.
@@ -45,7 +45,7 @@ def at_once_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
             attempts: list[list[Child]] = []
             for contender in range(2 + number % 2):
                 output = root.with_suffix(f".out{contender}")
-                attempts.append(scene.server.start_ranks(shape.ranks, scene.resume(root), output))
+                attempts.append(start_ranks(shape.ranks, scene.resume(root), output))
                 time.sleep((0.0, 0.002, 0.02, 0.1)[number % 4])  # not to wait for anything: it shifts the two
             problem = _one_goes_on([wait(attempt).codes for attempt in attempts], _texts(attempts))
             problem = problem or scene.verdict(shape, root)
@@ -92,9 +92,7 @@ def frozen_trials(scene: Scene, shape: Shape) -> list[Trial]:
             first = scene.begin(shape, root, setup)
             if not _is_frozen(first[frozen_rank]):
                 return f"it never came to {only}: {last_words(first[0].text)} [{root}]"
-            ended = wait(
-                scene.server.start_ranks(shape.ranks, scene.resume(root, "--take-over"), root.with_suffix(".out2"))
-            )
+            ended = wait(start_ranks(shape.ranks, scene.resume(root, "--take-over"), root.with_suffix(".out2")))
             problem = None
             if ended.code != 0:
                 problem = f"the take-over ended with {ended.codes}: {last_words(ended.text)}"

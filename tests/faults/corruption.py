@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from faults.attempts import wait
 from faults.crash import injector
-from faults.forkserver import wait
 from faults.scene import Scene, Shape, checkpoint_names, closed, drop, last_words, run_of
 from faults.trials import Trial
 from forge.checkpoint.selection import select

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from faults.forkserver import wait
+from faults.attempts import Setup, wait
 from faults.injector import KINDS_WITH_CONTENT
-from faults.scene import Scene, Setup, Shape, closed, last_words, run_of, unsound
+from faults.scene import Scene, Shape, closed, last_words, run_of, unsound
 from faults.trials import Trial
 
 

@@ -3,8 +3,8 @@
 import random
 import shutil
 
+from faults.attempts import wait
 from faults.crash import Event, Point, events, injector
-from faults.forkserver import wait
 from faults.injector import NEEDS_SPACE
 from faults.scene import Scene, Shape, closed, last_words, leftovers, run_of, unsound
 from faults.trials import Trial

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from faults.attempts import start, wait
 from faults.contenders import forge_code, state_of, true_command, wait_until
-from faults.forkserver import wait
 from faults.scene import Scene, Shape, checkpoint_names, drop, last_words, run_of, unsound
 from faults.trials import Trial
 
@@ -33,7 +33,7 @@ def parent_trials(scene: Scene) -> list[Trial]:
     def run() -> str | None:
         root = scene.new_root()
         parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        child = scene.server.start(
+        child = start(
             scene.arguments(shape, root), root.with_suffix(".out"), environment={"FORGE_PARENT": str(parent.pid)}
         )
         if not wait_until(lambda: bool(checkpoint_names(run_of(root))) or child.poll() is not None, 60):

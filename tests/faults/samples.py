@@ -5,8 +5,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.forkserver import wait
-from faults.scene import Scene, Setup, Shape, closed, last_words
+from faults.attempts import Setup, wait
+from faults.scene import Scene, Shape, closed, last_words
 from faults.trials import Trial
 
 STEPS = 14  # two epochs of six steps and a part of the third

@@ -13,14 +13,13 @@ from typing import Any
 
 from conftest import write_data_folder, write_tiny_model
 
-from faults.forkserver import Child, Ended, ForkServer, wait
+from faults.attempts import Child, Ended, Setup, start_ranks, wait
 from forge.checkpoint.manifest import BadCheckpoint, verify
 
 RUN_NAME = "run"
 MAX_STEPS = 6
-TIMES = ("samples_per_second", "tokens_per_second", "peak_memory_mib", "seconds")
+TIMES = ("rows_per_second", "tokens_per_second", "peak_memory_mib", "seconds")
 LEFTOVERS = (".tmp-*", ".trash-*", "*.tmp")
-Setup = list[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Ending:
 class Scene:
     """Makes the model and the data once, runs attempts in folders of their own, and knows the unbroken ends."""
 
-    def __init__(self, folder: Path, server: ForkServer):
-        self.folder, self.server = folder, server
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.model = write_tiny_model(_made(folder / "model"))
         self.data = write_data_folder(_made(folder / "data"))
         self._unbroken: dict[Shape, Path] = {}
@@ -108,7 +107,7 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
 
     def begin(self, shape: Shape, root: Path, setup: list[Setup] | None = None, name: str = RUN_NAME) -> list[Child]:
         """Starts the first attempt of a run below root."""
-        return self.server.start_ranks(shape.ranks, self.arguments(shape, root, name), _output(root), setup)
+        return start_ranks(shape.ranks, self.arguments(shape, root, name), _output(root), setup)
 
     def go_on(self, shape: Shape, root: Path, setup: list[Setup] | None = None, *more: str) -> list[Child]:
         """Starts a further attempt with `--resume`; of a run that was killed before it came to be, the first one."""
@@ -116,7 +115,7 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
         if not (run / "training_state.json").exists():
             shutil.rmtree(run, ignore_errors=True)  # forge tells the user that the folder is no run directory
             return self.begin(shape, root, setup)
-        return self.server.start_ranks(shape.ranks, self.resume(root, *more), _output(root), setup)
+        return start_ranks(shape.ranks, self.resume(root, *more), _output(root), setup)
 
     def resume(self, root: Path, *more: str) -> list[str]:
         """The arguments of a further attempt."""

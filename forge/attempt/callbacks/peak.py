@@ -8,7 +8,8 @@ from typing import Any
 from forge.attempt.callbacks.callback import Callback, Metrics
 from forge.report.figures import LOWER_IS_BETTER
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json_lines, write_json
+from forge.run.files import write_json
+from forge.run.metrics import read_metrics
 from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ class PeakMetrics(Callback):
     def evaluated(self, state: TrainingState, stage: str, metrics: Metrics) -> None:
         self._write()
 
-    def trained(self, state: TrainingState) -> None:
-        rows = [row for row in read_json_lines(self._run.metrics_file) if row.get("stage") in STAGES]
+    def completing(self, state: TrainingState) -> None:
+        rows = [row for row in read_metrics(self._run.metrics_file) if row.get("stage") in STAGES]
         if len({row["step"] for row in rows}) < 2:  # the best of one is no news
             return
         best = peaks(rows)
@@ -45,7 +46,7 @@ class PeakMetrics(Callback):
             logger.info("best: %s", "; ".join(told))
 
     def _write(self) -> None:
-        found = peaks(read_json_lines(self._run.metrics_file))
+        found = peaks(read_metrics(self._run.metrics_file))
         if found:
             write_json(self._run.peak_file, found)
         else:

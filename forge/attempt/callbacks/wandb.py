@@ -9,7 +9,7 @@ from forge.attempt.callbacks.callback import Callback, Metrics, Samples
 from forge.attempt.callbacks.peak import read_peaks
 from forge.config.schema import WandbConfig
 from forge.run.directory import RunDirectory
-from forge.run.state import Stage, TrainingState
+from forge.run.state import TrainingState
 from forge.task.task import Sample
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class WandbTracker(Callback):
             best = {f"peak/{name}": peak["value"] for name, peak in read_peaks(self._folder).items()}
             self._guarded(lambda: self._run.summary.update(best))
         if self._run is not None:
-            self._guarded(lambda: self._run.finish(exit_code=0 if state.reached(Stage.CONTROL) else 1))
+            self._guarded(lambda: self._run.finish(exit_code=0 if state.pipeline_complete else 1))
 
     def _start(self, config: WandbConfig, run: RunDirectory, state: TrainingState, contents: dict[str, Any]) -> None:
         import wandb

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from forge.config.schema import CausalLmTask, Config, EvaluationConfig, ModelConfig, TrainingConfig
 from forge.data.batches import Batch, evaluated_rows
-from forge.data.fingerprints import tokenizer_hash
+from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
 from forge.data.packing import check_packing, collate_packed, pack, shifted_labels
-from forge.data.rows import describe, fingerprint, load_rows, load_stream
+from forge.data.rows import describe, load_rows, load_stream
 from forge.data.stream import RowStream
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
@@ -42,7 +42,7 @@ from forge.task.causal_lm.documents import (
     prepare_rows,
     training_texts,
 )
-from forge.task.task import Metrics, Sample, Task
+from forge.task.task import Metrics, Sample, Task, task_section
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +75,20 @@ class CausalLm(Task):
     title: ClassVar[str] = "A causal language model"
     pipeline_tag: ClassVar[str] = "text-generation"
     auto_model: ClassVar[type[Any]] = AutoModelForCausalLM
-    main_metric: ClassVar[str] = "loss"
-    headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    main_metric: ClassVar[str] = "ce"
+    headline: ClassVar[tuple[str, ...]] = ("ce", "perplexity", "token_accuracy")
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     has_language_head: ClassVar[bool] = True
+    aligns_labels: ClassVar[bool] = True
+
+    @classmethod
+    def load(cls, config: Config) -> "CausalLm":
+        return load_causal_lm(config)
+
+    @classmethod
+    def _vocabulary_size(cls, section: ModelConfig) -> int:
+        _check_tokenizer_kind(section)
+        return super()._vocabulary_size(section)
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
         """A causal LM with an embedding for every token, which stops where the rows do; one that mixes packed rows is
@@ -98,8 +108,12 @@ class CausalLm(Task):
         end_with(loaded.model, self.ends, int(tokenizer.pad_token_id))
         return loaded
 
-    def without_samples(self) -> "CausalLm":
-        return replace(self, evaluation=self.evaluation.model_copy(update={"samples": 0}))
+    def key_parts(self) -> dict[str, Any]:
+        template = self.encoder.template
+        return {} if template is None else {"the chat template": text_hash(template.text)}
+
+    def without_shown_texts(self) -> "CausalLm":
+        return replace(self, evaluation=self.evaluation.model_copy(update={"shown_texts": 0}))
 
     def for_teacher(self, tokenizer: PreTrainedTokenizerBase) -> "CausalLm":
         """With the training rows also as the teacher's own template and tokens, and the places where both have read the
@@ -152,8 +166,8 @@ class CausalLm(Task):
     def metrics(self, split: str, model: PreTrainedModel) -> "CausalLmMetrics":
         """An empty count, and the rows that the model is to write itself."""
         rows = self.validation[split]
-        chosen = evaluated_rows(len(rows), self.evaluation.max_samples, self.seed)
-        spread = np.linspace(0, len(chosen) - 1, min(self.evaluation.samples, len(chosen))).astype(int)
+        chosen = evaluated_rows(len(rows), self.evaluation.max_rows, self.seed)
+        spread = np.linspace(0, len(chosen) - 1, min(self.evaluation.shown_texts, len(chosen))).astype(int)
         return CausalLmMetrics(self, model, [rows[int(chosen[i])] for i in spread])
 
     def facts(self) -> dict[str, Any]:
@@ -188,7 +202,7 @@ class CausalLmMetrics(Metrics):
         self.counts = self.counts.to(labels.device) + sums
 
     def compute(self) -> dict[str, float | int]:
-        """perplexity, the exponential of the mean loss; token_accuracy, the share of labels that are the likeliest
+        """perplexity, the exponential of ce; token_accuracy, the share of labels that are the likeliest
         token, each behind the true text; labels, their number. Fills samples, on the first rank."""
         labels, right, ce_sum = self.counts.cpu()  # waits for the GPU
         if self._shown:
@@ -272,13 +286,12 @@ def _last_reply(row: dict[str, Any]) -> tuple[int, int]:
 
 def load_causal_lm(whole: Config) -> CausalLm:
     """Loads, checks and tokenizes the data. Raises UsageError for a row that cannot be learned from."""
-    config = whole.task
-    assert isinstance(config, CausalLmTask)
+    config = task_section(whole, CausalLmTask)
     where = describe(config.dataset)
     train: Any
     stream = ""
     if config.dataset.streaming:
-        train, validation, stream = load_stream(config.dataset, whole.evaluation.max_samples)
+        train, validation, stream = load_stream(config.dataset, whole.evaluation.max_rows)
         columns = list(next(iter(validation.values())).column_names)
     else:
         train, validation = load_rows(config.dataset)
@@ -337,12 +350,18 @@ def _tokenizer(whole: Config, config: CausalLmTask, form: RowForm, train: Any, w
     new = whole.model.new_tokenizer if whole.model.config is not None else None  # a checkpoint brings its own
     if new is None:
         return load_own_tokenizer(whole.model)
-    if new.kind != "bpe":
-        raise UsageError(f"model.new_tokenizer.kind is {new.kind}, and a causal LM is given a bpe one; set kind: bpe")
+    _check_tokenizer_kind(whole.model)
     chat = form.name == "messages"
     tokenizer = train_bpe(training_texts(config, form, train, where), new.vocab_size, chat=chat)
     logger.info("a new tokenizer of %d tokens is made from the training split", len(tokenizer))
     return tokenizer
+
+
+def _check_tokenizer_kind(section: ModelConfig) -> None:
+    """Raise UsageError for a new tokenizer of characters."""
+    new = section.new_tokenizer
+    if new is not None and new.kind != "bpe":
+        raise UsageError(f"model.new_tokenizer.kind is {new.kind}, but a causal LM needs kind: bpe")
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, encoded: dict[str, Dataset]) -> list[int]:
@@ -360,7 +379,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, encoded: dict[str, Dataset]) -> li
 def _fingerprint(encoder: Encoder, splits: dict[str, Dataset], stream: str) -> str:
     """Of the columns that are read, of the template, which a file may bring, and of the tokenizer; of a stream a name
     must do."""
-    rows = fingerprint({split: rows.select_columns(list(encoder.form.columns)) for split, rows in splits.items()})
+    rows = rows_hash({split: rows.select_columns(list(encoder.form.columns)) for split, rows in splits.items()})
     template = encoder.template.text if encoder.template else ""
     return hashlib.sha256(f"{rows} {template} {stream} {tokenizer_hash(encoder.tokenizer)}".encode()).hexdigest()
 

@@ -43,6 +43,9 @@ class ImageChat:
     def facts(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "chat": f"{self.opening}{self.lead}{{transcript}}{self.closing}"}
 
+    def key_parts(self) -> dict[str, Any]:
+        return {}
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of the replies, up to the end of the turn."""
         replies = [self.lead + text + self.closing for text in texts]

@@ -44,6 +44,9 @@ class LineReader:
     def facts(self) -> dict[str, Any]:
         return {"image_size": [self.height, self.width], "proportions_kept": not self.image.stretch}
 
+    def key_parts(self) -> dict[str, Any]:
+        return {"the token that a transcript begins after": self.start}
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens that the decoder is to give: those of the text alone, then the end token."""
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
@@ -137,6 +140,15 @@ def image_size(image: ImageConfig, processing: TrOCRProcessor) -> tuple[int, int
             "the model's image processor does not say how high and wide images are; set task.image.height and "
             "task.image.width, or, for a chat-style model, task.prompt"
         )
+    return height, width
+
+
+def planned_size(image: ImageConfig, encoder: PreTrainedConfig) -> tuple[int, int]:
+    """Return height and width of an image from task.image, or else from the config of the encoder that reads it."""
+    height, width = _pair(getattr(encoder, "image_size", None)) or (None, None)
+    height, width = image.height or height, image.width or width
+    if not height or not width:
+        raise UsageError("the model does not say how large its images are; set task.image.height and task.image.width")
     return height, width
 
 

@@ -7,22 +7,23 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
 from forge.data.batches import FILLER, Batch, model_inputs
-from forge.data.fingerprints import tokenizer_hash
-from forge.data.rows import describe, fingerprint, load_rows, row_numbers
+from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
+from forge.data.rows import describe, load_rows, row_numbers
 from forge.errors import UsageError
 from forge.model.generation import write
-from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source
-from forge.model.recognizer import freeze_unused, load_recognizer, reads_lines, writer
-from forge.model.source import load_processor
+from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source, scratch_config
+from forge.model.recognizer import freeze_unused, load_recognizer, new_recognizer_config, reads_lines, writer
+from forge.model.source import ModelSource, load_processor
 from forge.task.ocr.characters import character_tokenizer
 from forge.task.ocr.image_chat import ImageChat, image_chat
 from forge.task.ocr.images import check_images, open_image, png
-from forge.task.ocr.line_reader import LineReader, check_image_size, line_reader, new_processor
+from forge.task.ocr.line_reader import LineReader, check_image_size, line_reader, new_processor, planned_size
 from forge.task.ocr.transcripts import (
     EDIT_COUNTS,
     check_lossless,
@@ -32,7 +33,7 @@ from forge.task.ocr.transcripts import (
     read_transcripts,
     warn_of_moved_spaces,
 )
-from forge.task.task import Metrics, Sample, Task
+from forge.task.task import Metrics, Sample, Task, task_section
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Ocr(Task):
     truncated: dict[str, int]  # transcripts cut to max_length, by split
     broken: dict[str, int]  # images left out, by split
     description: str
-    samples: int = 4  # rows of each split that are shown
+    shown_texts: int = 4  # rows of each split that are shown
     special_tokens: dict[str, Any] = field(default_factory=dict)  # those that the model's generate goes by
 
     name: ClassVar[str] = "ocr"
@@ -59,9 +60,40 @@ class Ocr(Task):
     pipeline_tag: ClassVar[str] = "image-to-text"
     auto_model: ClassVar[type[Any]] = AutoModelForImageTextToText
     main_metric: ClassVar[str] = "cer"
-    headline: ClassVar[tuple[str, ...]] = ("loss", "cer", "wer", "exact_match")
+    headline: ClassVar[tuple[str, ...]] = ("ce", "cer", "wer", "exact_match")
     forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
+    inputs_need_model: ClassVar[bool] = True
     num_workers: ClassVar[int] = 2
+
+    @classmethod
+    def load(cls, config: Config) -> "Ocr":
+        return load_ocr(config)
+
+    @classmethod
+    def scratch_config(cls, section: ModelConfig, key: str) -> PreTrainedConfig:
+        """Return the transformers config of `section.config`; an encoder-decoder's is completed by its tokenizer."""
+        assert section.config is not None
+        if not reads_lines(section.config):
+            return scratch_config(section.config, f"{key}.config")
+        new = section.new_tokenizer
+        tokenizer = load_own_tokenizer(section) if new is None else character_tokenizer([])
+        return new_recognizer_config(section.config, tokenizer, key)
+
+    @classmethod
+    def planned_batch(
+        cls, config: Config, section: ModelConfig, model: PreTrainedConfig, rows: int, longest: int | None = None
+    ) -> Batch:
+        """Return a batch of blank images, as large as task.image or the model says, with the longest transcripts."""
+        task = task_section(config, OcrTask)
+        tokens = task.max_length if longest is None else min(task.max_length, longest)
+        if reads_lines(model):
+            ids = torch.zeros((rows, tokens), dtype=torch.int64)
+            height, width = planned_size(task.image, model.encoder)
+            pixels = torch.zeros(rows, getattr(model.encoder, "num_channels", 3), height, width)
+            return {"pixel_values": pixels, "decoder_input_ids": ids, "labels": ids}
+        chat = image_chat(load_processor(*processing_source(section)), task.prompt or "", task.image)
+        height, width = planned_size(task.image, getattr(model, "vision_config", model))
+        return chat.collate([Image.new("RGB", (width, height))] * rows, [[chat.end] * tokens] * rows)
 
     @property
     def processing(self) -> ProcessorMixin:  # type: ignore[override]
@@ -89,8 +121,15 @@ class Ocr(Task):
         special = {name: getattr(generation, name) for name in SPECIAL_TOKENS if getattr(generation, name) is not None}
         return replace(self, reader=self.reader.for_model(loaded.model.config), special_tokens=special)
 
-    def without_samples(self) -> "Ocr":
-        return replace(self, samples=0)
+    def load_processing(self, source: ModelSource, key: str) -> ProcessorMixin:
+        return load_processor(source, key)
+
+    def key_parts(self) -> dict[str, Any]:
+        images = {"the image processor": text_hash(self.processing.image_processor.to_json_string())}
+        return images | self.reader.key_parts()
+
+    def without_shown_texts(self) -> "Ocr":
+        return replace(self, shown_texts=0)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Decodes the images, in the process that calls it."""
@@ -157,10 +196,10 @@ class OcrMetrics(Metrics):
 
     def _show(self, row: int, reference: str, prediction: str) -> None:
         """Keeps the first rows of the data, in whatever order they come."""
-        if len(self.samples) < self._task.samples or (self.samples and row < self.samples[-1].row):
+        if len(self.samples) < self._task.shown_texts or (self.samples and row < self.samples[-1].row):
             image = png(open_image(self._rows[row]["image"]))
             sample = Sample(row, reference, prediction, self._task.config.prompt, image)
-            self.samples = sorted([*self.samples, sample], key=lambda shown: shown.row)[: self._task.samples]
+            self.samples = sorted([*self.samples, sample], key=lambda shown: shown.row)[: self._task.shown_texts]
 
     def compute(self) -> dict[str, Any]:
         """cer and wer: edits over the characters and words of all references; exact_match and empty: shares of rows."""
@@ -177,8 +216,7 @@ class OcrMetrics(Metrics):
 
 def load_ocr(whole: Config) -> Ocr:
     """Loads and checks images and transcripts. Raises UsageError for the first that is missing, broken or unfit."""
-    config = whole.task
-    assert isinstance(config, OcrTask)
+    config = task_section(whole, OcrTask)
     if config.dataset.streaming:
         raise UsageError("task.dataset.streaming is for causal LMs; an OCR data set is checked before training")
     train, validation = load_rows(config.dataset)
@@ -225,14 +263,13 @@ def load_ocr(whole: Config) -> Ocr:
         truncated=truncated,
         broken=broken,
         description=describe(config.dataset),
-        samples=whole.evaluation.samples,
+        shown_texts=whole.evaluation.shown_texts,
     )
 
 
 def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
     """How the model is given images and transcripts: it is known before the model is loaded."""
-    config, model = whole.task, whole.model
-    assert isinstance(config, OcrTask)
+    config, model = task_section(whole, OcrTask), whole.model
     if model.config is not None and reads_lines(model.config):
         if model.new_tokenizer is None:
             tokenizer = load_own_tokenizer(model)
@@ -252,7 +289,7 @@ def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
 
 
 def _fingerprint(read: dict[str, Dataset], reader: LineReader | ImageChat) -> str:
-    parts = f"{fingerprint(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}"
+    parts = f"{rows_hash(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}"
     return hashlib.sha256(parts.encode()).hexdigest()
 
 

@@ -25,20 +25,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from forge.attempt.resume import Beginning, check_teacher
+from forge.attempt.resume import ResumePoint, check_teacher
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError, UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.origin import Origin, Weights, hash_of_files
+from forge.model.origin import Origin, WeightFiles, hash_of_files
 from forge.run.files import read_json, read_json_lines
-from forge.student import stored_metrics as storage
-from forge.student.stored_metrics import numbers_key, store_numbers, stored_numbers
-from forge.student.teacher_metrics import evaluate_teacher, teacher_numbers
+from forge.student import teacher_metrics as storage
+from forge.student.teacher_metrics import (
+    evaluate_teacher,
+    metrics_key,
+    store_metrics,
+    stored_metrics,
+    teacher_metrics,
+)
 from forge.task.load import load_task
-from forge.teacher.loading import label_columns, load_teacher
-from forge.teacher.placement import place
-from forge.teacher.teacher import ModelTeacher
+from forge.teacher.placement import LoadedTeacher, label_columns, load_teacher
 from forge.teacher_cache import key as keys
 from forge.teacher_cache.key import digest
 
@@ -68,14 +71,14 @@ def classifier(tmp_path: Path, tiny_model: Path) -> Path:
     return folder
 
 
-def numbers(config: Config, accelerator: Accelerator, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def metrics_of(config: Config, accelerator: Accelerator, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """The teacher's, without the seconds."""
     task = load_task(config)
-    taught = load_teacher(config, task)
-    columns = label_columns(list(range(3)), taught.label_ids) if taught.label_ids else None
-    teacher = place(taught.model, config.teacher, accelerator, task, columns)
-    assert isinstance(teacher, ModelTeacher)
-    metrics = evaluate_teacher(config, task, taught, teacher, accelerator, between)
+    source = LoadedTeacher(load_teacher(config, task), config.teacher)
+    columns = label_columns(list(range(3)), source.label_ids) if source.label_ids else None
+    teacher = source.place(accelerator, task, columns)
+    metrics = evaluate_teacher(config, task, teacher, accelerator, between)
+    assert metrics is not None
     assert not any(module.training for module in teacher.model.modules())
     return {name: value for name, value in metrics.items() if not name.endswith("/seconds")}
 
@@ -96,10 +99,10 @@ def test_a_classifiers_numbers_are_the_models_own(
         label = SHUFFLED.index(LABELS[int(str(row["label"]))])
         losses.append(-logits.log_softmax(0)[label].item())
         right.append(int(logits.argmax()) == label)
-    found = numbers(with_teacher(config_file, classifier), accelerator)
-    assert found["matched/loss"] == pytest.approx(sum(losses) / 13, abs=1e-5)
+    found = metrics_of(with_teacher(config_file, classifier), accelerator)
+    assert found["matched/ce"] == pytest.approx(sum(losses) / 13, abs=1e-5)
     assert found["matched/accuracy"] == pytest.approx(sum(right) / 13)
-    assert found["other/samples"] == 7
+    assert found["other/rows"] == 7
     assert not [name for name in found if name.endswith(("/agreement", "/kl"))]
 
 
@@ -108,7 +111,7 @@ def test_an_offloaded_classifier_has_the_same_numbers(
     dtype: str, classifier: Path, config_file: Path, accelerator: Accelerator
 ) -> None:
     found = [
-        numbers(
+        metrics_of(
             with_teacher(config_file, classifier, f"teacher.dtype={dtype}", f"teacher.placement={where}"), accelerator
         )
         for where in ("replicated", "offload")
@@ -125,9 +128,9 @@ def test_a_language_models_numbers_are_the_models_own(
         *(f"teacher.path={chat_model}", "evaluation.teacher=true", f"teacher.placement={placement}"),
     )
     monkeypatch.setattr(
-        "forge.task.causal_lm.task.generate_replies", lambda *_: pytest.fail("a teacher shows no samples")
+        "forge.task.causal_lm.task.generate_replies", lambda *_: pytest.fail("a teacher shows no texts")
     )
-    found = numbers(config, accelerator)
+    found = metrics_of(config, accelerator)
     task = load_task(config)
     rows = task.validation["validation"]
     model = AutoModelForCausalLM.from_pretrained(chat_model).double().eval()
@@ -143,7 +146,7 @@ def test_a_language_models_numbers_are_the_models_own(
         right += int((logits.argmax(-1) == targets)[counted].sum())
         labels += int(counted.sum())
     assert found["validation/labels"] == labels
-    assert found["validation/loss"] == pytest.approx(ce_sum / labels, abs=1e-5)
+    assert found["validation/ce"] == pytest.approx(ce_sum / labels, abs=1e-5)
     assert found["validation/perplexity"] == pytest.approx(math.exp(ce_sum / labels), rel=1e-5)
     assert found["validation/token_accuracy"] == pytest.approx(right / labels)
 
@@ -158,7 +161,7 @@ def test_a_reader_of_lines_is_the_same_offloaded_and_writes_texts_in_half_precis
         {
             "task": {"type": "ocr", "dataset": {"path": str(tmp_path / "lines")}, "max_length": 16},
             "model": {"config": TINY, "new_tokenizer": {"kind": "characters"}},
-            "evaluation": {"teacher": True, "max_samples": 4},
+            "evaluation": {"teacher": True, "max_rows": 4},
             "training": {"num_workers": 0},
         }
     )
@@ -169,14 +172,14 @@ def test_a_reader_of_lines_is_the_same_offloaded_and_writes_texts_in_half_precis
 
     def of(**teacher: str) -> dict[str, Any]:
         named = config.teacher.model_copy(update={"path": str(tmp_path / "reader"), **teacher})
-        return numbers(config.model_copy(update={"teacher": named}), accelerator)
+        return metrics_of(config.model_copy(update={"teacher": named}), accelerator)
 
     whole, half = of(), of(dtype="bfloat16")
-    assert (whole["validation/samples"], whole["validation/samples_of"]) == (4, 6)
+    assert (whole["validation/rows"], whole["validation/rows_of"]) == (4, 6)
     assert whole["validation/cer"] > 0.5
     assert of(placement="offload") == whole
-    assert half["validation/loss"] == pytest.approx(whole["validation/loss"], rel=0.02)
-    assert half["validation/loss"] != whole["validation/loss"]
+    assert half["validation/ce"] == pytest.approx(whole["validation/ce"], rel=0.02)
+    assert half["validation/ce"] != whole["validation/ce"]
 
 
 def test_weights_that_are_not_finite_name_the_teacher(
@@ -185,8 +188,8 @@ def test_weights_that_are_not_finite_name_the_teacher(
     model = BertForSequenceClassification.from_pretrained(classifier)
     torch.nn.init.constant_(model.classifier.weight, float("nan"))
     model.save_pretrained(classifier)
-    with pytest.raises(TrainingError, match=r"matched/loss of the teacher .*classifier is nan in float32: a student"):
-        numbers(with_teacher(config_file, classifier), accelerator)
+    with pytest.raises(TrainingError, match=r"matched/ce of the teacher .*classifier is nan in float32: a student"):
+        metrics_of(with_teacher(config_file, classifier), accelerator)
 
 
 def test_a_stop_breaks_it_off(classifier: Path, config_file: Path, accelerator: Accelerator) -> None:
@@ -194,7 +197,7 @@ def test_a_stop_breaks_it_off(classifier: Path, config_file: Path, accelerator: 
         raise Stopped("stopped")
 
     with pytest.raises(Stopped):
-        numbers(with_teacher(config_file, classifier), accelerator, stop)
+        metrics_of(with_teacher(config_file, classifier), accelerator, stop)
 
 
 class Task:
@@ -207,8 +210,8 @@ class Task:
     train, validation = (), {}  # type: ignore[var-annotated]
 
 
-ORIGIN = Origin(Weights("t", "/t", sha256="a" * 64))
-METRICS = {"matched/loss": 0.5, "matched/perplexity": math.inf, "matched/samples": 13}
+ORIGIN = Origin(WeightFiles(name="t", location="/t", sha256="a" * 64))
+METRICS = {"matched/ce": 0.5, "matched/perplexity": math.inf, "matched/rows": 13}
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +229,7 @@ def config(config_file: Path) -> Config:
 
 
 def key_of(config: Config, origin: Origin = ORIGIN, dtype: str = "float32") -> dict[str, Any]:
-    return numbers_key(config, Task(), origin, dtype)  # type: ignore[arg-type]
+    return metrics_key(config, Task(), origin, dtype)  # type: ignore[arg-type]
 
 
 def test_numbers_are_evaluated_once_for_each_key(
@@ -238,17 +241,17 @@ def test_numbers_are_evaluated_once_for_each_key(
         calls.append(1)
         return METRICS
 
-    def ask(origin: Origin | None = ORIGIN, compute: Callable[[], dict[str, Any]] | None = compute) -> Any:
-        return teacher_numbers(config, Task(), origin, accelerator, compute, "the run a")  # type: ignore[arg-type]
+    def ask(origin: Origin | None = ORIGIN, compute: Callable[[], dict[str, Any] | None] = compute) -> Any:
+        return teacher_metrics(config, Task(), origin, accelerator, compute, "the run a")  # type: ignore[arg-type]
 
     caplog.set_level(logging.INFO)
-    assert ask(compute=None) is None
-    assert "the teacher's own numbers are missing: with teacher.placement: cached it is not in memory" in caplog.text
+    assert ask(compute=lambda: None) is None
+    assert "teacher.placement: cached" in caplog.text
     assert "`forge cache-teacher`" in caplog.text
-    assert [ask(), ask(), ask(compute=None)] == [METRICS] * 3
+    assert [ask(), ask(), ask(compute=lambda: None)] == [METRICS] * 3
     assert len(calls) == 1
-    assert caplog.text.count("the teacher's numbers are those of the run a (20") == 2
-    assert ask(Origin(Weights("t", "/t", sha256="b" * 64))) == METRICS
+    assert caplog.text.count("the run a stored at 20") == 2
+    assert ask(Origin(WeightFiles(name="t", location="/t", sha256="b" * 64))) == METRICS
     assert ask(None) == METRICS  # a teacher whose files are not known is evaluated each time
     assert len(calls) == 3
     assert len(list((tmp_path / "outputs" / ".teachers").iterdir())) == 2
@@ -259,35 +262,44 @@ def test_a_file_that_cannot_be_used_is_warned_of_once_and_replaced(
 ) -> None:
     root, key = tmp_path / "outputs", key_of(config)
     file = root / ".teachers" / f"{digest(key)[:16]}.json"
-    store_numbers(root, key, METRICS, "a")
+    store_metrics(root, key, METRICS, "a")
     whole = file.read_text()
     another = json.dumps({**json.loads(whole), "key": key_of(config, dtype="bfloat16")})
     for broken in (whole[:40], "[]", '{"key": {}}', whole.replace("matched/", ""), another):
         file.write_text(broken)
         caplog.clear()
-        found = teacher_numbers(config, Task(), ORIGIN, accelerator, lambda: {"matched/loss": 0.7}, "b")  # type: ignore[arg-type]
-        assert found == {"matched/loss": 0.7}
+        found = teacher_metrics(config, Task(), ORIGIN, accelerator, lambda: {"matched/ce": 0.7}, "b")  # type: ignore[arg-type]
+        assert found == {"matched/ce": 0.7}
         assert caplog.text.count("cannot be used") == 1
-        stored = stored_numbers(root, key)
+        stored = stored_metrics(root, key)
         assert stored is not None
-        assert (stored.metrics, stored.made_by) == ({"matched/loss": 0.7}, "b")
+        assert (stored.metrics, stored.made_by) == ({"matched/ce": 0.7}, "b")
+
+
+def test_numbers_that_were_stored_under_a_former_name_are_read_under_the_one_of_today(
+    config: Config, tmp_path: Path
+) -> None:
+    store_metrics(tmp_path, key_of(config), {"matched/loss": 0.5, "matched/accuracy": 0.8}, "a")
+    found = stored_metrics(tmp_path, key_of(config))
+    assert found is not None
+    assert found.metrics == {"matched/ce": 0.5, "matched/accuracy": 0.8}
 
 
 def test_numbers_that_another_forge_counted_otherwise_are_not_taken(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store_numbers(tmp_path, key_of(config), METRICS, "a")
-    assert stored_numbers(tmp_path, key_of(config)) is not None
-    monkeypatch.setattr(storage, "METRICS", storage.METRICS + 1)
-    assert stored_numbers(tmp_path, key_of(config)) is None
+    store_metrics(tmp_path, key_of(config), METRICS, "a")
+    assert stored_metrics(tmp_path, key_of(config)) is not None
+    monkeypatch.setattr(storage, "METRICS_VERSION", storage.METRICS_VERSION + 1)
+    assert stored_metrics(tmp_path, key_of(config)) is None
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "outputs").write_text("")
-    store_numbers(tmp_path / "outputs", key_of(config), METRICS, "a")
-    assert "could not be kept" in caplog.text
+    store_metrics(tmp_path / "outputs", key_of(config), METRICS, "a")
+    assert "could not be stored" in caplog.text
 
 
 def test_the_key_holds_what_the_numbers_depend_on(config_file: Path) -> None:
@@ -296,8 +308,8 @@ def test_the_key_holds_what_the_numbers_depend_on(config_file: Path) -> None:
 
     assert key("training.learning_rate=1", "training.seed=3", "evaluation.per_device_batch_size=2") == key()
     others = (
-        ("evaluation.max_samples=5",),
-        ("evaluation.max_samples=5", "training.seed=3"),
+        ("evaluation.max_rows=5",),
+        ("evaluation.max_rows=5", "training.seed=3"),
         ("task.max_length=16",),
         ("teacher.labels=[a, b, c]",),
         ("task.dataset.max_rows=20",),
@@ -308,9 +320,9 @@ def test_the_key_holds_what_the_numbers_depend_on(config_file: Path) -> None:
 
 
 def test_a_resume_with_another_teacher_is_refused() -> None:
-    begun = Beginning(teacher="a" * 64)
+    begun = ResumePoint(teacher="a" * 64)
     assert check_teacher(begun, "a" * 64, []) is begun
-    assert check_teacher(Beginning(), "b" * 64, []) == Beginning()
+    assert check_teacher(ResumePoint(), "b" * 64, []) == ResumePoint()
     assert check_teacher(begun, None, []) is begun
     with pytest.raises(UsageError) as raised:
         check_teacher(begun, "b" * 64, ["training.seed"])
@@ -326,16 +338,16 @@ def test_a_resume_with_another_teacher_is_refused() -> None:
 STOP = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})
-from forge.trainer.loop import FinetuningTrainer
+from forge.trainer.loop import LoopTrainer
 
-train_step = FinetuningTrainer.train_step
+train_step = LoopTrainer.train_step
 
 def stepping(self, *args):
     if self.state.step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     train_step(self, *args)
 
-FinetuningTrainer.train_step = stepping
+LoopTrainer.train_step = stepping
 from forge.train import main
 sys.exit(main())
 """
@@ -368,5 +380,5 @@ def test_a_run_goes_on_with_its_own_teacher_or_with_one_that_is_allowed(
     assert done.returncode == 0, done.stderr
     assert f"changed: the weights of the teacher: {then[:12]} -> {now[:12]}" in done.stderr
     (after,) = [row for row in read_json_lines(run / "metrics.jsonl") if row.get("stage") == "teacher"]
-    assert after["matched/loss"] != before[0]["matched/loss"]  # it is the new teacher's
+    assert after["matched/ce"] != before[0]["matched/ce"]  # it is the new teacher's
     assert "teacher" in done.stdout.splitlines()[2]

@@ -1,0 +1,188 @@
+"""forge in a notebook or a script: train, resume and read runs in this process, with one rank."""
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forge.attempt.control import control_of, next_control, nothing_left
+from forge.attempt.request import Request
+from forge.cluster.processes import world_size
+from forge.cluster.signals import STOP_SIGNALS, StopRequest
+from forge.config.explain import inline
+from forge.config.loader import load_config as load_file
+from forge.config.schema import Config
+from forge.errors import UsageError
+from forge.run.directory import RunDirectory, find_run
+from forge.run.log import start_logging
+from forge.run.metadata import RunMetadata, read_metadata
+from forge.run.metrics import read_metrics
+from forge.run.state import TrainingState
+
+if TYPE_CHECKING:
+    from forge.attempt.outcome import Result
+
+Settings = Mapping[str, object] | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its directory holds it at the moment it is read."""
+
+    path: Path
+    config: Config
+    state: TrainingState
+    metadata: RunMetadata
+
+    @property
+    def name(self) -> str:
+        """The name of the run directory."""
+        return self.path.absolute().name
+
+    @property
+    def complete(self) -> bool:
+        """True once every stage of the run is done."""
+        return self.state.pipeline_complete
+
+    @property
+    def final(self) -> Path:
+        """The folder of the trained model, for from_pretrained; its README.md is the model card."""
+        return self.path / "final"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl: one for each report of training, and one for each evaluation (with `stage`)."""
+        file = RunDirectory(self.path).metrics_file
+        return read_metrics(file) if file.exists() else []
+
+    def evaluation(self, stage: str = "final") -> dict[str, Any]:
+        """The last evaluation of a stage (teacher, baseline, training or final) by `split/metric`; empty if none."""
+        found = [row for row in self.metrics if row.get("stage") == stage]
+        return {name: value for name, value in found[-1].items() if "/" in name} if found else {}
+
+
+def train(
+    config: str | Path,
+    settings: Settings = (),
+    *,
+    run_name: str | None = None,
+    output_root: str | Path | None = None,
+    debug: bool = False,
+) -> Run:
+    """Train a new run of a config file to its end, and its control if the config wants one.
+
+    Ctrl-C stops it with a committed checkpoint: it raises Stopped, and `resume` continues. It trains in this process;
+    for several ranks use `forge launch`.
+
+    Args:
+        config: A YAML file.
+        settings: Changes of its keys: {"training.seed": 1} or ["training.seed=1"].
+        run_name: Name of the run directory; None: the start time.
+        output_root: The folder of all runs; None: as the config says.
+        debug: A few rows and two steps through every stage.
+
+    Raises:
+        ForgeError: What the command line reports as an error, such as UsageError for a wrong config.
+    """
+    root = None if output_root is None else str(output_root)
+    loaded = load_file(Path(config), _lines(settings), debug=debug, output_root=root)
+    return _to_the_end(Request(loaded, sys.orig_argv, run_name))
+
+
+def resume(
+    run: "str | Path | Run",
+    settings: Settings = (),
+    *,
+    allow_changes: Sequence[str] = (),
+    take_over: bool = False,
+    output_root: str | Path = "outputs",
+) -> Run:
+    """Resume a run to its end; a complete one is returned as it is.
+
+    Args:
+        run: A run directory, or the name of a run if only one under output_root has it.
+        settings: Changes of its config.
+        allow_changes: Keys that may change the meaning of the run.
+        take_over: From a process that is frozen, or on a dead host.
+        output_root: Where a name is looked for.
+
+    Raises:
+        ForgeError: As `train` does.
+    """
+    directory = RunDirectory(run.path) if isinstance(run, Run) else find_run(Path(output_root), str(run))
+    loaded = load_file(directory.config_file, _lines(settings))
+    return _to_the_end(Request(loaded, sys.orig_argv, None, directory, tuple(allow_changes), take_over))
+
+
+def load_run(run: str | Path, *, output_root: str | Path = "outputs") -> Run:
+    """Read a run back; run: its directory, or its name if only one under output_root has it. Raises UsageError."""
+    directory = find_run(Path(output_root), str(run))
+    return Run(
+        directory.path,
+        load_file(directory.config_file).config,
+        TrainingState.load(directory.state_file),
+        read_metadata(directory),
+    )
+
+
+def load_config(file: str | Path, settings: Settings = ()) -> Config:
+    """Load and check a config file with the files that it inherits. Raises ConfigError with every problem in it."""
+    return load_file(Path(file), _lines(settings)).config
+
+
+def _lines(settings: Settings) -> list[str]:
+    """The settings as the command line has them."""
+    if isinstance(settings, str):
+        raise UsageError(f"settings is the text {settings!r}; give a list of texts, or a mapping")
+    if isinstance(settings, Mapping):
+        return [f"{key}={inline(value)}" for key, value in settings.items()]
+    return list(settings)
+
+
+def _to_the_end(request: Request) -> Run:
+    if world_size() > 1:
+        raise UsageError("forge.train and forge.resume train with one rank; for several use `forge launch`")
+    with _stops() as stop:
+        run = request.resumed
+        if run is None or not TrainingState.load(run.state_file).pipeline_complete:
+            run = _pipeline(request, stop).run
+        if not nothing_left(run):
+            twin = next_control(run, request)
+            control = _pipeline(twin, stop).run if twin is not None else control_of(run)
+            from forge.attempt.outcome import record_control
+
+            record_control(run, control)
+    return load_run(run.path)
+
+
+@contextmanager
+def _stops() -> Iterator[StopRequest]:
+    """Stop signals ask the run to stop while it trains; afterwards they do what they did before."""
+    from forge.ranks.world import leave_ranks
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    stop = StopRequest()
+    stop.listen()
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        leave_ranks()
+
+
+def _pipeline(request: Request, stop: StopRequest) -> "Result":
+    from forge.pipeline import run_pipeline
+
+    level = logging.getLogger().level
+    log = start_logging(0)
+    try:
+        log.adopt_library_loggers()
+        return run_pipeline(request, log, stop)
+    finally:
+        log.close()
+        logging.getLogger().setLevel(level)
