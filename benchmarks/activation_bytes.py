@@ -1,14 +1,14 @@
-"""What backward needs of a forward: forge.plan's count against the tensors that torch saves, on this CPU.
+"""Compares what backward needs of a forward as `forge plan` counts it with the tensors that torch saves on this CPU.
 
     python benchmarks/activation_bytes.py X.yaml [--rows B] [--tokens T] [--set KEY=VALUE …]
 
-Each model is that of a config, with random ids in rows of which one is padded, and shown in three forms: float32,
+Each model is that of a config, takes random ids in rows of which one is padded, and is shown in three forms: float32,
 autocast to bf16, and bf16 weights. Shared storages count once; weights and autocast's copies of them are left out.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from forge.config.loader import load_config
-from forge.memory.activations import Form, activation_bytes
-from forge.memory.meta import row_shape, student_on_meta
-from forge.memory.sizes import RowShape, sizes_of
+from forge.config.schema import Config
+from forge.data.batches import model_inputs
+from forge.memory.activations import step_bytes
+from forge.memory.meta import student_on_meta
+from forge.memory.totals import Form, Pass
+from forge.task.load import task_class
 
 FORMS = {"float32": Form(4, 4, True), "autocast": Form(4, 2, True), "bfloat16": Form(2, 2, True)}
 
@@ -34,58 +38,63 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
-    table = Table("model", "rows x tokens", "form", "saved MiB", "counted MiB", "error", box=None)
+    table = Table("model", "rows x tokens", "form", "saved MiB", "counted MiB", "error", "seconds", box=None)
     for name in args.configs:
         config = load_config(Path(name), args.set).config
         for form_name, form in FORMS.items():
-            model = student_on_meta(config).to_empty(device="cpu").train()
-            with torch.no_grad():
-                for tensor in (*model.parameters(), *model.buffers()):
-                    tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
-            shape = row_shape(config, model.config, args.tokens)
-            model = model.bfloat16() if form.weights == 2 else model
-            saved = saved_bytes(model, form, args.rows, shape)
-            counted = activation_bytes(sizes_of(model, shape).stacks, form, args.rows)
-            size = f"{args.rows} x {shape.tokens}"
-            error = f"{100 * (counted / saved - 1):+.1f} %"
-            table.add_row(name, size, form_name, f"{saved / 2**20:,.1f}", f"{counted / 2**20:,.1f}", error)
+            model = student_on_meta(config)
+            batch = padded_batch(config, model, args.rows, args.tokens)
+            start = time.perf_counter()
+            counted = step_bytes(student_on_meta(config), lambda _, batch=batch: batch, Pass(form), args.rows).kept
+            seconds = time.perf_counter() - start
+            saved = saved_bytes(model, form, batch)
+            error = f"{100 * (counted / saved - 1):+.2f} %"
+            size = f"{args.rows} x {next(x for x in batch.values() if x.dtype == torch.int64).shape[1]}"
+            mib = (f"{saved / 2**20:,.1f}", f"{counted / 2**20:,.1f}")
+            table.add_row(name, size, form_name, *mib, error, f"{seconds:.1f}")
     Console(width=140).print(table)
 
 
-def saved_bytes(model: Any, form: Form, rows: int, shape: RowShape) -> int:
+def padded_batch(config: Config, model: Any, rows: int, tokens: int | None) -> dict[str, Any]:
+    """Return what the task gives to the model, with padding in the first row and images of noise."""
+    task = task_class(config)
+    batch = model_inputs(task.planned_batch(config, config.model, model.config, rows, tokens))
+    for name, tensor in batch.items():
+        if name == "attention_mask":
+            tensor[0, -2:] = 0
+        elif tensor.is_floating_point():
+            tensor.uniform_()
+    return batch
+
+
+def saved_bytes(model: Any, form: Form, batch: dict[str, Tensor]) -> int:
+    """Return the bytes of all storages that a forward below the head saves for backward, takes and gives."""
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if head is not None and part is head:
+                setattr(module, name, nn.Identity())
+    model = model.to_empty(device="cpu").train()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
+    model = model.bfloat16() if form.weights == 2 else model
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {shape for p in model.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
-    kept: dict[int, torch.Tensor] = {}
+    held: dict[int, Tensor] = {}  # the tensors too, so that no other storage gets their place
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def hold(tensor: Tensor) -> Tensor:
         copy = form.autocast and tensor.dtype == torch.bfloat16 and tensor.shape in shapes
         if tensor.untyped_storage().data_ptr() not in own and not copy:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other gets its place
+            held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if form.autocast else nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        output = list(forward(model, rows, shape))
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    del output
-    return total
-
-
-def forward(model: Any, rows: int, shape: RowShape) -> Iterator[Any]:
-    """The model below its head: the loss is counted apart."""
-    ids = torch.randint(5, 90, (rows, shape.tokens))
-    mask = torch.ones_like(ids)
-    mask[0, -2:] = 0
-    if hasattr(model, "enc_to_dec_proj") or hasattr(model, "encoder"):
-        encoder = model.encoder.config
-        pixels = torch.rand(rows, encoder.num_channels, *encoder.image_size, dtype=model.dtype)
-        memory = model.encoder(pixel_values=pixels).last_hidden_state
-        memory = model.enc_to_dec_proj(memory) if hasattr(model, "enc_to_dec_proj") else memory
-        options = {"encoder_hidden_states": memory, "use_cache": False}
-        yield model.decoder.model.decoder(input_ids=ids, attention_mask=mask, **options)
-        return
+    given = {name: hold(x.to(model.dtype) if x.is_floating_point() else x) for name, x in batch.items()}
     options = {"use_cache": False} if model.can_generate() else {}
-    yield model.base_model(input_ids=ids, attention_mask=mask, **options)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if form.autocast else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor), autocast:
+        hold(model(**given, **options).logits)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
 if __name__ == "__main__":

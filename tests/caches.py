@@ -10,6 +10,7 @@ from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
 from forge.data.batches import Batch, with_positions
 from forge.ranks.accelerator import build_accelerator
+from forge.run.files import read_json
 from forge.task.load import load_task
 from forge.task.task import Task
 from forge.teacher.vocabulary import for_teacher
@@ -23,10 +24,11 @@ def reset() -> None:
 
 
 def fill(config: Config) -> tuple[Path, dict[str, Any]]:
+    """The folder of the config's cache, filled, and the manifest as it is on the disk."""
     reset()
     filled = cache_teacher(config, StopRequest())
     filled.close()
-    return filled.folder, filled.manifest
+    return filled.folder, read_json(filled.folder / "manifest.json")
 
 
 def opened(config: Config) -> tuple[Task, CachedTeacher, Any]:

@@ -116,7 +116,7 @@ def test_a_foreign_adapter_names_its_base_in_its_config(
     torch.testing.assert_close(logits(read(path=str(adapter)).model), expected)
 
     base.rename(tmp_path / "moved")
-    with pytest.raises(UsageError, match=r"model.base names it where it lies elsewhere"):
+    with pytest.raises(UsageError, match=r"if it is elsewhere, set model.base"):
         model_source(ModelConfig(path=str(adapter)), "model")
     moved = read(path=str(adapter), base=str(tmp_path / "moved")).model
     torch.testing.assert_close(logits(moved), expected)
@@ -133,7 +133,7 @@ def test_a_base_that_is_gone_is_named_with_the_key_that_replaces_it(
     base.rename(tmp_path / "moved")
     with pytest.raises(UsageError) as error:
         model_source(ModelConfig(path=str(adapter)), "model")
-    assert f"the base of {adapter} is not at {base} any more" in str(error.value)
+    assert f"the base of {adapter} is no longer at {base};" in str(error.value)
     assert "model.base" in str(error.value)
     moved = read(path=str(adapter), base=str(tmp_path / "moved")).model
     torch.testing.assert_close(logits(moved), expected)
@@ -156,7 +156,7 @@ def test_a_base_whose_weights_have_changed_is_refused_unless_it_is_asked_for(
 
     asked = origin_of(model_source(ModelConfig(path=str(adapter), base=str(base)), "model"), "model")
     assert asked.base.sha256 == now
-    assert [record.message for record in caplog.records if "model.base asks for it" in record.message]
+    assert [record.message for record in caplog.records if "model.base is set" in record.message]
 
 
 @pytest.mark.parametrize("by", ["path", "adapter"])
@@ -225,7 +225,7 @@ def test_more_or_fewer_adapters_than_it_was_trained_on_are_refused(
 ) -> None:
     top, _ = stack
     write_adapter(llama(base), base, tmp_path / "other", seed=5)
-    with pytest.raises(UsageError, match=r"trained on .*base with 0 adapters on it, and not 2"):
+    with pytest.raises(UsageError, match=r"trained on .*base with 0 adapters, not 2"):
         origin_of(model_source(ModelConfig(path=str(top), adapter=str(tmp_path / "other")), "model"), "model")
 
 
@@ -246,7 +246,7 @@ def test_model_base_replaces_everything_under_the_adapter(
         keys = {"path": str(top), "base": str(tmp_path / place)}
         torch.testing.assert_close(logits(read(**keys).model), expected)
         origin_of(model_source(ModelConfig(**keys), "model"), "model")
-        assert ("model.base asks for it" in caplog.text) == (place == "merged")
+        assert ("model.base is set" in caplog.text) == (place == "merged")
     # The two in one model are not what it was trained on, and on them the adapter below would be applied again.
     with pytest.raises(UsageError, match=r"model.path to the adapter and model.base"):
         model_source(ModelConfig(path=str(tmp_path / "merged"), adapter=str(top)), "model")
@@ -269,7 +269,7 @@ def test_an_adapter_whose_head_is_missing_cannot_be_continued(tiny_model: Path, 
     (folder / "config.json").unlink()
     config = ModelConfig(path=str(folder), continue_adapter=True)
     loaded = load_classifier(config, LABELS, load_tokenizer(*processing_source(config)))
-    with pytest.raises(UsageError, match=r"neither the adapter \S+ nor its base holds classifier.bias .*model.lora"):
+    with pytest.raises(UsageError, match=r"neither the adapter \S+ nor its base has classifier.bias .*model.lora"):
         with_lora(loaded, config, seed=1)
     new = ModelConfig(path=str(folder), lora={"rank": 1, "target": ["value"]})
     fresh = with_lora(load_classifier(new, LABELS, load_tokenizer(*processing_source(new))), new, seed=1)

@@ -19,7 +19,8 @@ from forge.task.causal_lm.alignment import (
     replies,
     token_bytes,
 )
-from forge.task.causal_lm.documents import build_encoder, choose_form
+from forge.task.causal_lm.documents import build_encoder
+from forge.task.causal_lm.forms import choose_form
 from forge.task.causal_lm.task import CausalLm
 
 Tokens = list[list[str]]

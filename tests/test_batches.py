@@ -41,6 +41,21 @@ def test_grouping_by_length_leaves_little_padding_and_still_shuffles() -> None:
     assert longest != sorted(longest, reverse=True)
 
 
+def test_steps_of_similar_rows_come_in_a_random_order_and_another_one_each_epoch() -> None:
+    lengths = np.arange(20 * 16)  # twenty steps: rows are grouped among all of them
+
+    def ranks_of(epoch: int) -> list[int]:
+        """Of each step its place among the steps by length."""
+        steps = epoch_steps(lengths, 16, 1, epoch, group_by_length=True)
+        assert all(np.ptp(lengths[step]) == 15 for step in steps)
+        return [int(step.min()) // 16 for step in steps]
+
+    first, second = ranks_of(0), ranks_of(1)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first not in (sorted(first), sorted(first, reverse=True))
+    assert first != second
+
+
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 8), (2, 4), (3, 2)])
 def test_a_step_is_dealt_out_without_loss_whatever_the_ranks(ranks: int, micro_batches: int) -> None:
     rows = np.arange(100, 116)

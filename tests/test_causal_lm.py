@@ -28,7 +28,8 @@ from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.generation import end_with
 from forge.task.causal_lm.bpe import train_bpe
-from forge.task.causal_lm.task import CausalLm, generate_replies, load_causal_lm
+from forge.task.causal_lm.metrics import generate_replies
+from forge.task.causal_lm.task import CausalLm, load_causal_lm
 
 
 def test_messages_are_learned_by_their_replies(load_lm: Any) -> None:
@@ -127,14 +128,14 @@ def test_a_bad_row_is_named_with_its_split(load_lm: Any, row: dict[str, Any], ex
         (
             [{"text": "x y"}],
             ("task.chat_template=t.jinja",),
-            "task.chat_template writes messages, and the rows are read",
+            "task.chat_template writes messages, but the rows are read",
         ),
         ([{"prompt": "x", "completion": ""}], (), "train: row 0 has an empty completion"),
         ([{"text": 3}], (), "train: row 0 has int where a text belongs (text)"),
         (
             [{"text": "x y"}],
             ("task.max_length=65",),
-            "task.max_length is 65, and the tokenizer's model takes at most 64",
+            "task.max_length is 65, but the tokenizer's model takes at most 64",
         ),
         (
             [{"text": "x y"}],
@@ -229,7 +230,7 @@ def test_the_reference_of_a_row_that_was_cut_behind_its_last_reply_is_that_reply
     messages = [*conversation(0)["messages"], {"role": "user", "content": "dog " * 60}, conversation(1)["messages"][1]]
     task = load_lm([conversation(0)], [{"messages": messages}])
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
-    (sample,) = generate_replies(model, task, list(task.validation["validation"]))
+    (sample,) = generate_replies(model, task.processing, list(task.validation["validation"]))
 
     assert sample.reference == "red 0"
     assert sample.prompt.endswith("say red 0<|im_end|>\n<|im_start|>assistant\n")
@@ -239,7 +240,7 @@ def test_a_text_is_written_on_from_its_middle(load_lm: Any) -> None:
     rows = [{"text": "one two three cat dog bird"}]
     task = load_lm(rows, rows)
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
-    (sample,) = generate_replies(model, task, list(task.train))
+    (sample,) = generate_replies(model, task.processing, list(task.train), plain_text=True)
 
     ids = task.train[0]["input_ids"]
     middle = len(ids) // 2
@@ -375,7 +376,9 @@ def greedy(model: PreTrainedModel, prompt: list[int], ends: list[int], most: int
 
 
 def replies_of(task: CausalLm, model: PreTrainedModel) -> list[str]:
-    return [sample.prediction for sample in generate_replies(model, task, list(task.validation["validation"]))]
+    return [
+        sample.prediction for sample in generate_replies(model, task.processing, list(task.validation["validation"]))
+    ]
 
 
 def test_a_sample_is_greedy_and_stops_at_the_end_token_whatever_stands_beside_it(load_lm: Any) -> None:

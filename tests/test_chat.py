@@ -10,7 +10,8 @@ from forge.config.schema import CausalLmTask
 from forge.errors import UsageError
 from forge.task.causal_lm.bpe import train_bpe
 from forge.task.causal_lm.chat import CHATML, BadRow, ChatTemplate, check_roles, load_template
-from forge.task.causal_lm.documents import build_encoder, choose_form
+from forge.task.causal_lm.documents import build_encoder
+from forge.task.causal_lm.forms import choose_form
 
 TURNS = [("user", "Hi there"), ("assistant", "Hello!"), ("user", "And 2 + 2?"), ("assistant", "It is 4.")]
 WITH_SYSTEM = [("system", "Be brief."), *TURNS]
@@ -158,16 +159,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_but_one_reply_is_take
     with pytest.raises(UsageError) as refused:
         learned_texts(tokenizer, QWEN_3, said(TURNS))
     assert str(refused.value) == (
-        "x, train: row 0 is not to be masked: the chat template writes message 1 otherwise once a later one follows "
+        "x, train: row 0 cannot be masked: the chat template writes message 1 differently once a later one follows "
         "(some templates drop earlier thoughts); give a template that marks the replies with {% generation %} and "
         "{% endgeneration %} by task.chat_template, or end each conversation at the one reply to learn"
     )
 
 
 def test_a_template_whose_opening_is_not_what_it_writes_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(
-        UsageError, match=r"row 0 is written .* another text before message 1 than .*task.chat_template"
-    ):
+    with pytest.raises(UsageError, match=r"row 0 is not .* another text before message 1 than .*task.chat_template"):
         learned_texts(tokenizer, OPENS_WITH_A_THOUGHT, said(TURNS))
 
 
@@ -228,10 +227,10 @@ def test_a_bad_order_of_roles_is_told_with_all_roles(roles: str, expected: str) 
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ({"from": "human", "value": "Hi"}, "has no role in message 0; each message is a map with role and content"),
+        ({"from": "human", "value": "Hi"}, "has no role in message 0; each message is a mapping with role and content"),
         ({"role": "user", "content": None}, "has no text as the content of message 0 (user)"),
         ({"role": "user", "content": [{"type": "text"}]}, "has no text as the content of message 0 (user)"),
-        ("Hi", "has no role in message 0; each message is a map with role and content"),
+        ("Hi", "has no role in message 0; each message is a mapping with role and content"),
     ],
 )
 def test_a_message_without_role_or_text_is_named(message: Any, expected: str) -> None:
@@ -272,7 +271,7 @@ def test_a_template_comes_from_a_file_before_the_tokenizer(tokenizer: PreTrained
 
 def test_a_tokenizer_without_a_template_says_what_to_do(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(UsageError, match=r"has no chat template, and the data are messages; .*task.chat_template"):
+    with pytest.raises(UsageError, match=r"has no chat template; .*task.chat_template"):
         load_template(tokenizer, None)
 
 
@@ -312,5 +311,5 @@ def test_whatever_python_says_to_a_template_is_told_with_the_row(text: str, expe
 
 
 def test_a_template_that_is_no_jinja_is_not_blamed_on_a_row() -> None:
-    with pytest.raises(UsageError, match=r"^the chat template is no valid Jinja: .*, in its line 2; mend the file"):
+    with pytest.raises(UsageError, match=r"^the chat template is not valid Jinja: .*, in its line 2; "):
         ChatTemplate("{{ 1 }}\n{{ messages }", {}, ()).write(said(TURNS[:2]))

@@ -201,6 +201,12 @@ def test_metrics_equal_their_definitions_on_counts_by_hand() -> None:
     }
 
 
+def test_macro_f1_counts_a_label_that_is_only_predicted_and_none_that_never_occurs() -> None:
+    metrics = ClassificationMetrics(["a", "b", "never"])
+    metrics.update({"predictions": torch.tensor([0, 0, 0, 1])}, {"labels": torch.tensor([0, 0, 0, 0])})
+    assert metrics.compute()["macro_f1"] == pytest.approx((2 * 3 / (4 + 3) + 0) / 2)
+
+
 def test_the_fingerprint_and_the_cache_follow_the_tokenizer_and_the_code(
     tiny_model: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forge.proof.compare import compare_runs
+from forge.proof.compare import compare_bits
 
 RANKS = 2
 
@@ -119,7 +119,7 @@ def flip_lowest_bit(tensor: torch.Tensor, *index: int) -> None:
 
 
 def test_equal_runs_are_equal_and_the_counts_say_how_much_was_compared(runs: tuple[Path, Path]) -> None:
-    comparison = compare_runs(*runs)
+    comparison = compare_bits(*runs)
 
     assert comparison.difference is None
     assert [part.name for part in comparison.parts] == [
@@ -132,7 +132,7 @@ def test_equal_runs_are_equal_and_the_counts_say_how_much_was_compared(runs: tup
     assert counts["random numbers"] == {"files": 2, "tensors": 4, "values": 2 * (5 + 624 + 1 + 16)}
     assert counts["final model"] == counts["model"]
     assert comparison.counts["tensors"] == 3 + 4 + 4 + 3
-    assert compare_runs(runs[0], runs[0]).counts == comparison.counts
+    assert compare_bits(runs[0], runs[0]).counts == comparison.counts
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], object], str, str, str, str]] = {
@@ -267,7 +267,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str, str, str, str]] = {
 def test_each_kind_of_difference_is_found_and_named(name: str, runs: tuple[Path, Path]) -> None:
     tamper, part, where, unbroken, killed = TAMPERED[name]
     tamper(runs[1])
-    found = compare_runs(*runs).difference
+    found = compare_bits(*runs).difference
 
     assert found is not None
     assert (found.part, found.where) == (part, where)
@@ -281,7 +281,7 @@ def test_a_flipped_bit_is_shown_in_both_values(runs: tuple[Path, Path]) -> None:
     change_weights("final", lambda weights: weights["layer.0.weight"].fill_(1.0))(runs[1])
     change_weights("final", lambda weights: flip_lowest_bit(weights["layer.0.weight"], 3, 2))(runs[1])
 
-    assert str(compare_runs(*runs).difference) == (
+    assert str(compare_bits(*runs).difference) == (
         "final/model.safetensors: layer.0.weight[3, 2] is 1.0 in the unbroken run and 1.0000001192092896 in the "
         "killed one"
     )
@@ -291,7 +291,7 @@ def test_two_nans_with_other_bits_differ_and_are_told_apart(runs: tuple[Path, Pa
     for run, bits in zip(runs, (0x7FC00000, 0x7FC00001), strict=True):
         nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
         change_weights("checkpoint-4", lambda weights, nan=nan: weights.update(half=nan.clone()))(run)
-    found = compare_runs(*runs).difference
+    found = compare_bits(*runs).difference
 
     assert found is not None
     assert (found.unbroken, found.killed) == ("nan (bytes 0000c07f)", "nan (bytes 0100c07f)")
@@ -300,7 +300,7 @@ def test_two_nans_with_other_bits_differ_and_are_told_apart(runs: tuple[Path, Pa
 def test_the_first_difference_is_the_first_of_the_run_and_every_part_tells_its_own(runs: tuple[Path, Path]) -> None:
     for name in ("a final weight", "one moment", "one loss"):
         TAMPERED[name][0](runs[1])
-    comparison = compare_runs(*runs)
+    comparison = compare_bits(*runs)
 
     assert comparison.difference is not None
     assert comparison.difference.part == "curve"
@@ -314,7 +314,7 @@ def test_the_first_difference_is_the_first_of_the_run_and_every_part_tells_its_o
 def test_two_runs_that_both_lack_a_part_are_not_equal(absent: str, part: str, runs: tuple[Path, Path]) -> None:
     for run in runs:
         shutil.rmtree(run / absent) if (run / absent).is_dir() else (run / absent).unlink()
-    found = compare_runs(*runs).difference
+    found = compare_bits(*runs).difference
 
     assert found is not None
     assert found.part == part
@@ -323,7 +323,7 @@ def test_two_runs_that_both_lack_a_part_are_not_equal(absent: str, part: str, ru
 def test_a_rank_that_left_its_random_numbers_in_neither_run_is_missed(runs: tuple[Path, Path]) -> None:
     for run in runs:
         (run / "checkpoint-4" / "rng-00001.pt").unlink()
-    found = compare_runs(*runs).difference
+    found = compare_bits(*runs).difference
 
     assert found is not None
     assert found.where == "checkpoint-4: the number of ranks' random numbers, of 2 ranks,"

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from forge.config.loader import load_config
 from forge.data.fingerprints import tokenizer_hash
 from forge.errors import UsageError
-from forge.task.causal_lm import chat, documents
+from forge.task.causal_lm import chat, documents, forms
 from forge.task.causal_lm.task import load_causal_lm
 
 
@@ -58,10 +58,10 @@ def test_a_special_token_in_the_text_is_told_with_the_way_out(load_lm: Any, capl
     rows = [conversation(0), {"messages": messages}]
     load_lm(rows, [conversation(1)])
 
-    assert (
-        "train: 1 rows hold a special token of the tokenizer in their own text, such as <|endoftext|> in row 1, and "
-        "the model reads it as such; where that is not meant, take it out with task.remove_text: ['<|endoftext|>']"
-    ) in caplog.messages
+    (warned,) = [message for message in caplog.messages if "special token" in message]
+    assert "train: 1 rows" in warned
+    assert "<|endoftext|> in row 1" in warned
+    assert "task.remove_text: ['<|endoftext|>']" in warned
     caplog.clear()
     cleaned = load_lm(rows, [conversation(1)], "task.remove_text=['<|endoftext|>']")
     assert labels_as_text(cleaned, list(cleaned.train)) == [f"red 0{END}", f"red{END}"]
@@ -114,7 +114,7 @@ def test_tokens_of_another_setting_are_not_taken_from_the_cache(
     assert after.train["input_ids"][:] == fresh["input_ids"] != before.train["input_ids"][:]
 
 
-@pytest.mark.parametrize("module", [chat, documents])
+@pytest.mark.parametrize("module", [chat, forms, documents])
 def test_tokens_of_other_code_are_not_taken_from_the_cache(
     load_lm: Any, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

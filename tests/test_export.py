@@ -12,17 +12,24 @@ from peft import LoraConfig
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedModel,
+)
 
 import forge.model.export as exports
 from forge.config.schema import ExportConfig, ModelConfig
 from forge.errors import TrainingError
-from forge.model.adapter import attach, config_of_base, untie
+from forge.model.adapter import attach, config_of_base, merge, untie
 from forge.model.export import Merge, MergeProof, export_merged, export_model, push_to_hub
 from forge.model.load import LoadedModel, read_checkpoint
 from forge.model.origin import Origin, WeightFiles, hashed
 from forge.model.source import load_model_config, model_source, origin_of
-from forge.model.weights import AdapterWeights
+from forge.model.weights import AdapterWeights, AllWeights
 from forge.report.model_card import _use
 
 
@@ -140,6 +147,18 @@ def test_untying_is_recorded_in_the_config_and_remembered(tmp_path: Path) -> Non
     assert config_of_base(model).tie_word_embeddings is True
 
 
+def test_what_the_base_ties_is_remembered_over_two_merges() -> None:
+    """Here three layers share one weight: one is untied for each of two adapters."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=20, max_position_embeddings=16, **sizes, **heads))
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    for target in ("lm_head", "decoder.embed_tokens"):
+        merge(attach(model, LoraConfig(target_modules=[target])))
+    assert model.model.decoder.embed_tokens.weight is not model.model.encoder.embed_tokens.weight
+    assert (model.config.tie_word_embeddings, config_of_base(model).tie_word_embeddings) == (False, True)
+
+
 def on_it(adapter: Path) -> LoadedModel:
     """The model that a run on top of this adapter trains."""
     source = model_source(ModelConfig(path=str(adapter)), "model")
@@ -185,8 +204,14 @@ def test_the_merged_model_must_be_the_trained_one(tmp_path: Path) -> None:
     """Two models that were built from the same wrong base would agree with each other."""
     base = write_llama(tmp_path / "base")
     trained = llama(base)
+    trained_base = llama(base).state_dict()
     write_adapter(trained, base, tmp_path / "adapter")
     write_llama(base, seed=3)
+    with pytest.raises(TrainingError, match=r"reading base and adapter again changed the logits by up to"):
+        merged(trained, base, tmp_path / "adapter")
+
+    slightly = {name: tensor * 1.002 for name, tensor in trained_base.items()}  # more than float32 rounds on the CPU
+    save_file(slightly, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainingError, match=r"reading base and adapter again changed the logits by up to"):
         merged(trained, base, tmp_path / "adapter")
 
@@ -226,6 +251,42 @@ def test_nan_logits_fail_the_proof_unless_they_do_not_count(tmp_path: Path, monk
     monkeypatch.setitem(exports.ROUNDING, "bfloat16", 1e-6)
     with pytest.raises(TrainingError, match="rounding to bfloat16 changed the logits by up to"):
         merged(model, base, tmp_path / "adapter", "bfloat16", counted=counted)
+
+
+def test_the_gathered_weights_of_a_sharded_model_are_exported_in_their_dtype(tmp_path: Path) -> None:
+    model = llama(write_llama(tmp_path / "base"))
+    state = {name: tensor.to(torch.bfloat16) + 1 for name, tensor in model.state_dict().items()}
+    assert AllWeights(model).export(tmp_path / "half", ExportConfig(dtype="bfloat16"), state=state) is None
+    assert dtypes_in(tmp_path / "half") == {"BF16"}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_an_adapter_is_exported_in_float32_and_merges_only_if_asked(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    model = llama(base)
+    write_adapter(model, base, tmp_path / "first")
+    adapter, whole = AdapterWeights(model, Origin(hashed(WeightFiles(name="b", location=str(base))))), AllWeights(model)
+    asked = [ExportConfig(dtype="bfloat16", merge=wanted) for wanted in (False, True)]
+    assert [adapter.export_dtype(settings) for settings in asked] == ["float32", "float32"]
+    assert [whole.export_dtype(settings) for settings in asked] == ["bfloat16", "bfloat16"]
+    assert [weights.merges(settings) for weights in (adapter, whole) for settings in asked] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    proof = MergeProof(AutoModelForCausalLM, {"input_ids": IDS})
+    assert adapter.export(tmp_path / "alone", asked[0], proof=proof) is None
+    assert not (tmp_path / "alone" / "merged").exists()
+    merged = adapter.export(tmp_path / "both", asked[1], proof=proof)
+    assert merged is not None
+    assert (merged.dtype, dtypes_in(tmp_path / "both"), dtypes_in(tmp_path / "both" / "merged")) == (
+        "bfloat16",
+        {"F32"},
+        {"BF16"},
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

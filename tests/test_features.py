@@ -44,7 +44,7 @@ from forge.data.batches import FILLER, with_positions
 from forge.errors import ConfigError, UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.attention import attention_modules, listening, width_of
-from forge.proof.compare import compare_runs
+from forge.proof.compare import compare_bits
 from forge.run.files import read_json, read_json_lines
 from forge.student.feature_terms import Features, build_features, layer_map
 from forge.student.objective import Objective
@@ -638,7 +638,7 @@ def test_a_killed_job_ends_as_the_unbroken_one_and_exports_no_projections(
     resumed = forge("--resume", runs / "killed")
     assert resumed.returncode == 0, resumed.stderr
     assert "changed:" not in resumed.stderr + resumed.stdout
-    comparison = compare_runs(runs / "whole", runs / "killed")
+    comparison = compare_bits(runs / "whole", runs / "killed")
     assert comparison.difference is None
     assert {path.name for path in (runs / "whole" / "final").glob("*.safetensors")} == {"model.safetensors"}
 
@@ -647,7 +647,7 @@ def test_a_killed_job_ends_as_the_unbroken_one_and_exports_no_projections(
     assert set(tensors) == {"1_to_2.weight", "2_to_3.weight"}
     tensors["2_to_3.weight"][3, 1] += 1
     save_file(tensors, file, metadata={"format": "pt"})
-    difference = compare_runs(runs / "whole", runs / "killed").difference
+    difference = compare_bits(runs / "whole", runs / "killed").difference
     assert difference is not None
     assert (difference.part, difference.where) == (
         "model",

@@ -22,6 +22,7 @@ from transformers import (
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -314,6 +315,22 @@ def test_a_layer_that_would_compute_something_else_in_its_new_place_is_refused(s
         load("gpt2", folder, keep_layers=[0, 2])
     first = load("gpt2", folder, keep_layers=[0, 1]).model
     torch.testing.assert_close(logits("gpt2", first), by_hand("gpt2", source, [0, 1]))
+
+
+class Counting(LlamaForCausalLM):
+    """Each layer has a buffer of its own that no file holds, as the masks of some architectures are."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        for number, layer in enumerate(self.model.layers):
+            layer.register_buffer("offset", torch.tensor(number // 2), persistent=False)
+
+
+def test_layers_whose_buffers_differ_are_refused() -> None:
+    source = Counting(CONFIGS["llama"])
+    with pytest.raises(UsageError, match=r"layer 3 cannot become layer 1: .*\(offset differs\)"):
+        keep_layers(source, KeptLayers([0, 3], 4), "it", "model")
+    assert len(keep_layers(source, KeptLayers([1], 4), "it", "model").model.layers) == 1
 
 
 WHOLE = "task: {type: classification, dataset: {path: data}}\n"

@@ -484,7 +484,7 @@ BAD_INPUT = {
     "data offline": (["task.dataset.name=someone/data"], "someone/data could not be loaded from the hub"),
     "no such model": (["model.path=./nowhere"], "model.path is ./nowhere, which is not a folder here"),
     "no package": (["model.path=package:nowhere/model"], "the package nowhere is not installed"),
-    "too long": (["task.max_length=128"], "task.max_length is 128, and the tokenizer's model takes at most 64"),
+    "too long": (["task.max_length=128"], "task.max_length is 128, but the tokenizer's model takes at most 64"),
     "fp16 on a CPU": (["training.mixed_precision=fp16"], "fp16, which needs a GPU"),
     "one column twice": (["task.columns.text_pair=premise"], "task.columns names the same column twice"),
     "odd sizes": (

@@ -8,16 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPOSITORY
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from forge.cli.main import main
 from forge.cli.plan import suggestion
 from forge.config.loader import load_config
 from forge.config.plans import read_plan
-from forge.memory.activations import Form
-from forge.memory.advice import DDP, Machine, advise, read_gpus, rows_of, settings_of
-from forge.memory.meta import meta_job
-from forge.memory.totals import GIB, RESERVED, Job, Setting, fits, largest_rows, loss_bytes, loss_chunks, memory_of
+from forge.data.batches import model_inputs
+from forge.memory.activations import step_bytes
+from forge.memory.advice import DDP, Machine, advise, read_gpus, shardings_of, table_of
+from forge.memory.meta import meta_job, running_job, student_on_meta
+from forge.memory.totals import (
+    GIB,
+    RESERVED,
+    Form,
+    Job,
+    Pass,
+    RowBytes,
+    Sharding,
+    estimate_memory,
+    fits,
+    form_of,
+    largest_rows,
+    loss_bytes,
+    loss_chunks,
+)
+from forge.model.load import LoadedModel
+from forge.model.lora import with_lora
+from forge.task.causal_lm.task import CausalLm
 
 # Llama: V 300, D 8, 2 layers of 2 heads and 1 of keys, 4 wide each, I 16; the head is the embeddings.
 LAYER = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 8
@@ -46,19 +66,16 @@ def job_on(file: Path, *settings: str) -> Job:
     return meta_job(load_config(file, settings).config)
 
 
-def with_plan(name: str | None, ranks: int = 4, teacher: str = "teacher_zero3") -> Setting:
-    return Setting(None if name is None else read_plan(name), read_plan(teacher), ranks, ranks // 2)
+def with_plan(name: str | None, ranks: int = 4, teacher: str = "teacher_zero3") -> Sharding:
+    return Sharding(None if name is None else read_plan(name), read_plan(teacher), ranks, ranks // 2)
 
 
 def test_counts_of_a_model_without_weights(config_file: Path) -> None:
     sizes: Any = job_on(config_file).student
     assert (sizes.parameters, sizes.trained, sizes.linear) == (LLAMA, LLAMA, LINEAR)
     assert (sizes.head, sizes.columns, sizes.width, sizes.largest_layer) == (HEAD, 300, 8, LAYER)
-    (stack,) = sizes.stacks
-    assert (stack.name, stack.layers, stack.tokens, stack.norms) == ("model.layers", 2, 6, 1)
-    block = stack.block
-    assert (block.width, block.heads, block.kv_heads, block.head_dim, block.inner) == (8, 2, 1, 4, 16)
-    assert (block.gated, block.rms, block.attention_readers, block.mlp_readers) == (True, True, 3, 2)
+    job = job_on(config_file)
+    assert (job.tokens, job.labels, job.fused, job.uncounted) == (6, 6, True, "")
 
 
 # In bf16 under DeepSpeed: 2 bytes a weight, 4 a gradient that is summed up, 12 of optimizer; a quarter where spread.
@@ -75,7 +92,7 @@ STATES = {
 @pytest.mark.parametrize("plan", STATES)
 def test_what_a_plan_shares(plan: str | None, config_file: Path) -> None:
     assert LLAMA % 4 == 0
-    parts = memory_of(job_on(config_file), with_plan(plan))
+    parts = estimate_memory(job_on(config_file), with_plan(plan))
     assert (parts.weights, parts.gradients, parts.optimizer, parts.buffers, parts.host) == STATES[plan]
     held = parts.weights + parts.gradients + parts.optimizer + parts.buffers + parts.activations + parts.loss
     assert parts.total == held
@@ -84,9 +101,9 @@ def test_what_a_plan_shares(plan: str | None, config_file: Path) -> None:
 
 def test_float32_has_no_copies_and_one_rank_no_buckets(config_file: Path) -> None:
     job = job_on(config_file, "training.mixed_precision=no")
-    alone = memory_of(job, with_plan(None, ranks=1))
+    alone = estimate_memory(job, with_plan(None, ranks=1))
     assert (alone.weights, alone.gradients, alone.optimizer) == (4 * LLAMA, 4 * LLAMA, 8 * LLAMA)
-    assert memory_of(job, with_plan("zero2")).weights == 4 * LLAMA
+    assert estimate_memory(job, with_plan("zero2")).weights == 4 * LLAMA
 
 
 def test_of_an_adapter_only_its_own_weights_have_states(config_file: Path, chat_model: Path) -> None:
@@ -100,11 +117,11 @@ def test_of_an_adapter_only_its_own_weights_have_states(config_file: Path, chat_
     layer = 2 * (2 * D + 2 * (D + keys) + 2 * D + 3 * (D + I))  # rank * (in + out) of q, k and v, o, the MLP's three
     assert sizes.trained == layer * config["num_hidden_layers"]
     assert sizes.frozen == whole.parameters
-    parts = memory_of(job, with_plan("zero2"))
+    parts = estimate_memory(job, with_plan("zero2"))
     assert parts.optimizer == 12 * -(-sizes.trained // 4)
     assert parts.gradients == 4 * -(-sizes.trained // 4)
     assert parts.weights == 2 * (sizes.trained + sizes.frozen)
-    assert sizes.stacks[0].block.ranks == 7 * 2
+    assert_activations(job, less_than=job_on(config_file, base[0]))
 
 
 def test_a_classifiers_new_head_is_trained_beside_the_adapter(tmp_path: Path, tiny_model: Path) -> None:
@@ -131,15 +148,97 @@ def test_the_teacher_in_its_placements(
 ) -> None:
     job = job_on(config_file)
     taught = replace(job, teacher=job.student, teacher_bytes=2, distils=True, placement=placement)
-    parts = memory_of(taught, with_plan(plan, teacher=teacher))
+    taught = replace(taught, teacher_forward=RowBytes(0, 1))  # less than the student's step holds
+    parts = estimate_memory(taught, with_plan(plan, teacher=teacher))
     hidden = 4 * 6 * 8 * 2  # rows, labels, width: what the loss is given
     assert (parts.teacher, parts.host) == (min(held, 2 * LLAMA) + hidden, host)
-    assert replace(parts, teacher=0, host=0, loss=0) == replace(memory_of(job, with_plan(plan)), loss=0)
+    assert replace(parts, teacher=0, host=0, loss=0) == replace(estimate_memory(job, with_plan(plan)), loss=0)
 
 
-def test_a_cached_teacher_is_not_in_memory(config_file: Path) -> None:
+def test_a_teachers_forward_counts_where_it_holds_more_than_the_students_step(config_file: Path) -> None:
+    job = replace(job_on(config_file), distils=True, teacher_bytes=2)
+    taught = replace(job, teacher=job.student)
+    step = estimate_memory(taught, with_plan(None))
+    student = step.activations + step.loss
+    more = estimate_memory(replace(taught, teacher_forward=RowBytes(student + 5, 10)), with_plan(None))
+    assert more.teacher == step.teacher + 5 + 4 * 10  # four rows
+
+
+def test_a_cached_teacher_costs_what_the_cache_gives(config_file: Path) -> None:
     job = replace(job_on(config_file), placement="cached", distils=True, top_k=64)
-    assert memory_of(job, with_plan(None)).teacher == 0  # no teacher is asked for
+    estimate = estimate_memory(job, with_plan(None))
+    assert estimate.teacher == 4 * 6 * 64 * 12  # rows, labels: an index and a logarithm each
+    whole = replace(job, fused=False)
+    assert estimate_memory(whole, with_plan(None)).teacher == 4 * 6 * 300 * 4
+    assert estimate_memory(replace(job, distils=False), with_plan(None)).teacher == 0
+
+
+def test_a_cached_teacher_need_not_be_here(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cached = ["teacher.path=/absent", "teacher.placement=cached", "distillation.alpha=0.5"]
+    assert job_on(config_file, *cached).teacher is None
+    words = [word for setting in cached for word in ("--set", setting)]
+    assert main(["plan", str(config_file), "--gpus", "2x80", *words]) == 0
+    assert "teacher: outputs read from files; cached" in capsys.readouterr().out
+
+
+def test_a_teacher_in_memory_is_counted_with_its_forward(config_file: Path, chat_model: Path) -> None:
+    job = job_on(config_file, f"teacher.path={chat_model}", "distillation.alpha=0.5", "task.max_length=64")
+    assert job.teacher is not None
+    assert job.teacher.trained == 0
+    assert job.teacher_forward.per_row > 64 * job.teacher.width * 2
+    assert job.teacher_forward.of(4) < estimate_memory(job, with_plan(None)).activations
+
+
+def test_activations_grow_with_length_and_shrink_with_checkpointing(config_file: Path) -> None:
+    job, longer = job_on(config_file), job_on(config_file, "task.max_length=48")
+    assert set(job.activations) == {Pass(form, again) for form in (Form(4, 2), Form(2, 2)) for again in (False, True)}
+    for each, line in job.activations.items():
+        assert 7 * line.per_row < longer.activations[each].per_row < 24 * line.per_row
+    for name, form in ((None, Form(4, 2)), ("zero1", Form(2, 2))):
+        assert form_of(job, with_plan(name).plan) == form
+        found = {again: estimate_memory(replace(job, checkpointing=again), with_plan(name)) for again in (False, True)}
+        assert found[True].activations < found[False].activations
+        assert found[False].activations == job.activations[Pass(form)].of(4)
+    whole = job_on(config_file, "training.mixed_precision=no")
+    assert set(whole.activations) == {Pass(Form(4, 4), again) for again in (False, True)}
+
+
+def test_a_model_that_cannot_be_run_without_memory_says_so(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("reads what it may not")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    job = job_on(config_file)
+    assert (job.activations, job.uncounted) == ({}, "RuntimeError: reads what it may not")
+    assert main(["plan", str(config_file), "--gpus", "2x80"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "activations are not counted: LlamaForCausalLM cannot be run without memory (RuntimeError: reads" in out
+    assert estimate_memory(job, with_plan(None)).weights == STATES[None][0]
+    assert largest_rows(job, with_plan(None), 80 * GIB) == 0
+
+
+@pytest.mark.parametrize("lora", [(), ("model.lora.rank=2",)])
+def test_a_running_job_is_that_of_its_config(config_file: Path, chat_model: Path, lora: tuple[str, ...]) -> None:
+    settings = (f"model.path={chat_model}", "training.mixed_precision=no", *lora)
+    config = load_config(config_file, settings).config
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    if lora:
+        model = with_lora(LoadedModel(model, None, [], []), config.model, 0).model
+    before, drawn = {name: weight.clone() for name, weight in model.named_parameters()}, torch.get_rng_state()
+    job = running_job(config, model, None, form=Form(4, 4, True), rows=3, longest=5)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert (job.rows, job.tokens, job.uncounted, job.student) == (3, 5, "", job_on(config_file, *settings).student)
+    student = student_on_meta(config)
+    inputs = model_inputs(CausalLm.planned_batch(config, config.model, student.config, 3, 5))
+    each = Pass(Form(4, 4, True))
+    expected = step_bytes(student, lambda rows: {**inputs, "use_cache": False}, each, 3).peak
+    assert job.activations == {each: RowBytes(expected, 0)}
+    taught = running_job(config, model, model, form=Form(4, 4, True), rows=3, longest=5)
+    assert taught.teacher == taught.student
+    assert taught.teacher_forward.per_row > 0
 
 
 def test_the_loss_is_counted_with_the_budget_of_the_config(config_file: Path) -> None:
@@ -167,7 +266,7 @@ def test_buffers_of_the_loss(config_file: Path) -> None:
 
 def test_the_largest_micro_batch_is_the_last_that_fits(config_file: Path) -> None:
     job, setting = replace(job_on(config_file), labels=6), with_plan("zero1")
-    sizes = [memory_of(job, setting, rows).total for rows in range(1, 40)]
+    sizes = [estimate_memory(job, setting, rows).total for rows in range(1, 40)]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == len(sizes)
     for rows in (1, 2, 3, 17, 38):
@@ -181,6 +280,11 @@ def test_the_largest_micro_batch_is_the_last_that_fits(config_file: Path) -> Non
     assert all(more >= rows for more, rows in zip(recomputed, found, strict=True))
 
 
+def assert_activations(job: Job, less_than: Job) -> None:
+    for each, line in job.activations.items():
+        assert 0 < line.per_row < less_than.activations[each].per_row
+
+
 def again_job(job: Job, rows: int) -> Job:
     return replace(job, checkpointing=True, rows=rows)
 
@@ -189,36 +293,36 @@ def test_what_is_suggested_fits_and_is_the_nearest(config_file: Path) -> None:
     config = load_config(config_file).config
     job = replace(job_on(config_file), rows=64)
     machine = Machine(4, 80 * GIB)
-    settings = settings_of(config, machine)
+    settings = shardings_of(config, machine)
     ample = advise(job, settings, machine)
     assert ample is not None
     assert (ample.plan, ample.settings, ample.rows) == (DDP, (), 64)
     chosen = advise(job, settings, machine, own="zero3")
     assert chosen is not None
     assert (chosen.plan, chosen.settings) == ("zero3", ())
-    one_less = Machine(4, memory_of(job, settings[DDP]).total + RESERVED - 1)
+    one_less = Machine(4, estimate_memory(job, settings[DDP]).total + RESERVED - 1)
     spread = advise(job, settings, one_less)
     assert spread is not None
     assert (spread.plan, spread.settings) == ("zero1", ("deepspeed.student=zero1",))
-    tight = Machine(4, memory_of(again_job(job, 64), settings["zero1"]).total + RESERVED)
+    tight = Machine(4, estimate_memory(again_job(job, 64), settings["zero1"]).total + RESERVED)
     again = advise(job, settings, tight)
     assert again is not None
     assert again.settings == ("deepspeed.student=zero1", "training.gradient_checkpointing=true")
-    assert fits(again.parts, tight.capacity)
-    fewer = advise(job, settings, Machine(4, memory_of(again_job(job, 8), settings["zero1"]).total + RESERVED))
+    assert fits(again.estimate, tight.capacity)
+    fewer = advise(job, settings, Machine(4, estimate_memory(again_job(job, 8), settings["zero1"]).total + RESERVED))
     assert fewer is not None
     assert (fewer.rows, fewer.settings) == (8, (*again.settings, "training.per_device_batch_size=8"))
     nothing = Machine(4, RESERVED)
     assert advise(job, settings, nothing) is None
     assert suggestion(job, nothing, None)[0].startswith("suggestion: nothing fits")
-    assert [(row.fits, row.largest_rows) for row in rows_of(job, settings, nothing)] == [(False, 0)] * len(settings)
+    assert [(row.fits, row.largest_rows) for row in table_of(job, settings, nothing)] == [(False, 0)] * len(settings)
 
 
 def test_a_sharded_teacher_needs_a_plan(config_file: Path) -> None:
     job = job_on(config_file)
     taught = replace(job, teacher=job.student, placement="zero3", distils=True)
     machine = Machine(2, 80 * GIB)
-    rows = {row.plan: row for row in rows_of(taught, settings_of(load_config(config_file).config, machine), machine)}
+    rows = {row.plan: row for row in table_of(taught, shardings_of(load_config(config_file).config, machine), machine)}
     assert (rows[DDP].fits, rows[DDP].refusal) == (False, "a zero3 teacher needs a plan")
     assert (rows["zero1"].fits, rows["zero1"].refusal) == (True, None)
 
@@ -234,14 +338,14 @@ def test_micro_batches_follow_the_step(config_file: Path) -> None:
 
 def test_the_command_prints_a_row_for_each_plan(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(config_file), "--gpus", "2x80", "--nodes", "2", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["parameters"], told["trained_parameters"], told["frozen_parameters"]) == (LLAMA, LLAMA, 0)
-    assert (told["gpus_per_node"], told["nodes"], told["gib_per_gpu"]) == (2, 2, 80)
-    by_name = {plan["plan"]: plan for plan in told["plans"]}
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"], found["trained_parameters"], found["frozen_parameters"]) == (LLAMA, LLAMA, 0)
+    assert (found["gpus_per_node"], found["nodes"], found["gib_per_gpu"]) == (2, 2, 80)
+    by_name = {plan["plan"]: plan for plan in found["plans"]}
     assert list(by_name) == [None, "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     assert by_name["zero2"]["buffers_gib"] == round(800_000_000 / GIB, 6)
     assert by_name["zero2_offload"]["host_gib"] == round(2 * 4 * LLAMA / GIB, 6)
-    assert told["suggestion"]["plan"] is None
+    assert found["suggestion"]["plan"] is None
 
     assert main(["plan", str(config_file), "--gpus", "1x3", "--set", "training.gradient_checkpointing=true"]) == 0
     text = capsys.readouterr().out
@@ -255,10 +359,11 @@ def test_the_command_prints_a_row_for_each_plan(config_file: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("text", ["8", "8x", "x80", "0x80", "8x0", "8x-1", "8x80x2", "eight"])
-def test_gpus_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_a_number_of_gpus_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "absent.yaml", "--gpus", text]) == 2
-    told = f"error: --gpus is {text!r}; write how many a node has and the GiB of each, such as 8x80\n"
-    assert capsys.readouterr().err == told
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --gpus is {text!r}")
+    assert error.endswith("such as 8x80\n")
 
 
 def test_gpus_and_nodes() -> None:

@@ -487,7 +487,7 @@ def test_a_job_that_dies_at_any_write_goes_on_to_the_same_bytes(
         patch.setattr(os, "replace", dies)
         with pytest.raises(Death):
             fill(load_config(config_file, settings).config)
-    with pytest.raises(UsageError, match="no cache for this config" if at == 0 else "is not complete; go on with"):
+    with pytest.raises(UsageError, match="has no cache for this config" if at == 0 else "is not complete; resume `"):
         opened(load_config(config_file, [*settings, "teacher.placement=cached"]).config)
 
     computed: list[Shard] = []
@@ -512,7 +512,7 @@ def test_a_stop_keeps_the_finished_shards_and_says_how_to_go_on(
         return compute(self, shard)
 
     monkeypatch.setattr(CacheWriter, "compute", signalled)
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM; 2 of 6 shards are in .*, and the same command goes on"):
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM; 2 of 6 shards are in .*; run the same command again"):
         cache_teacher(load_config(config_file, distilled(teacher)).config, stop)
 
 

@@ -18,22 +18,22 @@ import torch
 from caches import Death, batch_of, distilled, fill, lm_config, opened, reset
 from conftest import REPOSITORY
 from conversations import config_on, conversation
-from forge.trainer.components import load_parts
 from teachers import write_chat_teacher, write_classifier
 from test_ocr import TEXTS, config_of, with_model, write_images
 from transformers import AutoModelForSequenceClassification
 
+from forge.attempt.components import load_components
 from forge.cli.arguments import add_config_arguments
 from forge.cluster.signals import StopRequest
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.schema import Config
 from forge.errors import TrainingError, UsageError
-from forge.ranks.accelerator import build_accelerator
+from forge.ranks.world import join_ranks
 from forge.run.files import read_json
 from forge.task.classification import Classification
 from forge.task.load import load_task
 from forge.teacher_cache import files as storage
-from forge.teacher_cache.files import Shard, only_writer
+from forge.teacher_cache.files import Manifest, Shard, only_writer
 from forge.teacher_cache.job import report
 from forge.teacher_cache.key import LAYERS, cache_key, changed, content_key
 from forge.teacher_cache.reader import check_loss
@@ -63,7 +63,11 @@ def test_a_missing_cache_is_refused_with_the_command_and_with_what_the_nearest_l
     cached = distilled(teacher, "teacher.placement=cached")
     with pytest.raises(UsageError) as refused:
         opened(load_config(config_file, cached).config)
-    for part in ("there is no cache for this config", "`forge cache-teacher X.yaml`", "placement: replicated"):
+    for part in (
+        ".teacher_caches has no cache for this config",
+        "`forge cache-teacher X.yaml`",
+        "placement: replicated",
+    ):
         assert part in str(refused.value)
     fill(load_config(config_file, [*cached, "task.max_length=16"]).config)
     fill(load_config(config_file, [*cached, "task.max_length=12", "task.dataset.max_rows=9"]).config)
@@ -249,13 +253,13 @@ def test_the_command_that_is_told_makes_the_cache(config_file: Path, teacher: Pa
     wanted = loaded([str(config_file), *user[:-2]])
     reset()
     with pytest.raises(UsageError) as refused:
-        load_parts(wanted, build_accelerator("no", 0), StopRequest(), command)
+        load_components(wanted, join_ranks(wanted.config, StopRequest()), command)
     (told,) = re.findall("`(forge cache-teacher .*?)`", str(refused.value))
     words = shlex.split(told)
     assert loaded(words[2:]).config == wanted.config
     fill(loaded(words[2:]).config)
     reset()
-    load_parts(wanted, build_accelerator("no", 0), StopRequest(), command)
+    load_components(wanted, join_ranks(wanted.config, StopRequest()), command)
 
 
 def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +285,7 @@ def test_a_cache_that_is_repaired_is_not_complete_until_it_is(
     (folder / "train-00001.safetensors").unlink()
     other = load_config(config_file, [*settings, "evaluation.per_device_batch_size=3"]).config
     interrupted(other, monkeypatch)
-    with pytest.raises(UsageError, match="is not complete; go on with"):
+    with pytest.raises(UsageError, match="is not complete; resume `"):
         opened(cached)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": manifest["shards"][:1]}))  # of other shards
     _, again = fill(other)
@@ -295,7 +299,7 @@ def test_a_torn_manifest_is_told_and_written_anew(config_file: Path, teacher: Pa
     cached = load_config(config_file, [*settings, "teacher.placement=cached"]).config
     folder, manifest = fill(load_config(config_file, settings).config)
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(UsageError, match=r"manifest\.json is damaged \(.*; `forge cache-teacher` writes it anew"):
+    with pytest.raises(UsageError, match=r"manifest\.json is damaged \(.*; run `forge cache-teacher`"):
         opened(cached)
     assert fill(load_config(config_file, settings).config)[1]["shards"] == manifest["shards"]
     opened(cached)
@@ -322,7 +326,7 @@ def test_a_neighbour_that_cannot_be_read_is_not_looked_at(config_file: Path, tea
     other = Path(cached.output_root) / ".teacher_caches" / "aaaa"
     other.mkdir(parents=True)
     (other / "key.json").write_text(text)
-    with pytest.raises(UsageError, match=r"there is no cache for this config below \S*; make it"):
+    with pytest.raises(UsageError, match=r"\.teacher_caches has no cache for this config; create it"):
         opened(cached)
     fill(cached)
     opened(cached)
@@ -430,7 +434,7 @@ def test_a_damaged_shard_is_named_and_written_anew(
     else:
         file.unlink()
     cached = load_config(config_file, [*settings, "teacher.placement=cached"]).config
-    with pytest.raises(UsageError, match=rf"{file} .*`forge cache-teacher X.yaml` writes it anew"):
+    with pytest.raises(UsageError, match=rf"{file} .*`forge cache-teacher X.yaml` to write it again"):
         opened(cached)
     computed: list[Shard] = []
     compute = CacheWriter.compute
@@ -456,9 +460,9 @@ def test_folders_that_are_something_else_are_left_alone(config_file: Path, teach
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     settings = distilled(teacher, f"teacher.cache={tmp_path / 'mine'}")
-    with pytest.raises(UsageError, match=r"mine is no teacher cache, and not empty; name another folder"):
+    with pytest.raises(UsageError, match=r"mine is not a teacher cache, and not empty; name another folder"):
         fill(load_config(config_file, settings).config)
-    with pytest.raises(UsageError, match=r"mine, which holds no outputs of a teacher \(no key.json\)"):
+    with pytest.raises(UsageError, match=r"mine, which is not a teacher cache \(it has no key.json\)"):
         opened(load_config(config_file, [*settings, "teacher.placement=cached"]).config)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
@@ -497,7 +501,7 @@ def test_other_labels_speak_of_the_teachers(
     ("settings", "part"),
     [
         (["distillation.alpha=0.5"], "teacher.path is not set"),
-        (["teacher.path=x", "task.dataset.streaming=true"], "rows of a stream are not known before"),
+        (["teacher.path=x", "task.dataset.streaming=true"], "task.dataset.streaming is true"),
     ],
 )
 def test_configs_that_cannot_be_cached_are_refused(
@@ -526,7 +530,7 @@ def test_a_top_k_gives_forward_kl_only(config_file: Path) -> None:
         config_file, ["teacher.path=t", "distillation.alpha=0.5", "distillation.divergence=jsd"]
     ).config
     check_loss(config, top_k=False)
-    with pytest.raises(UsageError, match=r"divergence is jsd, and of so many tokens a cache holds the top k"):
+    with pytest.raises(UsageError, match=r"divergence is jsd, but for so many tokens .* the top k, .*forward_kl"):
         check_loss(config, top_k=True)
 
 
@@ -547,9 +551,12 @@ def test_the_report_is_of_splits_and_bytes(tmp_path: Path) -> None:
     splits = {
         name: {"rows": rows, "labels": rows, "bytes": 9} for name, rows in (("train", 8), ("validation.other", 3))
     }
-    manifest = {"splits": splits, "labels_in_all": 11, "bytes": 270, "bytes_per_label": 24.5, "columns": 3}
-    (line,) = report(tmp_path, {**manifest, "layers": [], "seconds": 1.0, "truncation": None})
+    totals = {"labels_in_all": 11, "bytes": 270, "bytes_per_label": 24.5, "share_of_whole_logits": 2.0, "seconds": 1.0}
+    form = {"kept": "whole logits", "columns": 3, "top_k": None, "temperature": None, "dtypes": {}, "labels": []}
+    form |= {"logit_scale": 1.0, "softcap": None, "layers": [], "hidden_widths": []}
+    about = {"digest": "", "key": {}, "teacher": {}, "made_at": "", "shards": [], "splits": splits, "truncation": None}
+    (line,) = report(tmp_path, Manifest.model_validate({**about, **form, **totals}))
     assert line == (
-        f"{tmp_path}: train 8, other 3 rows, 11 labels, 270 bytes; 24.5 bytes a label, where 3 float32 logits have 12; "
-        "1.0 s of computing"
+        f"{tmp_path}: train 8, other 3 rows, 11 labels, 270 bytes; 24.5 bytes a label, where 3 float32 logits take 12; "
+        "computed in 1.0 s"
     )

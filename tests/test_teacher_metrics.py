@@ -128,7 +128,7 @@ def test_a_language_models_numbers_are_the_models_own(
         *(f"teacher.path={chat_model}", "evaluation.teacher=true", f"teacher.placement={placement}"),
     )
     monkeypatch.setattr(
-        "forge.task.causal_lm.task.generate_replies", lambda *_: pytest.fail("a teacher shows no texts")
+        "forge.task.causal_lm.metrics.generate_replies", lambda *_, **__: pytest.fail("a teacher shows no texts")
     )
     found = metrics_of(config, accelerator)
     task = load_task(config)

@@ -134,7 +134,8 @@ def test_spaces_that_a_tokenizer_moves_are_told_with_what_they_cost(caplog: pyte
     assert decoded == ["teas", "12 . 50", "tea 50 . 12"]
     with caplog.at_level(logging.WARNING):
         warn_of_moved_spaces(texts, decoded, NormalizationConfig(), [4, 5, 9], "data")
-    assert "data: the tokenizer gives back 2 of 3 transcripts with other white space, such as '12 . 50'" in caplog.text
+    assert "data: " in caplog.text
+    assert "2 of 3 transcripts with other white space, such as '12 . 50'" in caplog.text
     assert "for '12.50' in row 5; without any other error the cer is 0.2222" in caplog.text  # 4 of 18 characters
     caplog.clear()
     warn_of_moved_spaces(texts, [" teas ", "12.50", "tea  50.12"], NormalizationConfig(), [4, 5, 9], "data")

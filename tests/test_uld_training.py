@@ -170,16 +170,14 @@ def test_what_does_not_go_with_uld_is_refused(
     plain.chat_template = None
     with pytest.raises(UsageError) as refused:
         build(f"teacher.path={write_llm(tmp_path / 'plain', plain)}")
-    assert str(refused.value) == (
-        "the teacher's tokenizer has no chat template, and the data are messages; name the tokenizer of an instruct "
-        "model with teacher.tokenizer"
-    )
+    assert "the teacher's tokenizer has no chat template" in str(refused.value)
+    assert "with teacher.tokenizer" in str(refused.value)
     short = sentencepiece(WORDS)
     short.model_max_length = 48
-    with pytest.raises(UsageError, match=r"task\.max_length is 64, and the teacher's tokenizer takes at most 48"):
+    with pytest.raises(UsageError, match=r"task\.max_length is 64, .* at most 48"):
         build(f"teacher.path={write_llm(tmp_path / 'short', short)}")
 
     other = sentencepiece(WORDS)
     other.chat_template = other.chat_template.replace("message['content'] + eos_token", "'#' + message['content']")
-    with pytest.raises(UsageError, match="no label has a place in the teacher's rows"):
+    with pytest.raises(UsageError, match="no label can be aligned with the teacher's tokens"):
         build(f"teacher.path={write_llm(tmp_path / 'other', other)}")

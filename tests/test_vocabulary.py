@@ -370,7 +370,7 @@ def test_rows_longer_than_the_teachers_tokenizer_takes_are_refused(config_file: 
     tokenizer.model_max_length = 16
     tokenizer.save_pretrained(stranger)
     config = load_config(config_file, [f"teacher.path={stranger}", "distillation.alpha=0.5"]).config
-    with pytest.raises(UsageError, match=r"task\.max_length is 32, and the teacher's tokenizer takes at most 16"):
+    with pytest.raises(UsageError, match=r"task\.max_length is 32, .* at most 16"):
         for_teacher(config, load_task(config))
 
 

@@ -21,6 +21,7 @@ from forge.attempt.attempt import Attempt
 from forge.checkpoint.contents import Training
 from forge.config.plans import read_plan
 from forge.config.schema import Config
+from forge.errors import UsageError
 from forge.memory.meta import running_job
 from forge.memory.totals import GIB, Estimate, Sharding, estimate_memory, form_for
 from forge.ranks.agreement import gather_values, on_rank_0
@@ -86,9 +87,13 @@ def predict_memory(
     longest = int(np.asarray(rows["length"][:]).max()) if isinstance(rows, Dataset) else None
     form = form_for(accelerator.mixed_precision != "no", accelerator.device.type == "cpu", sharded)
     micro_batch = config.training.micro_batch_rows(ranks)
-    job = running_job(config, student, teacher, form=form, rows=micro_batch, longest=longest)
-    if job.uncounted:
-        logger.warning("the memory of %s cannot be predicted (%s)", job.student.architecture, job.uncounted)
+    try:
+        job = running_job(config, student, teacher, form=form, rows=micro_batch, longest=longest)
+        uncounted = job.uncounted
+    except UsageError as error:
+        uncounted = str(error)
+    if uncounted:
+        logger.warning("the memory of %s cannot be predicted (%s)", type(student).__name__, uncounted)
         return None
     sharding = Sharding(
         read_plan(str(config.deepspeed.student)) if sharded else None,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from forge.config.loader import LoadedConfig
 
 EPILOG = "Exit codes: 0 complete; 1 failed; 2 usage or config error; 75 stopped on a signal, to be resumed."
+SHIPPED = "configs/... also names one that comes with forge, from any folder"
 RUN = "a run directory, or the name of a run if only one has it"
 
 
@@ -137,7 +138,7 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of training in this process."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="X.yaml", help="start a new run from this config")
+    what.add_argument("--config", metavar="X.yaml", help=f"start a new run from this config; {SHIPPED}")
     _add_resume(what)
     _add_run_name(parser)
     add_config_arguments(parser)
@@ -147,7 +148,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of training in several processes on this machine."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("config", metavar="X.yaml", nargs="?", help="start a new run from this config")
+    what.add_argument("config", metavar="X.yaml", nargs="?", help=f"start a new run from this config; {SHIPPED}")
     _add_resume(what)
     parser.add_argument(
         "--processes", type=positive, required=True, metavar="N", help="one per GPU, or that many CPU processes"

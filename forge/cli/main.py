@@ -2,13 +2,11 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from forge import __version__
 from forge.cli.arguments import (
     EPILOG,
     RUN,
-    Overrides,
     Parser,
     add_config_arguments,
     add_launch_arguments,
@@ -18,11 +16,12 @@ from forge.cli.arguments import (
     add_train_arguments,
     positive,
 )
+from forge.cli.configs import add_config_commands
 from forge.cli.console import print_error, table_console
 from forge.cli.resume import resume
 from forge.cli.runs import compare, runs
 from forge.cli.train import cache_teacher, launch, train
-from forge.errors import EXIT_COMPLETE, EXIT_USAGE, BaseConfigError, ConfigError, ForgeError
+from forge.errors import EXIT_COMPLETE, ForgeError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,23 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add_output_root(command)
     command.set_defaults(run=resume)
 
-    config = commands.add_parser("config", help="show, check and compare configs").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    command = config.add_parser("show", help="print the merged config")
-    command.add_argument("config", metavar="X.yaml")
-    command.add_argument("--origin", action="store_true", help="show which file and line, or flag, set each value")
-    add_config_arguments(command)
-    command.set_defaults(run=_show)
-    command = config.add_parser("validate", help="check configs; exit 2 if one is wrong")
-    command.add_argument("configs", nargs="+", metavar="X.yaml")
-    command.set_defaults(run=_validate)
-    command = config.add_parser("diff", help="the keys in which two merged configs differ")
-    command.add_argument("left", metavar="A.yaml")
-    command.add_argument("right", metavar="B.yaml")
-    command.set_defaults(run=_diff)
-    command = config.add_parser("schema", help="the JSON schema of a config, for editors")
-    command.set_defaults(run=_schema)
+    add_config_commands(commands.add_parser("config", help="show, check and compare configs"))
 
     command = commands.add_parser(
         "prove-resume",
@@ -146,55 +129,3 @@ def _plan(args: argparse.Namespace) -> int:
     from forge.cli.plan import plan
 
     return plan(args, table_console())
-
-
-def _show(args: argparse.Namespace) -> int:
-    from forge.config.explain import show
-
-    loaded = Overrides.of(args).load(Path(args.config))
-    print(show(loaded, origin=args.origin), end="")
-    for notice in loaded.notices:
-        print(f"notice: {notice}", file=sys.stderr)
-    return EXIT_COMPLETE
-
-
-def _validate(args: argparse.Namespace) -> int:
-    from forge.config.loader import load_config
-
-    wrong = 0
-    for name in args.configs:
-        try:
-            loaded = load_config(Path(name))
-        except BaseConfigError:
-            print(f"{name}: valid, a base for other configs: it sets neither task nor model")
-        except ConfigError as error:
-            wrong += 1
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
-        else:
-            print(f"{name}: valid" + "".join(f"; {notice}" for notice in loaded.notices))
-    return EXIT_USAGE if wrong else EXIT_COMPLETE
-
-
-def _diff(args: argparse.Namespace) -> int:
-    from forge.config.explain import difference
-    from forge.config.loader import load_config
-
-    configs, problems = [], []
-    for name in (args.left, args.right):
-        try:
-            configs.append(load_config(Path(name)).config)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    lines = difference(*configs)
-    print("\n".join(lines) if lines else "no difference")
-    return EXIT_COMPLETE
-
-
-def _schema(args: argparse.Namespace) -> int:
-    from forge.config.explain import json_schema
-
-    print(json_schema())
-    return EXIT_COMPLETE

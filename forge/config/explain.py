@@ -41,7 +41,7 @@ def show(loaded: LoadedConfig, *, origin: bool) -> str:
 
 def difference(left: Config, right: Config) -> list[str]:
     """One line for each key whose effective value differs: `key: left -> right`."""
-    a, b = flatten(effective(left)), flatten(effective(right))
+    a, b = flattened(effective(left)), flattened(effective(right))
     inert_a, inert_b = inert_keys(left), inert_keys(right)
 
     def value(key: str, flat: dict[str, Any], inert: Container[str]) -> str:
@@ -95,9 +95,9 @@ def _rows(tree: dict[str, Any], path: tuple[str, ...], loaded: LoadedConfig, row
             rows.append((f"{indent}{inline(key)}: {inline(value)}", str(loaded.origins.get(here, "default"))))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a tree of maps by dotted key; an empty map is a leaf."""
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a tree by dotted key; an empty map is a leaf."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat

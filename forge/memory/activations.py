@@ -190,7 +190,7 @@ class _Storages(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-        self._weights = {id(storage): storage for storage in own}  # held, so that no other storage gets an id of theirs
+        self._weights = {id(storage): storage for storage in own}  # held: no other storage may get one of these ids
         self._alive: dict[
             int, tuple[int, Any]
         ] = {}  # id of a storage: its number and a reference that says when it dies
@@ -203,8 +203,8 @@ class _Storages(TorchDispatchMode):
     ) -> Any:
         try:
             result = function(*args, **(kwargs or {}))
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            result = _all_selected(function, args)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            result = _all_selected(function, args, error)
         casts_weight = function is torch.ops.aten._to_copy.default and id(args[0].untyped_storage()) in self._weights
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
@@ -255,10 +255,10 @@ class _Storages(TorchDispatchMode):
         self._alive[key] = number, weakref.ref(storage, dies)
 
 
-def _all_selected(function: Any, args: tuple[Any, ...]) -> Any:
+def _all_selected(function: Any, args: tuple[Any, ...], error: Exception) -> Any:
     """Return what an operator gives whose result depends on values, as if every element were selected and true.
 
-    That is the most there can be. Raises the exception that is being handled for an operator that is not one of these.
+    That is the most there can be. Raises the error for any other operator.
     """
     operators, first = torch.ops.aten, args[0]
     if function is operators._local_scalar_dense.default:
@@ -267,7 +267,7 @@ def _all_selected(function: Any, args: tuple[Any, ...]) -> Any:
         return first.new_zeros((first.numel(), first.dim()), dtype=torch.int64)
     if function is operators.index.Tensor and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
         return first.reshape(args[1][0].numel(), *first.shape[args[1][0].dim() :]).clone()
-    raise
+    raise error
 
 
 def _forward(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:

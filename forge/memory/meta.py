@@ -25,6 +25,12 @@ from forge.task.load import task_class
 from forge.teacher.placement import teacher_config
 from forge.teacher.teacher import known_depth, teacher_layers
 
+# What a forward raises that cannot be run without memory, because it reads values or needs another device.
+UNCOUNTABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
+
 
 def meta_job(config: Config) -> Job:
     """Return the job of a config on GPUs, with rows as long as task.max_length allows.
@@ -71,9 +77,8 @@ def running_job(
     None: as many as task.max_length allows.
     """
     half = form.products == 2
-    job = replace(
-        _without_activations(config, student, teacher, half=half, on_cpu=form.on_cpu, longest=longest), rows=rows
-    )
+    job = _without_activations(config, student, teacher, half=half, on_cpu=form.on_cpu, longest=longest)
+    job = replace(job, rows=rows)
 
     def count() -> Job:
         each = Pass(form, job.checkpointing)
@@ -188,9 +193,7 @@ def _or_uncounted(job: Job, count: Callable[[], Job]) -> Job:
     """
     try:
         return count()
-    except UsageError:
-        raise
-    except Exception as error:
+    except UNCOUNTABLE as error:
         return replace(job, uncounted=f"{type(error).__name__}: {_first_words(error)}")
 
 

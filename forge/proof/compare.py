@@ -1,10 +1,9 @@
-"""Compares two runs of one config bit for bit: the logged curve, the newest checkpoint and the final model."""
+"""Compares two runs of one config bit by bit: the logged curve, the newest checkpoint and the final model."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -13,103 +12,67 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from forge.proof.findings import BitComparison, ComparedPart, Difference
 from forge.run.directory import RunDirectory
 from forge.run.metrics import read_metrics
 
-CARD = "README.md"  # of the final model: it names the run, and when it was made
+CARD = "README.md"  # the model card names the run and the time
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What tells how fast a run went, and where, but not what it computed. In metrics.jsonl and in state.json:
+# Numbers of metrics.jsonl and state.json that depend on the machine and not on what was computed.
 SPEED = re.compile(r"(^|[/_])(seconds|second|s|mib)$")
-# Which attempt of which run wrote a checkpoint, and when:
+# Which attempt of which run wrote a checkpoint, and when.
 ATTEMPT = frozenset(("run_id", "attempt", "attempts", "preemptions", "error", "created_at", "updated_at"))
-# Of manifest.json. Not config_hash: in a run that was resumed the local paths of the config are absolute.
+# Keys of manifest.json. Not config_hash: a resumed run has absolute paths in its config.
 POSITION = ("step", "epoch", "samples", "tokens", "ranks", "rows_per_step", "data_fingerprint")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The first place where a part of two runs differs; the values as text."""
+def compare_bits(unbroken: Path, killed: Path) -> BitComparison:
+    """Compare two complete run directories. Speeds, times, memory and the model card may differ, nothing else.
 
-    part: str
-    where: str
-    unbroken: str
-    killed: str
-
-    def __str__(self) -> str:
-        return f"{self.where} is {self.unbroken} in the unbroken run and {self.killed} in the killed one"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the comparison: how much was compared up to its first difference."""
-
-    name: str
-    counts: dict[str, int]  # of rows, files, tensors, values
-    difference: Difference | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The parts in the order in which a run makes them: the first difference is the one nearest to its cause."""
-
-    parts: list[Part]
-
-    @property
-    def difference(self) -> Difference | None:
-        return next((part.difference for part in self.parts if part.difference is not None), None)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        total: Counter[str] = Counter()
-        for part in self.parts:
-            total.update(part.counts)
-        return dict(total)
-
-
-def compare_runs(unbroken: Path, killed: Path) -> Comparison:
-    """Compares two complete run directories. Speeds, times, memory and the model card may differ, nothing else.
-
-    Raises nothing for a file that is missing or broken: that is a difference.
+    A file that is missing or broken is a difference, and not an error.
     """
     ones, others = RunDirectory(unbroken), RunDirectory(killed)
     parts = [_part("curve", lambda counts: _compare_curves(ones.metrics_file, others.metrics_file, counts))]
     steps = [_newest_step(run.path) for run in (ones, others)]
     if steps[0] != steps[1] or steps[0] is None:
         names = ["absent" if step is None else f"checkpoint-{step}" for step in steps]
-        return Comparison([*parts, Part("checkpoint", {}, Difference("checkpoint", "the newest checkpoint", *names))])
+        found = Difference(part="checkpoint", where="the newest checkpoint", unbroken=names[0], killed=names[1])
+        return BitComparison([*parts, ComparedPart("checkpoint", {}, found)])
     left, right = (run.checkpoint(steps[0]) for run in (ones, others))
-    return Comparison(
+    return BitComparison(
         [
             *parts,
             _part("data position", lambda counts: _compare_positions(left, right, counts)),
             _part("model", lambda counts: _compare_folders(left, right, _is_model, counts)),
             _part("optimizer", lambda counts: _compare_folders(left, right, _is_optimizer, counts)),
             _part("random numbers", lambda counts: _compare_random_numbers(left, right, counts)),
-            _part("final model", lambda counts: _compare_folders(ones.final, others.final, _is_no_card, counts)),
+            _part("final model", lambda counts: _compare_folders(ones.final, others.final, _is_not_card, counts)),
         ]
     )
 
 
 class _Differs(Exception):
-    """Ends a part's comparison at its first difference."""
+    """Ends the comparison of a part at its first difference."""
 
     def __init__(self, where: str, unbroken: str, killed: str):
         super().__init__(where)
         self.where, self.unbroken, self.killed = where, unbroken, killed
 
 
-def _part(name: str, work: Callable[[Counter[str]], None]) -> Part:
+def _part(name: str, work: Callable[[Counter[str]], None]) -> ComparedPart:
+    """Return what the work finds. It counts what it compares, and raises _Differs."""
     counts: Counter[str] = Counter()
     try:
         work(counts)
-        if not counts:  # two empty folders are equal, and prove nothing
+        if not counts:  # two empty folders are equal but prove nothing
             raise _Differs("everything", "absent", "absent")
     except _Differs as found:
-        return Part(name, dict(counts), Difference(name, found.where, found.unbroken, found.killed))
-    return Part(name, dict(counts), None)
+        difference = Difference(part=name, where=found.where, unbroken=found.unbroken, killed=found.killed)
+        return ComparedPart(name, dict(counts), difference)
+    return ComparedPart(name, dict(counts), None)
 
 
-def _is_no_card(name: str) -> bool:
+def _is_not_card(name: str) -> bool:
     return name != CARD
 
 
@@ -122,7 +85,7 @@ def _is_random_numbers(name: str) -> bool:
 
 
 def _is_model(name: str) -> bool:
-    """Of a checkpoint: all that no other part compares."""
+    """True for the files of a checkpoint that no other part compares."""
     return not (_is_optimizer(name) or _is_random_numbers(name)) and name not in ("manifest.json", "state.json")
 
 
@@ -132,7 +95,7 @@ def _newest_step(run: Path) -> int | None:
 
 
 def _compare_curves(left: Path, right: Path, counts: Counter[str]) -> None:
-    """Every report and evaluation once, in the same order, with the same numbers."""
+    """Both have every report and evaluation once, in the same order, with the same numbers."""
     rows: list[dict[tuple[Any, Any], list[dict[str, Any]]]] = []
     for file in (left, right):
         rows.append({})
@@ -159,7 +122,7 @@ def _without_speed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare_positions(left: Path, right: Path, counts: Counter[str]) -> None:
-    """Where in the data, and with what collected for the next report, the run stood when it saved."""
+    """Both saved at the same position in the data, with the same numbers collected for the next report."""
     manifests = _read_objects(left / "manifest.json", right / "manifest.json")
     chosen = [{name: manifest[name] for name in POSITION if name in manifest} for manifest in manifests]
     _compare_trees(chosen[0], chosen[1], f"{left.name}/manifest.json: ", counts)
@@ -190,7 +153,7 @@ def _read_objects(left: Path, right: Path) -> list[dict[str, Any]]:
 
 
 def _compare_random_numbers(left: Path, right: Path, counts: Counter[str]) -> None:
-    """Of every rank."""
+    """Both have the same random number states, of every rank."""
     _compare_folders(left, right, _is_random_numbers, counts)
     ranks = _read_objects(left / "manifest.json", right / "manifest.json")[0].get("ranks")
     if ranks != counts["files"]:
@@ -200,7 +163,7 @@ def _compare_random_numbers(left: Path, right: Path, counts: Counter[str]) -> No
 
 
 def _compare_folders(left: Path, right: Path, wanted: Callable[[str], bool], counts: Counter[str]) -> None:
-    """Every file of both folders: tensors by name and value, other files by their bytes."""
+    """Both folders have the same files: tensors are compared by name and value, other files by their bytes."""
     names = [
         {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and wanted(path.name)}
         for folder in (left, right)
@@ -244,20 +207,20 @@ def _compare_safetensors(left: Path, right: Path, where: str, counts: Counter[st
     except (OSError, SafetensorError) as error:
         _differ(where, *(f"unreadable ({error})" if not _opens(file) else "whole" for file in (left, right)))
     contents = [file.read_bytes() for file in (left, right)]
-    if contents[0] != contents[1]:  # the tensors are equal: it is the header
+    if contents[0] != contents[1]:  # the tensors are equal, so the header differs
         _differ_in_bytes(contents[0], contents[1], where)
 
 
 def _opens(file: Path) -> bool:
     try:
         with safe_open(file, "pt") as opened:
-            return all(opened.get_tensor(name) is not None for name in opened.keys())  # noqa: SIM118 - no dict
+            return all(opened.get_tensor(name) is not None for name in opened.keys())  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError):
         return False
 
 
 def _compare_trees(left: Any, right: Any, where: str, counts: Counter[str]) -> None:
-    """Dicts, lists, tuples, tensors and plain values, to any depth."""
+    """Compare dicts, lists, tuples, tensors and plain values, to any depth."""
     if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
         left, right = torch.from_numpy(left), torch.from_numpy(right)
     if type(left) is not type(right):
@@ -276,7 +239,7 @@ def _compare_trees(left: Any, right: Any, where: str, counts: Counter[str]) -> N
             _compare_trees(one, other, f"{where}{index}.", counts)
     else:
         counts["values"] += 1
-        if repr(left) != repr(right):  # not ==: 0.0 and -0.0 are two values, nan and nan one
+        if repr(left) != repr(right):  # not ==: 0.0 and -0.0 differ, nan and nan do not
             _differ(where.rstrip(": ."), _shown(left), _shown(right))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from forge.config.explain import effective, flatten
+from forge.config.explain import effective, flattened
 from forge.config.former_names import current_config
 from forge.config.placing import config_name
 from forge.config.schema import Config
@@ -83,7 +83,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
     tree = current_config(tree)
     with suppress(ValidationError):  # keys of another version: used as recorded, and shown if they differ
         tree = effective(Config.model_validate(tree))
-    return {key: value for key, value in flatten(tree).items() if value != {}}  # an empty map sets nothing
+    return {key: value for key, value in flattened(tree).items() if value != {}}  # an empty map sets nothing
 
 
 def read_evaluations(run: RunDirectory) -> dict[str, dict[str, float]]:

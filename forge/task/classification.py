@@ -1,9 +1,9 @@
-"""The classification task: sentences or pairs with a label, their tokens, their batches and their metrics."""
+"""The classification task: sentences or pairs with a label, their tokens, batches and metrics."""
 
 import copy
-import hashlib
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from transformers import (
 
 from forge.config.schema import ClassificationTask, Config, ModelConfig, TrainingConfig
 from forge.data.batches import TEACHER_PREFIX, Batch
-from forge.data.fingerprints import rows_hash, source_hash, tokenizer_hash
+from forge.data.fingerprints import rows_hash, source_hash, text_hash, tokenizer_hash
 from forge.data.rows import describe, load_rows
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
@@ -35,21 +35,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Tokenized rows with the columns input_ids, label (an index into labels), length; and teacher_input_ids of a
-    teacher that reads its own tokens."""
+    """Tokenized rows with the columns input_ids, …, label (an index into labels) and length.
+
+    If the teacher reads its own tokens, also teacher_input_ids, ….
+    """
 
     processing: PreTrainedTokenizerBase
     labels: list[str]  # in the order of the data
     max_length: int
     train: Dataset
     validation: dict[str, Dataset]  # by short name
-    fingerprint: str  # of texts, labels and tokenizer
+    fingerprint: str  # hash of texts, labels and tokenizer
     truncated: dict[str, int]  # rows cut to max_length, by split
     description: str
-    texts: dict[str, Dataset]  # by split, train among them: the columns text, text_pair and label
+    texts: dict[str, Dataset]  # by split, train included: the columns text, text_pair and label
     label_ids: list[int] = field(default_factory=list)  # the model's output for each of labels
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
-    teacher_truncated: dict[str, int] = field(default_factory=dict)  # of its own tokens, by split
+    teacher_truncated: dict[str, int] = field(default_factory=dict)  # rows cut as its own tokens, by split
     same_tokens: bool = True
 
     name: ClassVar[str] = "classification"
@@ -85,18 +87,20 @@ class Classification(Task):
         return self.labels
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
-        """A classifier whose outputs are named like the labels of the data."""
+        """Return a classifier whose outputs are named like the labels of the data."""
         loaded = load_classifier(config, self.labels, self.tokenizer_of(key), key)
         check_fits(loaded.model, self.max_length, training)
         return loaded
 
     def for_model(self, loaded: LoadedModel) -> "Classification":
-        """Labels in the order of the model's outputs."""
+        """Return the task with labels in the order of the model's outputs."""
         return replace(self, label_ids=loaded.label_ids)
 
     def for_teacher(self, tokenizer: PreTrainedTokenizerBase) -> "Classification":
-        """With the rows also as the teacher's tokenizer cuts and names them; unchanged where that makes the same inputs
-        of every row. Where the tokens are the same, they are padded on the same side."""
+        """Return the task with the rows also as the teacher's tokenizer writes them; unchanged if its inputs are equal.
+
+        Where the tokens are the same and only the inputs differ, both are padded on the same side.
+        """
         _check_limit(self.max_length, tokenizer, "the teacher's tokenizer")
         backend = tokenizer_hash(tokenizer)
         read = {split: _tokenize(rows, tokenizer, backend, self.max_length) for split, rows in self.texts.items()}
@@ -107,18 +111,14 @@ class Classification(Task):
         if same_inputs and all(_equal(splits[split], rows, inputs) for split, rows in read.items()):
             return self
         if same_tokens and tokenizer.padding_side != self.processing.padding_side:
-            tokenizer = copy.deepcopy(tokenizer)  # the same places in a batch, where hidden states are compared
+            tokenizer = copy.deepcopy(tokenizer)  # hidden states are compared at the same positions of a batch
             tokenizer.padding_side = self.processing.padding_side
         truncated = {split: sum(rows["truncated"]) for split, rows in read.items()}
+        what = f"the same tokens with inputs of its own ({', '.join(inputs)})" if same_tokens else "its own tokens"
         for split, rows in read.items():
-            lengths = rows["length"]
             logger.info(
                 "%s: the teacher reads %s, %.1f tokens a row, %d cut to %d tokens",
-                split,
-                f"the same tokens with inputs of its own ({', '.join(inputs)})" if same_tokens else "its own tokens",
-                sum(lengths) / len(lengths),
-                truncated[split],
-                self.max_length,
+                *(split, what, _mean(rows["length"]), truncated[split], self.max_length),
             )
             named = rows.select_columns(inputs).rename_columns({name: f"{TEACHER_PREFIX}{name}" for name in inputs})
             splits[split] = concatenate_datasets([splits[split], named], axis=1)
@@ -132,14 +132,14 @@ class Classification(Task):
         )
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        """Pads rows to the longest: input_ids, attention_mask (B, T), …, labels (B,) int64 in the model's order."""
+        """Pad rows to the longest: input_ids, attention_mask (B, T), …, labels (B,) int64 in the model's order."""
         names = [name for name in rows[0] if name in self.processing.model_input_names]
         batch = DataCollatorWithPadding(self.processing)([{name: row[name] for name in names} for row in rows])
         labels = torch.tensor([self.label_ids[row["label"]] for row in rows])
-        return {**batch, **self._for_its_teacher(rows), "labels": labels, "tokens": batch["attention_mask"].sum()}
+        return {**batch, **self._teacher_batch(rows), "labels": labels, "tokens": batch["attention_mask"].sum()}
 
-    def _for_its_teacher(self, rows: list[dict[str, Any]]) -> Batch:
-        """teacher_input_ids, teacher_attention_mask (B, Tt), …; nothing for a teacher that reads the model's."""
+    def _teacher_batch(self, rows: list[dict[str, Any]]) -> Batch:
+        """Return teacher_input_ids, teacher_attention_mask (B, Tt), …; nothing if the teacher reads the model's."""
         if self.teacher_tokenizer is None:
             return {}
         names = [name for name in rows[0] if name.startswith(TEACHER_PREFIX)]
@@ -148,7 +148,6 @@ class Classification(Task):
         return {f"{TEACHER_PREFIX}{name}": tensor for name, tensor in padded.items()}
 
     def facts(self) -> dict[str, Any]:
-        """What run_metadata.json tells of the data."""
         return {
             **super().facts(),
             "truncated": self.truncated,
@@ -157,19 +156,18 @@ class Classification(Task):
         }
 
     def metrics(self, split: str, model: PreTrainedModel) -> "ClassificationMetrics":
-        """An empty count of predictions."""
         names = [self.labels[self.label_ids.index(i)] for i in range(len(self.labels))]
         return ClassificationMetrics(names)
 
     def save_processing(self, folder: Path) -> None:
-        """Tokenizing leaves its truncation and padding behind in the tokenizer; whoever loads it would truncate too."""
+        # Tokenizing leaves its truncation and padding in the tokenizer, which would otherwise be saved with it.
         self.processing.backend_tokenizer.no_truncation()
         self.processing.backend_tokenizer.no_padding()
         super().save_processing(folder)
 
 
 class ClassificationMetrics(Metrics):
-    """Counts predictions against labels as a confusion matrix, which ranks can add up."""
+    """A confusion matrix of labels and predictions, which ranks can add up."""
 
     def __init__(self, names: list[str]):
         self.names = names  # in the order of the model's outputs
@@ -177,7 +175,7 @@ class ClassificationMetrics(Metrics):
         self.samples = []
 
     def update(self, outputs: dict[str, Tensor], batch: Batch) -> None:
-        """outputs: predictions (B,) int64. labels of the batch: (B,), IGNORE not counted. No sync with the device."""
+        """Count predictions (B,) int64 against labels (B,), except where they are IGNORE. No wait for the GPU."""
         labels, predictions = batch["labels"], outputs["predictions"]
         width = len(self.names)
         counted = labels != IGNORE
@@ -186,7 +184,7 @@ class ClassificationMetrics(Metrics):
         self.counts += torch.zeros_like(self.counts).view(-1).index_add_(0, cells, counted.long()).view(width, width)
 
     def compute(self) -> dict[str, float]:
-        """accuracy; macro_f1, the mean over the labels that occur as label or prediction; counts per label."""
+        """Return accuracy, macro_f1 over the labels that occur as label or prediction, and the counts of each label."""
         counts = self.counts.cpu().double()  # waits for the GPU
         right, labelled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
         occurs = (labelled + predicted) > 0
@@ -200,7 +198,10 @@ class ClassificationMetrics(Metrics):
 
 
 def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> Classification:
-    """The task from its data and a tokenizer."""
+    """Return the task of a config section and a tokenizer.
+
+    Raises UsageError for missing columns, bad labels and empty splits.
+    """
     train, validation = load_rows(config.dataset)
     splits = {"train": train, **validation}
     for split, rows in splits.items():
@@ -211,19 +212,14 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
     backend = tokenizer_hash(tokenizer)
     tokenized: dict[str, Dataset] = {}
     truncated: dict[str, int] = {}
-    for split, rows in splits.items():
-        tokenized[split] = _tokenize(rows, tokenizer, backend, config.max_length)
-        truncated[split] = sum(tokenized[split]["truncated"])
-        lengths = tokenized[split]["length"]
-        counts = Counter(tokenized[split]["label"])
+    for split, texts in splits.items():
+        rows = tokenized[split] = _tokenize(texts, tokenizer, backend, config.max_length)
+        truncated[split] = sum(rows["truncated"])
+        counts = Counter(rows["label"])
+        by_label = ", ".join(f"{name} {counts[i]}" for i, name in enumerate(labels))
         logger.info(
             "%s: %d rows (%s), %.1f tokens a row, %d cut to %d tokens",
-            split,
-            len(rows),
-            ", ".join(f"{name} {counts[i]}" for i, name in enumerate(labels)),
-            sum(lengths) / len(lengths),
-            truncated[split],
-            config.max_length,
+            *(split, len(rows), by_label, _mean(rows["length"]), truncated[split], config.max_length),
         )
     return Classification(
         processing=tokenizer,
@@ -231,7 +227,7 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
         max_length=config.max_length,
         train=tokenized.pop("train"),
         validation=tokenized,
-        fingerprint=hashlib.sha256(f"{rows_hash(splits)} {backend}".encode()).hexdigest(),
+        fingerprint=text_hash(f"{rows_hash(splits)} {backend}"),
         truncated=truncated,
         description=describe(config.dataset),
         texts=splits,
@@ -245,47 +241,45 @@ def _head_is_new(section: ModelConfig, checkpoint: PreTrainedConfig) -> bool:
     return section.new_head or not any("ForSequenceClassification" in name for name in architectures)
 
 
+def _mean(lengths: Sequence[int]) -> float:
+    return sum(lengths) / len(lengths)
+
+
 def _check_columns(config: ClassificationTask, split: str, rows: Dataset) -> None:
+    """Raise UsageError for columns that are missing, named twice or of a type that cannot be used."""
     where = f"{describe(config.dataset)}, {split}"
-    named = [name for name in (config.columns.text, config.columns.text_pair, config.columns.label) if name]
-    if len(set(named)) < len(named):
-        raise UsageError(
-            f"task.columns names the same column twice ({', '.join(named)}); text, text_pair and label differ"
-        )
-    for key in ("text", "text_pair", "label"):
-        column = getattr(config.columns, key)
-        if column is not None and column not in rows.column_names:
+    keys = {key: getattr(config.columns, key) for key in ("text", "text_pair", "label")}
+    columns = {key: column for key, column in keys.items() if column is not None}
+    if len(set(columns.values())) < len(columns):
+        named = ", ".join(columns.values())
+        raise UsageError(f"task.columns names the same column twice ({named}); text, text_pair and label differ")
+    for key, column in columns.items():
+        if column not in rows.column_names:
             has = ", ".join(rows.column_names)
             raise UsageError(
                 f"{where}: there is no column {column}; it has: {has}. Name the right one with task.columns.{key}"
             )
-        if column is None:
-            continue
+        place, kind = f"{where}: the column {column} (task.columns.{key})", rows.features[column]
         if key == "label":
-            if not isinstance(rows.features[column], ClassLabel | Value):
-                kind = rows.features[column]
-                raise UsageError(
-                    f"{where}: the column {column} (task.columns.label) holds {kind}, not names or integers"
-                )
+            if not isinstance(kind, ClassLabel | Value):
+                raise UsageError(f"{place} holds {kind}, not names or integers")
             continue
-        if getattr(rows.features[column], "dtype", "") not in ("string", "large_string"):
-            raise UsageError(
-                f"{where}: the column {column} (task.columns.{key}) holds {rows.features[column]}, not text"
-            )
+        if getattr(kind, "dtype", "") not in ("string", "large_string"):
+            raise UsageError(f"{place} holds {kind}, not text")
         empty = next((i for i, text in enumerate(rows[column]) if text is None), None)
         if empty is not None:
-            raise UsageError(f"{where}: row {empty} has no text in the column {column}; take the row out or fill it")
+            raise UsageError(f"{where}: row {empty} has no text in the column {column}; remove the row or fill it in")
 
 
 def _label_names(config: ClassificationTask, train: Dataset) -> list[str]:
-    """The names of the data's labels: task.labels, else the features' own, else the values that occur in train."""
+    """Return the names of the data's labels: task.labels, or the features' own, or the values that occur in train."""
     feature = train.features[config.columns.label]
     own = feature.names if isinstance(feature, ClassLabel) else None
     if config.labels is not None:
         if own is not None and sorted(own) == sorted(config.labels) and own != config.labels:
             raise UsageError(
-                f"task.labels is {', '.join(config.labels)}, and the data set itself numbers its labels as "
-                f"{', '.join(own)}; take task.labels out, or put it in that order"
+                f"task.labels is {', '.join(config.labels)}, but the data set itself numbers its labels as "
+                f"{', '.join(own)}; remove task.labels, or put it in that order"
             )
         if len(set(config.labels)) < len(config.labels):
             raise UsageError("task.labels names a label twice")
@@ -304,7 +298,7 @@ def _label_names(config: ClassificationTask, train: Dataset) -> list[str]:
 
 
 def _index_labels(config: ClassificationTask, split: str, rows: Dataset, labels: list[str]) -> Dataset:
-    """The columns text, text_pair and label, an index into labels; whatever their names in the data."""
+    """Return the columns text, text_pair and label (an index into labels), whatever their names in the data."""
     column = config.columns.label
     numbered = isinstance(rows.features[column], ClassLabel) or config.labels is not None
     positions: dict[Any, int] = {name: i for i, name in enumerate(labels)}
@@ -316,23 +310,24 @@ def _index_labels(config: ClassificationTask, split: str, rows: Dataset, labels:
             index = positions.get(str(value))
         if index is None:
             raise UsageError(
-                f"{describe(config.dataset)}, {split}: row {row} has the label {value!r}, which is none of "
-                f"{', '.join(labels)}; take the row out, or name all labels with task.labels"
+                f"{describe(config.dataset)}, {split}: row {row} has the label {value!r}, which is not one of "
+                f"{', '.join(labels)}; remove the row, or name all labels with task.labels"
             )
         indices.append(index)
     columns = {config.columns.text: "text", config.columns.text_pair: "text_pair"}
     texts = {name: plain for name, plain in columns.items() if name and name != plain}
     kept = rows.select_columns([name for name in columns if name])
-    return (kept.rename_columns(texts) if texts else kept).add_column("label", indices)
+    kept = kept.rename_columns(texts) if texts else kept
+    return kept.add_column("label", indices)
 
 
 def _check_limit(max_length: int, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
     if max_length > tokenizer.model_max_length:
-        raise UsageError(f"task.max_length is {max_length}, and {whose} takes at most {tokenizer.model_max_length}")
+        raise UsageError(f"task.max_length is {max_length}, but {whose} takes at most {tokenizer.model_max_length}")
 
 
 def _tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str, max_length: int) -> Dataset:
-    """rows: with the columns text, label and maybe text_pair."""
+    """Return the tokens of rows that have the columns text, label and perhaps text_pair."""
     pair = "text_pair" in rows.column_names
 
     def encode(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -350,7 +345,7 @@ def _tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str, m
             "label": columns["label"],
         }
 
-    # BERT and DistilBERT share the backend and differ in the inputs they name.
+    # BERT and DistilBERT share the backend but have different inputs.
     how = f"{backend} {tokenizer.model_input_names} {tokenizer.truncation_side} {tokenizers.__version__}"
     key = f"{rows._fingerprint} {how} {max_length} {pair} {source_hash(__file__)}"
     return rows.map(
@@ -358,13 +353,13 @@ def _tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str, m
         batched=True,
         remove_columns=rows.column_names,
         # Named by content: datasets would pickle the tokenizer, whose bytes differ from process to process.
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+        new_fingerprint=text_hash(key)[:32],
         desc="tokenizing",
     )
 
 
 def _inputs(tokenized: Dataset) -> list[str]:
-    """The columns that a model reads."""
+    """Return the columns that a model reads."""
     return sorted({*tokenized.column_names} - {"length", "truncated", "label"})
 
 

@@ -163,7 +163,7 @@ class Task(ABC):
         return ()
 
     @property
-    def label_columns(self) -> int:
+    def logit_columns(self) -> int:
         """How many values a label can have: the columns of the logits without padding.
 
         Token ids may have gaps, so the highest id counts and not the number of tokens.

@@ -1,4 +1,4 @@
-"""The job behind `forge cache-teacher`: computes the teacher's outputs once, shard by shard, and can be stopped."""
+"""The job of `forge cache-teacher`: computes a teacher's outputs once, shard by shard, and can be stopped."""
 
 import functools
 import logging
@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import transformers
 from accelerate import Accelerator
 
 from forge.cluster.signals import StopRequest, stopped_early
@@ -32,10 +30,21 @@ from forge.task.task import Task
 from forge.teacher.placement import LoadedTeacher, load_teacher
 from forge.teacher.teacher import ModelTeacher
 from forge.teacher.vocabulary import for_teacher
-from forge.teacher_cache import files as cache
-from forge.teacher_cache.files import TRAIN, Record, Shard, split_name
+from forge.teacher_cache import files
+from forge.teacher_cache.files import (
+    MANIFEST,
+    TRAIN,
+    CacheForm,
+    Manifest,
+    Shard,
+    ShardRecord,
+    SplitTotals,
+    Totals,
+    Truncation,
+    split_name,
+)
 from forge.teacher_cache.key import LAYERS, ContentKey, changed, digest, keeps_whole_logits, token_columns
-from forge.teacher_cache.reader import check_loss, differences, named_folder, place_of_cache, wanted_key
+from forge.teacher_cache.reader import cache_folder, check_loss, differences, named_folder, wanted_cache
 from forge.teacher_cache.writer import MEASURED, CacheWriter, splits_of
 
 logger = logging.getLogger(__name__)
@@ -48,12 +57,12 @@ class FilledCache:
     """A complete teacher cache, and what the job that completed it knows."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     config: Config
     task: Task  # as its student and its teacher need it
     origin: Origin  # of the teacher
     accelerator: Accelerator
-    teacher: Callable[[], ModelTeacher]  # of all ranks together: loads it, unless the job has done so
+    teacher: Callable[[], ModelTeacher]  # loads the teacher unless the job has; all ranks call it together
 
     def close(self) -> None:
         """Leave the other ranks."""
@@ -61,7 +70,7 @@ class FilledCache:
 
 
 def cache_teacher(config: Config, stop: StopRequest) -> FilledCache:
-    """Compute and write what the cache of the config still lacks.
+    """Compute and write what the cache of a config still lacks.
 
     Raises UsageError if the config, the data or the folder does not allow it, TrainingError if the disk is full, and
     Stopped at a signal, with every finished shard kept.
@@ -76,149 +85,151 @@ def cache_teacher(config: Config, stop: StopRequest) -> FilledCache:
     task = task if student is None else task.for_model(student)
     task = rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
     check_loss(config, top_k=not keeps_whole_logits(task))
-    source, origin, _, wanted = wanted_key(config, task, student, accelerator)
+    wanted = wanted_cache(config, task, student, accelerator)
     del student
-    folder = on_rank_0(accelerator, lambda: place_of_cache(config, wanted))
-    key = on_rank_0(accelerator, lambda: _key_there(folder, wanted))
+    folder = on_rank_0(accelerator, lambda: cache_folder(config, wanted.key))
+    key = on_rank_0(accelerator, lambda: _usable_key(folder, wanted.key))
     layers = tuple(key[LAYERS])
-    width = load_model_config(source, "teacher.path").get_text_config(decoder=True).hidden_size if layers else 0
+    width = load_model_config(wanted.source, "teacher.path").get_text_config(decoder=True).hidden_size if layers else 0
     shards = _plan(config, task, len(layers) * width)
-
-    @functools.cache
-    def load() -> LoadedTeacher:
-        loaded = on_every_rank(accelerator, lambda: stop.breaks(lambda: load_teacher(config, task)))
-        placement = "offload" if config.teacher.placement == "offload" else "replicated"
-        return LoadedTeacher(replace(loaded, origin=origin), config.teacher.model_copy(update={"placement": placement}))
-
-    @functools.cache
-    def teacher() -> ModelTeacher:
-        # In the teacher's own order of labels: each student takes its own from it.
-        return load().place(accelerator, task, None)
+    load = _loader(config, task, wanted.origin, accelerator, stop)
 
     with ExitStack() as held:
-        on_rank_0(accelerator, lambda: _take(folder, key, source.name, held))
-        lacking = on_every_rank(accelerator, lambda: stop.breaks(lambda: _lacking(folder, shards, accelerator)))
-        missing = sorted((shard for part in gather_values(lacking) for shard in part), key=shards.index)
-        manifest = on_rank_0(accelerator, lambda: cache.complete_manifest(folder, shards))
+        on_rank_0(accelerator, lambda: _take(folder, key, wanted.source.name, held))
+        mine = on_every_rank(accelerator, lambda: stop.breaks(lambda: _unfinished(folder, shards, accelerator)))
+        missing = sorted((shard for part in gather_values(mine) for shard in part), key=shards.index)
+        manifest = on_rank_0(accelerator, lambda: files.complete_manifest(folder, shards))
         if not missing and manifest is not None:
             logger.info("the cache is complete already; nothing is computed")
         else:
-            writer = CacheWriter(config, task, teacher(), accelerator, layers)
+            source, teacher = load()
+            writer = CacheWriter(config, task, teacher, accelerator, layers)
             logger.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
             on_rank_0(accelerator, lambda: _reopen(folder))
             _fill(writer, folder, digest(key), missing, shards, stop)
-            about = {"teacher": load().facts(), "made_at": now()}
-            facts = {"digest": digest(key), "key": key, **about, **writer.facts()}
-            manifest = on_rank_0(accelerator, lambda: _complete(folder, shards, facts))
+            about = {"digest": digest(key), "key": key, "teacher": source.facts(), "made_at": now()}
+            manifest = on_rank_0(accelerator, lambda: _complete(folder, shards, writer.form, about))
     for line in report(folder, manifest):
         logger.info(line)
-    return FilledCache(folder, manifest, config, task, origin, accelerator, teacher)
+    return FilledCache(folder, manifest, config, task, wanted.origin, accelerator, lambda: load()[1])
 
 
-def report(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What was made, and what it cost, in a few lines."""
-    names = {name: name.removeprefix(split_name("")) for name in manifest["splits"]}
-    rows = ", ".join(f"{names[name]} {split['rows']}" for name, split in manifest["splits"].items())
+def report(folder: Path, manifest: Manifest) -> list[str]:
+    """Return a few lines on what was written and what it cost."""
+    named = {name: name.removeprefix(split_name("")) for name in manifest.splits}
+    rows = ", ".join(f"{named[name]} {split.rows}" for name, split in manifest.splits.items())
     lines = [
-        f"{folder}: {rows} rows, {manifest['labels_in_all']} labels, {manifest['bytes']} bytes; "
-        f"{manifest['bytes_per_label']:.1f} bytes a label{', without hidden states' if manifest['layers'] else ''}, "
-        f"where {manifest['columns']} float32 logits have {4 * manifest['columns']}; {manifest['seconds']:.1f} s of "
-        "computing"
+        f"{folder}: {rows} rows, {manifest.labels_in_all} labels, {manifest.bytes} bytes; "
+        f"{manifest.bytes_per_label:.1f} bytes a label{', without hidden states' if manifest.layers else ''}, where "
+        f"{manifest.columns} float32 logits take {4 * manifest.columns}; computed in {manifest.seconds:.1f} s"
     ]
-    if lost := manifest["truncation"]:
+    if lost := manifest.truncation:
         lines.append(
-            f"the top {manifest['top_k']} of {manifest['columns']} tokens lack {lost['tail_mass']:.3g} of the "
-            f"probability at temperature {manifest['temperature']:g}; KL(teacher || what is kept, the rest spread "
-            f"evenly) is {lost['truncation_kl']:.3g} nats a label, over {lost['labels']} labels of the validation rows"
+            f"the top {manifest.top_k} of {manifest.columns} tokens lack {lost.tail_mass:.3g} of the probability at "
+            f"temperature {manifest.temperature:g}; KL(teacher || top k with the rest spread evenly) is "
+            f"{lost.truncation_kl:.3g} nats a label, over {lost.labels} labels of the validation rows"
         )
     return lines
 
 
-def hide_progress_bars() -> None:
-    """Of the libraries; the log says the same in lines."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def _check(config: Config) -> None:
-    """What can be told before the data is read."""
+    """Raise UsageError for what is wrong before the data are read."""
     if config.teacher.path is None:
         raise UsageError("teacher.path is not set; name the teacher whose outputs are to be cached")
     if config.task.dataset.streaming:
         raise UsageError(
-            "task.dataset.streaming is true, and the rows of a stream are not known before; set it to false"
+            "task.dataset.streaming is true, but a teacher cache needs all rows in advance; set it to false"
         )
     named_folder(config)
 
 
 def _student(config: Config, task: Task) -> LoadedModel | None:
-    """Loaded where the teacher's inputs, or the layers that are kept, follow from it; only to look at."""
+    """Load the student if the teacher's inputs, or the layers that are kept, depend on it."""
     hidden = config.distillation.hidden
     if isinstance(task, Ocr) or (hidden is not None and hidden.layers is None and config.distillation.alpha > 0):
         return task.load_model(config.model, config.training)
     return None
 
 
+def _loader(
+    config: Config, task: Task, origin: Origin, accelerator: Accelerator, stop: StopRequest
+) -> Callable[[], tuple[LoadedTeacher, ModelTeacher]]:
+    """Return a function that loads and places the teacher, once; all ranks call it together."""
+    placement = "offload" if config.teacher.placement == "offload" else "replicated"
+
+    @functools.cache
+    def load() -> tuple[LoadedTeacher, ModelTeacher]:
+        loaded = on_every_rank(accelerator, lambda: stop.breaks(lambda: load_teacher(config, task)))
+        source = LoadedTeacher(
+            replace(loaded, origin=origin), config.teacher.model_copy(update={"placement": placement})
+        )
+        # The cache has the teacher's own order of labels, from which each student takes its own.
+        return source, source.place(accelerator, task, None)
+
+    return load
+
+
 def _plan(config: Config, task: Task, hidden_columns: int) -> list[Shard]:
-    """Of the rows that are trained on, then of each validation split; the same wherever and whenever it is asked."""
+    """Return the shards of the training rows and of each validation split; the same for everyone who asks."""
     shards = []
     columns = len(task.labels) if isinstance(task, Classification) else token_columns(task)
-    a_label = 4 * columns if keeps_whole_logits(task) else 6 * min(config.teacher.top_k, columns) + 8
+    label_bytes = 4 * columns if keeps_whole_logits(task) else 6 * min(config.teacher.top_k, columns) + 8
     for split, rows in splits_of(task).items():
         lengths = np.asarray(rows["length"][:])
         labels = np.ones_like(lengths) if isinstance(task, Classification) else lengths  # at most
-        hidden = 2 * hidden_columns * lengths if split == TRAIN else 0
-        shards += cache.plan_shards(split, a_label * labels + hidden)
+        hidden_bytes = 2 * hidden_columns * lengths if split == TRAIN else 0
+        shards += files.plan_shards(split, label_bytes * labels + hidden_bytes)
     return shards
 
 
-def _key_there(folder: Path, wanted: ContentKey) -> ContentKey:
-    """Of the cache that the folder holds, where it serves: with more hidden states than are wanted; else what is
-    wanted."""
-    known = cache.read_key(folder)
-    serves = known is not None and not differences(known["key"], wanted)
-    return known["key"] if known is not None and serves else wanted
-
-
-def _reopen(folder: Path) -> None:
-    try:
-        cache.reopen(folder)
-    except OSError as error:
-        raise _unwritable(folder / cache.MANIFEST, error) from error
+def _usable_key(folder: Path, wanted: ContentKey) -> ContentKey:
+    """Return the key of the cache in the folder if that can be used (it may keep more layers); else `wanted`."""
+    known = files.read_key(folder)
+    return known.key if known is not None and not differences(known.key, wanted) else wanted
 
 
 def _take(folder: Path, key: ContentKey, teacher: str, held: ExitStack) -> None:
-    """Makes the folder this job's own. Raises UsageError where it is something else's."""
-    known = cache.read_key(folder)
-    if known is None and folder.exists() and any(not _left_behind(path) for path in folder.iterdir()):
-        raise UsageError(f"{folder} is no teacher cache, and not empty; name another folder with teacher.cache")
-    if known is not None and (parts := changed(known["key"], key)):
+    """Lock the folder and write its key. Raises UsageError if it holds something else."""
+    known = files.read_key(folder)
+    if known is None and folder.exists() and any(not _left_by_killed_job(path) for path in folder.iterdir()):
+        raise UsageError(f"{folder} is not a teacher cache, and not empty; name another folder with teacher.cache")
+    if known is not None and (parts := changed(known.key, key)):
         raise UsageError(
-            f"{folder} holds outputs of {known['teacher']}, and what they depend on has changed: {', '.join(parts)}; "
+            f"{folder} holds outputs of {known.teacher}, but what they depend on has changed: {', '.join(parts)}; "
             "delete it, or name another folder with teacher.cache"
         )
     try:
-        held.enter_context(cache.only_writer(folder))
-        cache.begin(folder, digest(key), key, teacher)
+        held.enter_context(files.only_writer(folder))
+        files.start(folder, digest(key), key, teacher)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
 
-def _left_behind(path: Path) -> bool:
-    """By a job that was killed before it wrote anything?"""
+def _left_by_killed_job(path: Path) -> bool:
+    """True for what a job that was killed before it wrote its key leaves in a folder."""
     return path.name == ".lock" or (path.name.startswith(".") and path.suffix == ".tmp")
 
 
-def _lacking(folder: Path, shards: Sequence[Shard], accelerator: Accelerator) -> list[Shard]:
-    """Of this rank's share, those that are not finished."""
+def _unfinished(folder: Path, shards: Sequence[Shard], accelerator: Accelerator) -> list[Shard]:
+    """Return the shards that are not finished, among those that this rank checks."""
     mine = shards[accelerator.process_index :: accelerator.num_processes]
-    return [shard for shard in mine if cache.finished(folder, shard) is None]
+    return [shard for shard in mine if files.finished(folder, shard) is None]
+
+
+def _reopen(folder: Path) -> None:
+    try:
+        files.reopen(folder)
+    except OSError as error:
+        raise _unwritable(folder / MANIFEST, error) from error
 
 
 def _fill(
     writer: CacheWriter, folder: Path, name: str, missing: Sequence[Shard], shards: Sequence[Shard], stop: StopRequest
 ) -> None:
-    """Writes the missing ones, each rank every W-th; all ranks stop together, behind a shard that is finished."""
+    """Write the missing shards, every W-th on each of W ranks; all ranks stop together, after a finished shard.
+
+    name is the digest of the cache's key.
+    """
     accelerator = writer.accelerator
     vote = StopVote(accelerator, stop)
     ranks, rank = accelerator.num_processes, accelerator.process_index
@@ -228,9 +239,9 @@ def _fill(
     def write(shard: Shard) -> int:
         begun = time.monotonic()
         try:
-            kept = stop.breaks(lambda: writer.compute(shard))
+            arrays, sums = stop.breaks(lambda: writer.compute(shard))
             seconds = round(time.monotonic() - begun, 3)
-            return stop.breaks(lambda: cache.write_shard(folder, shard, *kept, name, seconds)).labels
+            return stop.breaks(lambda: files.write_shard(folder, shard, arrays, sums, name, seconds)).labels
         except UnreadableRows:
             if stop.reason is not None:  # a signal that came while rows were prepared
                 raise stopped_early(stop.reason) from None
@@ -249,48 +260,61 @@ def _fill(
                 speed = labels * ranks / (reported - started)
                 logger.info("shard %d of %d, %.0f labels a second", first + ranks, len(missing), speed)
     except Stopped:
-        done = sum(cache.finished(folder, shard) is not None for shard in shards)
+        done = sum(files.finished(folder, shard) is not None for shard in shards)
         reason = stop.reason or "a signal to another rank"
         raise Stopped(
-            f"stopped by {reason}; {done} of {len(shards)} shards are in {folder}, and the same command goes on"
+            f"stopped by {reason}; {done} of {len(shards)} shards are in {folder}; run the same command again to resume"
         ) from None
 
 
-def _complete(folder: Path, shards: Sequence[Shard], facts: dict[str, Any]) -> dict[str, Any]:
-    """The manifest, written."""
+def _complete(folder: Path, shards: Sequence[Shard], form: CacheForm, about: dict[str, Any]) -> Manifest:
+    """Write the manifest and return it. Raises UsageError if a shard's record is missing."""
+    records = []
+    for shard in shards:
+        try:
+            records.append(files.read_shard_record(folder, shard))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{folder / shard.file} is missing ({error}): all ranks must see the same folder, and nothing else may "
+                "change it; run the same command again"
+            ) from error
+    totals = _totals(form, records)
+    manifest = Manifest(**about, **form.model_dump(), **totals.model_dump(), shards=tuple(records))
     try:
-        return cache.complete(folder, shards, lambda records: {**facts, **_totals(facts, records)})
+        files.write_manifest(folder, manifest)
     except OSError as error:
-        raise _unwritable(folder / cache.MANIFEST, error) from error
+        raise _unwritable(folder / MANIFEST, error) from error
+    return manifest
 
 
-def _totals(facts: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
-    """What the job reports, of all shards."""
-    splits: dict[str, dict[str, int]] = {}
-    for record in records:
-        of_split = splits.setdefault(record.split, {"rows": 0, "labels": 0, "bytes": 0})
-        of_split["rows"] += record.rows
-        of_split["labels"] += record.labels
-        of_split["bytes"] += record.bytes
-    labels, size = (sum(split[name] for split in splits.values()) for name in ("labels", "bytes"))
-    of_labels = (size - sum(record.hidden_bytes for record in records)) / labels
+def _totals(form: CacheForm, records: Sequence[ShardRecord]) -> Totals:
+    """Return what the job reports of all shards."""
+    splits = {}
+    for name in dict.fromkeys(record.split for record in records):
+        own = [record for record in records if record.split == name]
+        rows, labels, size = (sum(getattr(record, field) for record in own) for field in ("rows", "labels", "bytes"))
+        splits[name] = SplitTotals(rows=rows, labels=labels, bytes=size)
+    labels, size = (sum(getattr(split, field) for split in splits.values()) for field in ("labels", "bytes"))
+    per_label = (size - sum(record.hidden_bytes for record in records)) / labels
     measured = [record for record in records if record.sums]
     truncation = None
     if measured:
         count = sum(record.labels for record in measured)
         means = {name: sum(record.sums[name] for record in measured) / count for name in MEASURED}
-        truncation = {**means, "labels": count}
-    return {
-        "splits": splits,
-        "labels_in_all": labels,
-        "bytes": size,
-        "bytes_per_label": of_labels,
-        "share_of_whole_logits": of_labels / (4 * facts["columns"]),
-        "truncation": truncation,
-        "seconds": round(sum(record.seconds for record in records), 3),
-    }
+        truncation = Truncation(**means, labels=count)
+    return Totals(
+        splits=splits,
+        labels_in_all=labels,
+        bytes=size,
+        bytes_per_label=per_label,
+        share_of_whole_logits=per_label / (4 * form.columns),
+        truncation=truncation,
+        seconds=round(sum(record.seconds for record in records), 3),
+    )
 
 
 def _unwritable(file: Path, error: OSError) -> TrainingError:
-    return TrainingError(f"{file} could not be written ({error.strerror}); free some space, then run the same command "
-                         "again: what is finished stays")  # fmt: skip
+    return TrainingError(
+        f"{file} could not be written ({error.strerror}); free some space, then run the same command again: finished "
+        "shards are kept"
+    )

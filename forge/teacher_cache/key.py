@@ -1,4 +1,4 @@
-"""The content key: everything that a teacher's outputs depend on, by name, so that what has changed can be named."""
+"""The content key: everything that a teacher's outputs depend on, by name, so that a change can be named."""
 
 import hashlib
 import json
@@ -21,22 +21,22 @@ from forge.task.ocr.line_reader import LineReader
 from forge.task.ocr.task import Ocr
 from forge.task.task import Task
 
-ContentKey = dict[str, Any]  # names as messages have them, values as JSON has them
+ContentKey = dict[str, Any]  # by the name that messages use; values are JSON values
 
 LAYERS = "distillation.hidden.layers (the teacher's)"
-NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of its config
+NOT_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # in its config
 
 
 def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> ContentKey:
-    """Of the teacher's outputs on every split of the task.
+    """Return the key of the teacher's outputs on every split of the task.
 
-    task: as the student needs it. origin: of the teacher, with its hashes. dtype: that it computes in.
+    task is the one that the student needs, origin the teacher's with its hashes, and dtype the one that it computes in.
     """
     of_task = effective(config)["task"]
     rows = of_task.pop("dataset")
-    for name in ("columns", "chat_template"):  # the rows and the template's text are parts, wherever they came from
+    for name in ("columns", "chat_template"):  # replaced by what they give: the rows, and the template's text
         of_task.pop(name, None)
-    told = {f"task.{name}": value for name, value in of_task.items()}
+    settings = {f"task.{name}": value for name, value in of_task.items()}
     tokenizer, own = _tokenizer(task), task.teacher_tokenizer
     parts: ContentKey = {
         "the teacher's weights": origin.weights_sha256 or f"{origin.base.location}@{origin.base.commit}",
@@ -55,13 +55,13 @@ def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
         parts["the image processor"] = _hash(task.processing.image_processor.to_json_string())
         if isinstance(task.reader, LineReader):
             parts["the token that a transcript begins after"] = task.reader.start
-    return {**parts, **told}
+    return {**parts, **settings}
 
 
 def cache_key(config: Config, task: Task, origin: Origin, dtype: str, layers: tuple[int, ...]) -> ContentKey:
-    """Of the cache of those outputs: also what is kept of them. layers: whose hidden states are."""
+    """Return the key of a cache of those outputs, with what is kept of them; layers: those whose hidden states are."""
     key = content_key(config, task, origin, dtype)
-    key.pop("task.num_beams", None)  # how a student writes; a teacher's outputs are those at the labels
+    key.pop("task.num_beams", None)  # how a student generates; a teacher's outputs are those at the labels
     if isinstance(task, Classification):
         key["teacher.labels"] = config.teacher.labels
     if keeps_whole_logits(task):
@@ -73,26 +73,31 @@ def cache_key(config: Config, task: Task, origin: Origin, dtype: str, layers: tu
 
 
 def keeps_whole_logits(task: Task) -> bool:
-    """Are so few labels to choose from that all logits are kept? A language model's loss takes a top k anyway."""
+    """True if a label has so few possible values that all logits are kept.
+
+    A language model's loss takes a top k anyway.
+    """
     if isinstance(task, Classification):
         return len(task.labels) <= WHOLE_LOGITS_COLUMNS
     return not task.has_language_head and token_columns(task) <= WHOLE_LOGITS_COLUMNS
 
 
 def token_columns(task: Task) -> int:
-    """Columns of a head that are tokens; what is behind them is padding, and students may have less of it.
+    """Return how many columns of a head are tokens; the rest is padding, of which a student may have less.
 
-    Ids may have gaps: the highest counts, and not their number.
+    Ids may have gaps, so the highest id counts and not the number of tokens.
     """
     return max(_tokenizer(task).get_vocab().values()) + 1
 
 
 def _config_text(origin: Origin) -> str:
-    """The model's config as JSON: heads, activations, scales and labels make other outputs of the same weights. Not how
-    it was loaded: names, versions and dtypes."""
+    """Return the model's config as JSON, without names, versions and dtypes, which say how it was loaded.
+
+    Heads, activations, scales and labels change the outputs of the same weights.
+    """
     source = ModelSource(origin.base.name, origin.base.location, origin.base.revision, origin.adapters)
-    told = load_model_config(source, "teacher.path").to_diff_dict()
-    return json.dumps(_without(told, NO_PART_OF_A_MODEL), sort_keys=True, default=str)
+    values = load_model_config(source, "teacher.path").to_diff_dict()
+    return json.dumps(_without(values, NOT_PART_OF_A_MODEL), sort_keys=True, default=str)
 
 
 def _without(value: Any, names: tuple[str, ...]) -> Any:
@@ -102,12 +107,12 @@ def _without(value: Any, names: tuple[str, ...]) -> Any:
 
 
 def digest(key: ContentKey) -> str:
-    """64 hexadecimal digits that name it."""
+    """Return the SHA-256 of a key, in hexadecimal."""
     return _hash(json.dumps(key, sort_keys=True))
 
 
 def changed(old: ContentKey, new: ContentKey) -> list[str]:
-    """A few words for each part that differs."""
+    """Return a few words for each part that differs."""
 
     def short(value: Any) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
@@ -127,7 +132,7 @@ def _hash(text: str) -> str:
 
 
 def _tokens(task: Task) -> str:
-    """SHA-256 over the numbers of all rows, whatever code made them of the texts; a stream has none yet."""
+    """Return the SHA-256 of all numbers in the rows, whatever code made them of the texts; a stream has none yet."""
     hashed = hashlib.sha256()
     for split, rows in {"train": task.train, **task.validation}.items():
         if isinstance(rows, Dataset):
@@ -147,7 +152,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _add(hashed: Any, array: Any) -> None:
-    """array: pyarrow's, of numbers, or of lists of them."""
+    """Hash a pyarrow array of numbers, or of nested lists of numbers."""
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         hashed.update(np.asarray(array.value_lengths().fill_null(-1)).astype(np.int64).tobytes())
         array = array.flatten()

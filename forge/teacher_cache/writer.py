@@ -1,4 +1,4 @@
-"""Computes what a cache keeps of a shard's rows: logits or their top k at each label, hidden states at each token."""
+"""Computes what a cache keeps of a shard: logits or their top k at each label, hidden states at each token."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -17,35 +17,29 @@ from forge.losses.linear_kd_plain import head_logits
 from forge.task.classification import Classification
 from forge.task.task import Task
 from forge.teacher.teacher import ModelTeacher, TeacherOutputs
-from forge.teacher_cache.files import HIDDEN, LABEL_OFFSETS, TOKEN_OFFSETS, TRAIN, Arrays, Shard, split_name
+from forge.teacher_cache.files import HIDDEN, LABEL_OFFSETS, TOKEN_OFFSETS, TRAIN, Arrays, CacheForm, Shard, split_name
 from forge.teacher_cache.key import keeps_whole_logits, token_columns
 from forge.teacher_cache.reader import token_places
 from forge.teacher_cache.top_k import top_k, truncation_kl
 
-LOGITS_BYTES = 64 << 20  # of float32 logits, so many exist at a time
-MEASURED = ("truncation_kl", "tail_mass")  # at the training's temperature, over rows that are not trained on
-
-
-def splits_of(task: Task) -> dict[str, Any]:
-    """The rows by the name of their split in a cache."""
-    return {split_name(None): task.train, **{split_name(name): rows for name, rows in task.validation.items()}}
+LOGITS_BYTES = 64 << 20  # of float32 logits that exist at a time
+MEASURED = ("truncation_kl", "tail_mass")  # at the training's temperature, over validation rows
 
 
 class CacheWriter:
-    """A teacher in memory, and what is kept of it."""
+    """Computes the contents of shards with a teacher in memory."""
 
     def __init__(
-        self,
-        config: Config,
-        task: Task,
-        teacher: ModelTeacher,
-        accelerator: Accelerator,
-        layers: tuple[int, ...],
+        self, config: Config, task: Task, teacher: ModelTeacher, accelerator: Accelerator, layers: tuple[int, ...]
     ):
-        """teacher: placed, in its own order of labels. layers: those whose hidden states are kept for training rows."""
+        """Run the teacher once, to learn the form of its outputs.
+
+        The teacher is placed with its own order of labels. layers are those whose hidden states are kept, for training
+        rows. Raises UsageError for a layer that the teacher does not have.
+        """
         self.accelerator, self._config, self._task, self._layers = accelerator, config, task, layers
         self._splits = splits_of(task)
-        self._head: Tensor | None = None  # (V, H) float32, as long as the job: of a frozen teacher it stays the same
+        self._head: Tensor | None = None  # (V, H) float32, made once: a frozen teacher's stays the same
         self._lengths = {split: np.asarray(rows["length"][:]) for split, rows in self._splits.items()}
         workers = config.training.num_workers
         self._num_workers = task.num_workers if workers is None else workers
@@ -53,39 +47,39 @@ class CacheWriter:
         columns, self._widths = self._probe()
         if layers and layers[-1] >= len(self._widths):
             raise UsageError(
-                f"distillation.hidden.layers names the teacher's layer {layers[-1]}, and it has "
+                f"distillation.hidden.layers names the teacher's layer {layers[-1]}, but it has only "
                 f"{len(self._widths) - 1}, counted from 1; 0 is the embeddings' output"
             )
         self._whole = keeps_whole_logits(task)
         self._columns = columns if self._whole else min(token_columns(task), columns)
         k = min(config.teacher.top_k, self._columns)
         of_top_k = {"log_probs": ("float16", k), "indices": (index_dtype(self._columns), k), "tails": ("float32", 2)}
-        self._form = {"logits": ("float32", columns)} if self._whole else of_top_k  # dtype, columns of each array
+        self._arrays = {"logits": ("float32", columns)} if self._whole else of_top_k  # dtype and columns of each
         names = cast(dict[int, str], teacher.model.config.id2label or {})
         self._labels = [names[i] for i in sorted(names)] if isinstance(task, Classification) else []
 
-    def facts(self) -> dict[str, Any]:
-        """What the manifest tells of the form."""
-        dtypes = {name: dtype for name, (dtype, _) in self._form.items()}
-        return {
-            "kept": "whole logits" if self._whole else "top k",
-            "columns": self._columns,
-            "top_k": None if self._whole else self._form["indices"][1],
-            "temperature": None if self._whole else self._config.distillation.temperature,
-            "dtypes": dtypes | {f"{HIDDEN}{layer}": "float16" for layer in self._layers},
-            "labels": self._labels,
-            "logit_scale": self._teacher.logit_scale,
-            "softcap": self._teacher.softcap,
-            "layers": list(self._layers),
-            "hidden_widths": self._widths,
-        }
+    @property
+    def form(self) -> CacheForm:
+        """How the outputs are kept, for the manifest."""
+        dtypes = {name: dtype for name, (dtype, _) in self._arrays.items()}
+        return CacheForm(
+            kept="whole logits" if self._whole else "top k",
+            columns=self._columns,
+            top_k=None if self._whole else self._arrays["indices"][1],
+            temperature=None if self._whole else self._config.distillation.temperature,
+            dtypes=dtypes | {f"{HIDDEN}{layer}": "float16" for layer in self._layers},
+            labels=tuple(self._labels),
+            logit_scale=self._teacher.logit_scale,
+            softcap=self._teacher.softcap,
+            layers=self._layers,
+            hidden_widths=self._widths,
+        )
 
     def compute(self, shard: Shard) -> tuple[Arrays, dict[str, float]]:
-        """The arrays of the shard's rows in their order, and the sums over their labels that are reported.
+        """Return the arrays of the shard's rows, in order, and sums over their labels for the job's report.
 
-        Rows of similar length share a batch; which do depends on the shard and the batch size alone, so that within
-        one setting no bit depends on a stop.
-        Raises TrainingError for numbers that are not finite.
+        Rows of similar length share a batch. Which rows do depends only on the shard and the batch size, so a stopped
+        job that is resumed writes the same bits. Raises TrainingError for values that are not finite.
         """
         rows, lengths = self._splits[shard.split], self._lengths[shard.split]
         ids = np.arange(shard.first, shard.first + shard.rows)
@@ -108,29 +102,27 @@ class CacheWriter:
             with preparing(f"a batch of {shard.split}"):
                 batch = next(loaded)
             outputs = self._teacher.outputs(send_to_device(batch, self.accelerator.device), None, 1.0)
-            _deal(by_row, batch, self._at_labels(outputs, len(batch["positions"]), sums), labels_per_row(batch))
+            _distribute(by_row, batch, self._at_labels(outputs, len(batch["positions"]), sums), labels_per_row(batch))
             if self._teacher.layers:
                 counts = _tokens_per_row(batch, lengths)
-                _deal(by_row, batch, self._at_tokens(outputs, batch, counts), counts)
+                _distribute(by_row, batch, self._at_tokens(outputs, batch, counts), counts)
         return _joined(list(by_row.values())), sums
 
-    def _probe(self) -> tuple[int, list[int]]:
-        """Columns of the teacher's logits; where hidden states are kept, the widths of those of each layer."""
+    def _probe(self) -> tuple[int, tuple[int, ...]]:
+        """Return the columns of the teacher's logits and, if hidden states are kept, the widths of all layers."""
         batch = with_positions(self._task.collate([self._task.train[0]]), [0])
         batch = send_to_device(batch, self.accelerator.device)
         outputs = self._teacher.outputs(batch, None, 1.0)
         columns = outputs["logits"].shape[1] if "logits" in outputs else outputs["head"].shape[0]
-        if not self._layers:
-            return columns, []
-        return columns, list(self._teacher.hidden_widths(batch))
+        return columns, self._teacher.hidden_widths(batch) if self._layers else ()
 
     def _at_labels(self, outputs: TeacherOutputs, labels: int, sums: dict[str, float]) -> Arrays:
-        """What is kept of a batch's labels; adds to the sums, where they are wanted."""
+        """Return what is kept at a batch's labels; add to the sums, if there are any."""
         if self._whole:
             return {"logits": outputs["logits"].float().cpu().numpy()}
-        temperature, k = self._config.distillation.temperature, self._form["indices"][1]
+        temperature, k = self._config.distillation.temperature, self._arrays["indices"][1]
         parts: dict[str, list[np.ndarray]] = {
-            name: [np.zeros((0, columns), dtype)] for name, (dtype, columns) in self._form.items()
+            name: [np.zeros((0, columns), dtype)] for name, (dtype, columns) in self._arrays.items()
         }
         at_once = max(1, LOGITS_BYTES // (4 * self._columns))
         for start in range(0, labels, at_once):
@@ -139,12 +131,12 @@ class CacheWriter:
             if sums:
                 sums["truncation_kl"] += truncation_kl(logits, kept, temperature).double().sum().item()
                 sums["tail_mass"] += kept.tails[:, 1].double().sum().item()
-            for name, of_kept in parts.items():
-                of_kept.append(getattr(kept, name).cpu().numpy().astype(self._form[name][0]))
-        return {name: np.concatenate(of_kept) for name, of_kept in parts.items()}
+            for name, pieces in parts.items():
+                pieces.append(getattr(kept, name).cpu().numpy().astype(self._arrays[name][0]))
+        return {name: np.concatenate(pieces) for name, pieces in parts.items()}
 
     def _logits(self, outputs: TeacherOutputs, part: slice) -> Tensor:
-        """(n, V) float32 of some labels, V the columns that are tokens."""
+        """Return the logits at some of the labels: (n, V) float32, with V columns that are tokens."""
         if "head" not in outputs:
             return outputs["logits"][part, : self._columns].float()
         if self._head is None:
@@ -157,7 +149,7 @@ class CacheWriter:
         )[0]
 
     def _at_tokens(self, outputs: TeacherOutputs, batch: Batch, counts: np.ndarray) -> Arrays:
-        """The hidden states of a batch's tokens, padding left out."""
+        """Return the hidden states at a batch's tokens, without padding."""
         arrays = {}
         for layer in self._layers:
             name = f"{HIDDEN}{layer}"
@@ -170,27 +162,30 @@ class CacheWriter:
 
 
 def index_dtype(columns: int) -> str:
-    """The smallest that holds each of so many tokens."""
+    """Return the smallest dtype that holds the ids of this many tokens."""
     return "uint16" if columns <= 1 << 16 else "int32"
 
 
 def labels_per_row(batch: Batch) -> np.ndarray:
-    """(B,) int64. batch: on the CPU."""
+    """Return the number of labels of each row: (B,) int64. The batch is on the CPU."""
     return torch.bincount(batch["positions"] // batch["labels"][0].numel(), minlength=len(batch["ids"])).numpy()
 
 
 def _tokens_per_row(batch: Batch, lengths: np.ndarray) -> np.ndarray:
-    """(B,) int64: those that the model reads. lengths: of the split's rows, which say it where no mask does."""
+    """Return the number of tokens that the model reads of each row: (B,) int64.
+
+    lengths are those of the split's rows, for batches without a mask.
+    """
     if "attention_mask" in batch:
         return np.asarray(batch["attention_mask"].sum(dim=1))
     return np.asarray(lengths[batch["ids"].numpy()])
 
 
-def _deal(by_row: dict[int, Arrays], batch: Batch, arrays: Arrays, counts: np.ndarray) -> None:
-    """Gives each row its part of a batch's arrays."""
+def _distribute(by_row: dict[int, Arrays], batch: Batch, arrays: Arrays, counts: np.ndarray) -> None:
+    """Add to each row its part of a batch's arrays. Raises TrainingError for values that are not finite."""
     ids = batch["ids"].tolist()
     for name, array in arrays.items():
-        # -inf is a token that cannot come, in logits and their top k; nothing else that is not finite has a meaning
+        # In logits and their top k, -inf is an impossible token; no other value may be infinite or NaN.
         bad = np.isinf(array) if name.startswith(HIDDEN) else np.isinf(array) & (array > 0)
         if (bad | np.isnan(array)).any():
             reason = "; set teacher.dtype: float32" if not name.startswith(HIDDEN) else ", or too large for float16"
@@ -200,7 +195,7 @@ def _deal(by_row: dict[int, Arrays], batch: Batch, arrays: Arrays, counts: np.nd
 
 
 def _joined(rows: Sequence[Arrays]) -> Arrays:
-    """One array of each name, and where each row begins in them."""
+    """Concatenate the rows' arrays by name, and add the offsets at which each row starts."""
     arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     for offsets, names in (
         (LABEL_OFFSETS, [name for name in arrays if not name.startswith(HIDDEN)]),
@@ -209,3 +204,8 @@ def _joined(rows: Sequence[Arrays]) -> Arrays:
         if names:
             arrays[offsets] = np.cumsum([0, *(len(row[names[0]]) for row in rows)], dtype=np.int64)
     return arrays
+
+
+def splits_of(task: Task) -> dict[str, Any]:
+    """Return the rows by the name of their split in a cache."""
+    return {split_name(None): task.train, **{split_name(name): rows for name, rows in task.validation.items()}}

@@ -15,25 +15,32 @@ from faults.scene import Scene
 from faults.trials import Row, run_row, table
 
 
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="faults", description="Injects every known fault into running trainings, and counts the survivors."
+    )
+    add = parser.add_argument
+    add("--only", action="append", metavar="TEXT", help="only rows with this text in their name; repeatable")
+    add("--skip", action="append", default=[], metavar="TEXT", help="not rows with this text; repeatable")
+    add("--quick", action="store_true", help="about a tenth of the trials")
+    add("--full", action="store_true", help="every crash point on every rank: hours")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="how many trials run at once")
+    add("--list", action="store_true", help="print the names of the rows, and exit")
+    add("--markdown", metavar="FILE", help="also write the table to this file")
+    add("--json", metavar="FILE", help="also write the counts and the failures to this file")
+    add("--keep", action="store_true", help="keep the files of failed trials")
+    add("--folder", metavar="DIR", help="where the trials run (/dev/shm, if there is one)")
+    return parser.parse_args()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="faults", description="Hurts forge in every way known, and counts.")
-    parser.add_argument("--only", action="append", metavar="TEXT", help="rows with this in their name; repeatable")
-    parser.add_argument("--skip", action="append", default=[], metavar="TEXT", help="not those; repeatable")
-    parser.add_argument("--quick", action="store_true", help="about a tenth of the trials")
-    parser.add_argument("--full", action="store_true", help="every crash point on every rank: hours")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="trials side by side")
-    parser.add_argument("--list", action="store_true", help="only the names of the rows")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table there too")
-    parser.add_argument("--json", metavar="FILE", help="write the counts, and what failed, there too")
-    parser.add_argument("--keep", action="store_true", help="keep the folder of the trials that failed")
-    parser.add_argument("--folder", metavar="DIR", help="where the trials run (memory, if /dev/shm is there)")
-    args = parser.parse_args()
+    args = arguments()
     wanted = [name for name in ROWS if any(text in name for text in args.only or [""])]
     wanted = [name for name in wanted if not any(text in name for text in args.skip)]
     if args.list or not wanted:
         print("\n".join(wanted or ROWS))
         return 0 if wanted else 2
-    logging.disable()  # what forge's selection says of a damaged checkpoint when a trial calls it here
+    logging.disable()  # forge's warnings about a damaged checkpoint when a trial calls its selection here
     size = Size.QUICK if args.quick else Size.FULL if args.full else Size.USUAL
 
     folder = Path(
@@ -44,17 +51,17 @@ def main() -> int:
     try:
         scene = Scene(folder)
         for name in wanted:
-            begun = time.monotonic()
+            row_start = time.monotonic()
             try:
                 row = Row(name, **ROWS[name](scene, size))
-            except Exception as error:  # noqa: BLE001 - a row that cannot be set up has failed, and the others go on
+            except Exception as error:  # noqa: BLE001 - a row that cannot be set up has failed, and the others still run
                 row = Row(name, [])
                 row.failures.append(("setup", f"{type(error).__name__}: {error}"))
-                tell(f"  FAILED {name}: {error}")
-            run_row(row, args.workers, tell)
-            row.seconds = time.monotonic() - begun
+                report(f"  FAILED {name}: {error}")
+            run_row(row, args.workers, report)
+            row.seconds = time.monotonic() - row_start
             rows.append(row)
-            tell(table([row]).splitlines()[-1])
+            report(table([row]).splitlines()[-1])
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -79,7 +86,7 @@ def main() -> int:
     return 0 if good else 1
 
 
-def tell(text: str) -> None:
+def report(text: str) -> None:
     print(text, flush=True)
 
 

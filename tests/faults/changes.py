@@ -1,4 +1,4 @@
-"""What a trial changes in the process under test beside the disk: its clock, a record of its rows, a kill in a step."""
+"""Changes to the process under test that do not concern the disk: its clock, a record of its rows, a kill in a step."""
 
 import datetime as datetime_module
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def shift_clock(*, days: float) -> None:
-    """Every clock of the wall is wrong by so many days; the monotonic ones go on."""
+    """Shift every wall clock by so many days; monotonic clocks stay right."""
     seconds = days * 86400
     real_time, real_time_ns = time.time, time.time_ns
     time.time = lambda: real_time() + seconds
@@ -33,7 +33,7 @@ def shift_clock(*, days: float) -> None:
 
 
 def in_a_step(*, forward: int, action: str = "kill") -> None:
-    """Kills, or freezes, at the forward pass of that number, counted from 0: in the midst of a step's accumulation."""
+    """Kill or freeze the process at that forward pass, counted from 0: in the middle of a step's accumulation."""
     from forge.student.student import Student
 
     original, count = Student.forward, [0]
@@ -49,9 +49,9 @@ def in_a_step(*, forward: int, action: str = "kill") -> None:
 
 
 def record_samples(*, file: str) -> None:
-    """Writes the ids of the rows of every optimizer step that is taken, one JSON line with the step from 0.
+    """Record the ids of the rows of every optimizer step, as a JSON line with the step from 0.
 
-    The ids travel through the loader beside the rows, so that they are those of the batch and not of a plan.
+    The ids go through the loader with the rows, so they are those of the batch and not of a plan.
     """
     from forge.data import batches
 

@@ -1,4 +1,4 @@
-"""Sets the clock wrong between attempts, and the time stamps of the checkpoints: the choice stays the same."""
+"""Sets the clock and the time stamps of checkpoints wrong: the same checkpoint must be chosen."""
 
 import os
 import random
@@ -13,7 +13,7 @@ YEAR_DAYS = 365.25
 
 
 def clock_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
-    """Every attempt has a clock of another year, and is killed at a write; all stamps are shuffled between them."""
+    """Each attempt has a clock of another year and is killed at a write; all time stamps are shuffled in between."""
 
     def trial(seed: int) -> Trial:
         def run() -> str | None:
@@ -27,7 +27,7 @@ def clock_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
                         root, 0, only=r"^(write|rename) .*(metrics|checkpoint)", at=generator.randrange(4, 30)
                     )
                     setup[0] = setup[0] + aimed
-                ended = wait(scene.go_on(shape, root, setup))
+                ended = wait(scene.start_again(shape, root, setup))
                 if ended.hung or (number == 2 and ended.code != 0):
                     return f"attempt {number + 1} in year {year:+.0f} ended with {ended.codes} [{root}]"
                 _shuffle_stamps(root, generator)
@@ -40,7 +40,7 @@ def clock_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
 
 
 def stamp_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
-    """The newest checkpoint by its step is chosen, whatever its stamps; also when it is bad."""
+    """The newest valid checkpoint by step is chosen, whatever the time stamps are."""
     donors = Donors(scene, shape)
 
     def trial(seed: int) -> Trial:
@@ -53,9 +53,9 @@ def stamp_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
                 expected = "checkpoint-2"
             _shuffle_stamps(root, generator)
             clock: list[Setup] = [[_clock(generator.uniform(-20, 20))] for _ in range(shape.ranks)]
-            ended = wait(scene.go_on(shape, root, clock))
-            if ended.code != 0 or f"goes on from {expected}" not in ended.text:
-                return f"it did not go on from {expected} [{root}]"
+            ended = wait(scene.start_again(shape, root, clock))
+            if ended.code != 0 or f"from {expected}" not in ended.text:
+                return f"it did not resume from {expected} [{root}]"
             problem = scene.verdict(shape, root)
             return closed(problem, root)
 

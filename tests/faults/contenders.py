@@ -1,4 +1,4 @@
-"""Lets two attempts want one run: at once, or one that was frozen and wakes up after the other took over."""
+"""Starts two attempts at one run: at once, or one that was frozen and wakes up after the other took over."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from faults.crash import injector
 from faults.scene import MAX_STEPS, Scene, Shape, closed, last_words, run_of
 from faults.trials import Trial
 
-# Where an attempt is frozen: the pattern of the events that count, and the number of the one before which it stops.
+# Where an attempt is frozen: the pattern of the events that count, and the index of the one that it stops before.
 FREEZES = {
     "within a step": ("", 2),
     "within the step after a save": ("", 4),
@@ -36,7 +36,7 @@ FREEZES = {
 
 
 def at_once_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
-    """Two or three attempts on one run start together: exactly one goes on, and it ends like the unbroken run."""
+    """Two or three attempts at one run start together: exactly one trains, and it ends like the unbroken run."""
     donors = Donors(scene, shape)
 
     def trial(number: int) -> Trial:
@@ -46,8 +46,8 @@ def at_once_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
             for contender in range(2 + number % 2):
                 output = root.with_suffix(f".out{contender}")
                 attempts.append(start_ranks(shape.ranks, scene.resume(root), output))
-                time.sleep((0.0, 0.002, 0.02, 0.1)[number % 4])  # not to wait for anything: it shifts the two
-            problem = _one_goes_on([wait(attempt).codes for attempt in attempts], _texts(attempts))
+                time.sleep((0.0, 0.002, 0.02, 0.1)[number % 4])  # waits for nothing: it shifts the starts
+            problem = _one_trains([wait(attempt).codes for attempt in attempts], _texts(attempts))
             problem = problem or scene.verdict(shape, root)
             return closed(problem, root)
 
@@ -57,7 +57,7 @@ def at_once_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
 
 
 def true_command_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
-    """The same by the true commands, `python forge.py` and `accelerate launch`."""
+    """The same with the true commands, `python forge.py` and `accelerate launch`."""
     donors = Donors(scene, shape)
 
     def trial(number: int) -> Trial:
@@ -71,7 +71,7 @@ def true_command_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
             codes = [
                 [forge_code(shape, process.returncode, text)] for process, text in zip(processes, texts, strict=True)
             ]
-            problem = _one_goes_on(codes, texts) or scene.verdict(shape, root)
+            problem = _one_trains(codes, texts) or scene.verdict(shape, root)
             return closed(problem, root)
 
         return Trial(f"try {number}", run)
@@ -80,7 +80,7 @@ def true_command_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
 
 
 def frozen_trials(scene: Scene, shape: Shape) -> list[Trial]:
-    """An attempt freezes, another takes over and ends the run, the first wakes up: it changes nothing and says why."""
+    """An attempt freezes, another one takes over and completes the run, the first wakes up: it changes nothing."""
 
     def trial(name: str, only: str, at: int, frozen_rank: int) -> Trial:
         def run() -> str | None:
@@ -115,7 +115,7 @@ def frozen_trials(scene: Scene, shape: Shape) -> list[Trial]:
 
 
 def true_command(ranks: int, arguments: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Starts `python forge.py` or, on several ranks, `accelerate launch`, in a session of its own."""
+    """Start `python forge.py` or, for several ranks, `accelerate launch`, in a new session."""
     command = [sys.executable, "forge.py", *arguments]
     values = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     if ranks > 1:
@@ -136,7 +136,7 @@ def true_command(ranks: int, arguments: list[str], output: Path, **environment: 
 
 
 def forge_code(shape: Shape, code: int, text: str) -> int:
-    """forge's own exit code: the launcher's is 1 for every failure, and it prints that of the rank."""
+    """Return forge's own exit code: the launcher's is 1 for every failure, but it prints the rank's."""
     if shape.ranks == 1 or code == 0:
         return code
     told = re.search(r"exitcode\s*:\s*(-?\d+)", text)
@@ -144,7 +144,7 @@ def forge_code(shape: Shape, code: int, text: str) -> int:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """The hash of every file that tells what the run is; not the log, which may tell of an outdated attempt."""
+    """Return the hash of every file but the log, to which an outdated attempt may write."""
     files = (path for path in run.rglob("*") if path.is_file() and path.name != "output.log")
     return {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -154,7 +154,7 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Polls; is it so before the time is over?"""
+    """Poll until the condition holds; False if it does not within timeout_s."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -164,7 +164,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def state_of(pid: int) -> str:
-    """The letter of /proc: R, S, T for stopped, Z; empty where there is none such."""
+    """Return the letter of /proc: R, S, T for stopped, Z; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -185,13 +185,13 @@ def _texts(attempts: list[list[Child]]) -> list[str]:
     return ["".join(child.text for child in attempt) for attempt in attempts]
 
 
-def _one_goes_on(codes: list[list[int]], texts: list[str]) -> str | None:
-    """Exactly one trains; the others are refused, or come so late that the run is complete."""
+def _one_trains(codes: list[list[int]], texts: list[str]) -> str | None:
+    """Exactly one trains; the others are refused, or come when the run is complete."""
     trained = [text for text in texts if "stage: training" in text]
     if len(trained) != 1:
         return f"{len(trained)} attempts trained, they ended with {codes}: " + " // ".join(map(last_words, texts))
     for ended, text in zip(codes, texts, strict=True):
-        # Who comes so late that all is done takes no step.
+        # An attempt that comes after the end takes no step.
         if set(ended) != {0} and (text in trained or set(ended) != {2} or "is being trained by" not in text):
             return f"an attempt ended with {ended}: {last_words(text)}"
         if (

@@ -1,4 +1,4 @@
-"""Damages the newest checkpoint in many ways; a run must see each, go on from the older one, and never load damage."""
+"""Damages the newest checkpoint in many ways: a run must detect each, and resume from the older checkpoint."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from forge.run.directory import RunDirectory
 from forge.run.state import TrainingState
 
 PAGE = 4096
-Damage = Callable[[Path, random.Random, "Donors"], str | None]  # what was done; None where it cannot be done here
+Damage = Callable[[Path, random.Random, "Donors"], str | None]  # what was done; None if it is impossible here
 
 
 class Donors:
-    """A run that was killed after two checkpoints, and the whole folders of another run of the same steps."""
+    """A run that was killed after two checkpoints, and the intact directories of another run of the same steps."""
 
     def __init__(self, scene: Scene, shape: Shape):
         self.scene, self.shape = scene, shape
@@ -31,13 +31,13 @@ class Donors:
 
     def copy(self) -> Path:
         root = self.scene.new_root()
-        # The run alone: its config names the first output root, whose registry the copies go on to write.
+        # The run alone: its config names the first output root, whose registry the copies keep writing.
         shutil.copytree(run_of(self.root), run_of(root))
         return root
 
 
 def _broken_off(scene: Scene, shape: Shape) -> Path:
-    """Killed when step 5 was reported: checkpoint-2 and checkpoint-4 are there, and the curve is ahead of them."""
+    """Killed when step 5 was reported: it has checkpoint-2 and checkpoint-4, and the curve is ahead of them."""
     root = scene.new_root()
     aimed = injector(root, 0, only=r"^write .*metrics\.jsonl", at=4, when="after")
     ended = wait(scene.begin(shape, root, [aimed] + [[] for _ in range(shape.ranks - 1)]))
@@ -82,7 +82,7 @@ def remove_file(run: Path, random_: random.Random, donors: Donors) -> str:
 
 
 def swap_files(run: Path, random_: random.Random, donors: Donors) -> str | None:
-    """Two files of the checkpoint change places, such as the random numbers of two ranks."""
+    """Swap two files of the checkpoint, such as the random numbers of two ranks."""
     files = _files(run)
     shards = [file for file in files if file.name.startswith("rng-")]
     first, second = random_.sample(shards if len(shards) > 1 and random_.random() < 0.5 else files, 2)
@@ -96,7 +96,7 @@ def swap_files(run: Path, random_: random.Random, donors: Donors) -> str | None:
 
 
 def file_of_older(run: Path, random_: random.Random, donors: Donors) -> str | None:
-    """A stale file under a good name: the same size, the same format, another step."""
+    """Put a stale file under a valid name: the same size and format, but another step."""
     file = _some_file(run, random_)
     old = run / "checkpoint-2" / file.name
     if old.read_bytes() == file.read_bytes():
@@ -138,7 +138,7 @@ def edited_manifest(run: Path, random_: random.Random, donors: Donors) -> str:
 
 
 def edited_hash(run: Path, random_: random.Random, donors: Donors) -> str:
-    """A file changed together with its entry, as a careless tool would."""
+    """Change a file together with its entry in the manifest, as a careless tool would."""
     import hashlib
 
     file = run / "checkpoint-4" / "manifest.json"
@@ -199,7 +199,7 @@ POINTERS = ("", "\n", "checkpoint-2\n", "checkpoint-99\n", "../../etc/passwd\n",
 
 
 def corruption_trials(scene: Scene, shape: Shape, count: int, *, resume_every: int, seed: int = 0) -> list[Trial]:
-    """Seeded damages, each kind equally often; every resume_every-th run is really resumed to its end."""
+    """Return trials of seeded damages, each kind equally often; every resume_every-th run is resumed to its end."""
     donors = Donors(scene, shape)
     trials = []
     for i in range(count):
@@ -209,13 +209,13 @@ def corruption_trials(scene: Scene, shape: Shape, count: int, *, resume_every: i
 
 
 def pointer_trials(scene: Scene, shape: Shape) -> list[Trial]:
-    """An empty, lying or missing latest_checkpoint, and a training_state.json that lags behind, change nothing."""
+    """An empty, wrong or missing latest_checkpoint, and an outdated training_state.json, change nothing."""
     donors = Donors(scene, shape)
     return [_pointer(donors, text, named) for text in POINTERS for named in ("checkpoint-4", "checkpoint-2", None)]
 
 
 def none_left_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
-    """All checkpoints bad: no fresh start, not at the first try and not at the second."""
+    """If all checkpoints are bad, the run does not start afresh, neither at the first try nor at the second."""
     donors = Donors(scene, shape)
     return [_none_left(donors, seed) for seed in range(count)]
 
@@ -257,8 +257,8 @@ def _pointer(donors: Donors, text: str | None, named: str | None) -> Trial:
         state = json.loads((folder / "training_state.json").read_text())
         (folder / "training_state.json").write_text(json.dumps(state | {"latest_checkpoint": named}))
         problem, ended = donors.scene.finish(donors.shape, root)
-        if problem is None and "goes on from checkpoint-4" not in ended.text:
-            problem = "it did not go on from checkpoint-4"
+        if problem is None and "from checkpoint-4" not in ended.text:
+            problem = "it did not resume from checkpoint-4"
         return closed(problem, root)
 
     return Trial(f"latest_checkpoint {text!r}, the state names {named}", run)
@@ -276,7 +276,7 @@ def _none_left(donors: Donors, seed: int) -> Trial:
             file = random_.choice(sorted((folder / name).iterdir()))
             _flip(file, random_.randrange(_size(file)), 0xFF)
         for attempt in ("first", "second", "third"):
-            ended = wait(donors.scene.go_on(donors.shape, root))
+            ended = wait(donors.scene.start_again(donors.shape, root))
             if set(ended.codes) != {1}:
                 return f"the {attempt} try ended with {ended.codes}: {last_words(ended.text)} [{root}]"
             if "no checkpoint of" not in ended.text or "Traceback" in ended.text:
@@ -290,7 +290,7 @@ def _none_left(donors: Donors, seed: int) -> Trial:
 
 
 def _selected(run: Path, expected: str) -> str | None:
-    """What forge's selection chooses, if it is something else."""
+    """Return what forge's selection chooses, if that is not the expected checkpoint."""
     try:
         chosen = select(RunDirectory(run), TrainingState.load(run / "training_state.json"))
     except TrainingError as error:
@@ -300,7 +300,7 @@ def _selected(run: Path, expected: str) -> str | None:
 
 
 def _meaning(folder: Path) -> dict[str, Any]:
-    """Every file's bytes, but of the manifest what it says: a blank more at its end is no damage."""
+    """Return every file's bytes, and the manifest's values: another blank at its end is not damage."""
     meaning: dict[str, Any] = {}
     for file in folder.iterdir() if folder.is_dir() else ():
         meaning[file.name] = file.read_bytes() if file.is_file() else None

@@ -1,4 +1,4 @@
-"""Kills ranks at every contact with the disk or with each other, and at random instants; then the run must go on."""
+"""Kills ranks at every disk access, at every collective and at random instants, and checks that the run resumes."""
 
 import itertools
 import json
@@ -17,12 +17,12 @@ from faults.trials import Trial
 
 @dataclass(frozen=True)
 class Event:
-    """The number-th contact of a rank, as a dry run recorded it."""
+    """One disk access or collective of a rank, as a dry run recorded it."""
 
     rank: int
     number: int
     kind: str
-    name: str  # of the file below the output root; empty where ranks meet
+    name: str  # the file, relative to the output root; empty for a collective
 
     def __str__(self) -> str:
         return f"rank {self.rank} event {self.number} ({self.kind} {self.name})"
@@ -39,13 +39,13 @@ class Point:
 
 
 def events(scene: Scene, shape: Shape, extra: Setup | None = None) -> list[list[Event]]:
-    """Every event of a whole unbroken run, for each rank."""
+    """Return every event of a whole unbroken run, by rank."""
     root = scene.new_root()
     files = [root.with_suffix(f".events{rank}") for rank in range(shape.ranks)]
     setup = [(extra or []) + injector(root, rank, record=str(file)) for rank, file in enumerate(files)]
     ended = wait(scene.begin(shape, root, setup))
     assert ended.code == 0, ended.text
-    assert (problem := scene.verdict(shape, root)) is None, problem  # watching changes nothing
+    assert (problem := scene.verdict(shape, root)) is None, problem  # recording must change nothing
     return [
         [Event(rank, *json.loads(line)) for line in file.read_text().splitlines()] for rank, file in enumerate(files)
     ]
@@ -56,7 +56,7 @@ def injector(root: object, rank: int, **options: object) -> Setup:
 
 
 def all_points(recorded: list[list[Event]]) -> Iterator[Point]:
-    """Each event × (before, torn, after) × (each rank, all ranks)."""
+    """Yield each event × (before, torn, after) × (each rank, all ranks)."""
     ranks = range(len(recorded))
     groups = [(rank,) for rank in ranks] + ([tuple(ranks)] if len(recorded) > 1 else [])
     for event in (event for rank in recorded for event in rank):
@@ -65,7 +65,7 @@ def all_points(recorded: list[list[Event]]) -> Iterator[Point]:
 
 
 def distinct_points(recorded: list[list[Event]]) -> list[Point]:
-    """Without those that leave the same disk: after an event is before the next one.
+    """Return the points that leave different disks: after one event is before the next.
 
     On several ranks the victims take turns: every event of a save, and every meeting, kills each rank and all of them
     at another save; what is far from a save kills one.
@@ -89,7 +89,7 @@ def distinct_points(recorded: list[list[Event]]) -> list[Point]:
 
 
 def chosen_points(recorded: list[list[Event]], chosen: list[tuple[int, str, int, str, tuple[int, ...]]]) -> list[Point]:
-    """Points by the pattern of their event: (rank, pattern, its how-manieth from 0, when, victims)."""
+    """Return points given as (rank, pattern of the event, its index among the matches, when, victims)."""
     points = []
     for rank, pattern, number, when, victims in chosen:
         matching = [event for event in recorded[rank] if re.search(pattern, f"{event.kind} {event.name}")]
@@ -104,7 +104,7 @@ def crash_trial(
     again: int | None = None,
     extra: Setup | None = None,
 ) -> Trial:
-    """again: the event at which the first resume is killed too. extra: what else is changed in every attempt."""
+    """again: the event at which the first resume is killed too. extra: further changes in every attempt."""
 
     def run() -> str | None:
         root = scene.new_root()
@@ -123,10 +123,10 @@ def crash_trial(
             return f"the attempt ended by itself with {ended.codes}: {last_words(ended.text)}"
         if again is not None:
             hurt = [(extra or []) + injector(root, rank, at=again) for rank in range(shape.ranks)]
-            if wait(scene.go_on(shape, root, hurt)).hung:
+            if wait(scene.start_again(shape, root, hurt)).hung:
                 return "a rank of the killed resume hung"
         if extra:
-            wait(scene.go_on(shape, root, [extra] * shape.ranks))
+            wait(scene.start_again(shape, root, [extra] * shape.ranks))
             problem = scene.verdict(shape, root)
         else:
             problem, _ = scene.finish(shape, root)
@@ -138,7 +138,7 @@ def crash_trial(
 def crash_trials(
     scene: Scene, shape: Shape, seed: int = 0, *, full: bool = False, at_most: int | None = None
 ) -> list[Trial]:
-    """The crash points of one shape of run; every seventh is killed once more in its resume."""
+    """Return trials of the crash points of one shape of run; every seventh is killed again in its resume."""
     recorded = events(scene, shape)
     points = list(all_points(recorded)) if full else distinct_points(recorded)
     generator = random.Random(seed)
@@ -152,7 +152,7 @@ def crash_trials(
 
 
 def naive_trials(scene: Scene, shape: Shape, at_most: int) -> list[Trial]:
-    """The same with a naive saver in the place of forge's, which has to be found out: most of these must fail."""
+    """The same with a naive saver in place of forge's: most of these trials must fail."""
     naive: Setup = [("faults.naive_saver:install", {})]
     recorded = [[event for event in found if _of_a_checkpoint(event)] for found in events(scene, shape, naive)]
     points = distinct_points(recorded)
@@ -160,7 +160,7 @@ def naive_trials(scene: Scene, shape: Shape, at_most: int) -> list[Trial]:
 
 
 def random_trial(scene: Scene, shape: Shape, seed: int) -> Trial:
-    """Kills at random instants, up to three times, and resumes."""
+    """Kill at up to three random instants, then resume."""
 
     def run() -> str | None:
         generator = random.Random(seed)
@@ -168,7 +168,7 @@ def random_trial(scene: Scene, shape: Shape, seed: int) -> Trial:
         children = scene.begin(shape, root)
         for _ in range(generator.randint(1, 3)):
             victims = generator.choice([[0], [1], [0, 1]]) if shape.ranks > 1 else [0]
-            # Half of the kills between the steps and saves, which begin when the run's folder is there.
+            # Half of the kills come between steps and saves, which start once the run directory exists.
             until = time.monotonic() + 30
             if generator.random() < 0.5:
                 while not run_of(root).exists() and children[0].poll() is None and time.monotonic() < until:
@@ -178,7 +178,7 @@ def random_trial(scene: Scene, shape: Shape, seed: int) -> Trial:
                 children[rank].kill()
             if wait(children).hung:
                 return f"a rank outlived the other [{root}]"
-            children = scene.go_on(shape, root)
+            children = scene.start_again(shape, root)
         ended = wait(children)
         if ended.hung or ended.code:
             return f"the last resume ended with {ended.codes}: {last_words(ended.text)} [{root}]"
@@ -189,7 +189,7 @@ def random_trial(scene: Scene, shape: Shape, seed: int) -> Trial:
 
 
 def _few_writes(found: list[Event]) -> Iterator[Event]:
-    """Of many writes in a row into one file the first, the middle and the last."""
+    """Keep the first, the middle and the last of many consecutive writes to one file."""
     for _, group in itertools.groupby(found, key=lambda event: (event.kind, event.name)):
         same = list(group)
         yield from same if len(same) <= 3 or same[0].kind != "write" else (same[0], same[len(same) // 2], same[-1])

@@ -1,4 +1,4 @@
-"""Lets a call to the disk fail in place of a kill: the run says so, keeps what it has, and ends right or not at all."""
+"""Makes a disk access fail: the run reports it, keeps what it has, and ends right or not at all."""
 
 import random
 import shutil
@@ -13,7 +13,7 @@ DISK_FULL, BROKEN_DISK = "ENOSPC", "EIO"
 
 
 def error_trials(scene: Scene, shape: Shape, at_most: int, seed: int = 0) -> list[Trial]:
-    """Each file's first creation, write, sync and rename fails: a full or a broken disk, once or for good."""
+    """Return trials in which each file's first creation, write, sync and rename fails, once or for good."""
     points: list[tuple[Point, str, bool]] = []
     seen: dict[tuple[str, str, str], int] = {}
     for event in (event for rank in events(scene, shape) for event in rank):
@@ -33,7 +33,7 @@ def error_trials(scene: Scene, shape: Shape, at_most: int, seed: int = 0) -> lis
 
 
 def error_trial(scene: Scene, shape: Shape, point: Point, code: str, lasting: bool) -> Trial:
-    """lasting: from there on everything that needs space fails."""
+    """lasting: everything that needs space fails from then on."""
 
     def run() -> str | None:
         root = scene.new_root()
@@ -52,7 +52,7 @@ def _judge(scene: Scene, shape: Shape, root: object, codes: list[int], text: str
     if hung:
         return "a rank hung"
     if "Traceback" in text or "bug in forge" in text:
-        return f"a traceback in place of a sentence: {last_words(text)}"
+        return f"a traceback instead of a message: {last_words(text)}"
     if run.exists() and (problem := unsound(run)):
         return problem
     if set(codes) == {0}:
@@ -61,11 +61,11 @@ def _judge(scene: Scene, shape: Shape, root: object, codes: list[int], text: str
     if not set(codes) <= {0, 1, 2}:
         return f"it ended with {codes}: {last_words(text)}"
     if "ERROR" not in text:
-        return f"it ended with {codes} and no word: {last_words(text)}"
+        return f"it ended with {codes} without an error message: {last_words(text)}"
     if not (run / "training_state.json").exists():
-        shutil.rmtree(run, ignore_errors=True)  # it never came to be, and the next one is the first
+        shutil.rmtree(run, ignore_errors=True)  # no run was created: the next attempt is the first
     problem, _ = scene.finish(shape, root)  # type: ignore[arg-type]
-    return problem and f"ended with {codes}; when the disk is well again {problem}; left {leftovers(run)}"
+    return problem and f"ended with {codes}; when the disk works again {problem}; left {leftovers(run)}"
 
 
 def _name(event: Event) -> str:

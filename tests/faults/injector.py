@@ -1,4 +1,4 @@
-"""Hurts forge at its k-th contact with the disk or with the other ranks: kills a rank, or lets the call fail.
+"""Injects a fault at the k-th disk access or collective of forge: kills a rank, or makes the call fail.
 
 `install` wraps the calls themselves, in the process under test, and only for paths below one folder; so forge needs no
 hooks, and whatever it does in future is hurt as well. A file opened by Python is a FileIO of our own: its events are
@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 import torch.distributed
 
-KINDS_WITH_CONTENT = ("write", "torch.save", "safetensors")  # those that a kill can tear in two
+KINDS_WITH_CONTENT = ("write", "torch.save", "safetensors")  # a kill can leave half of these
 COLLECTIVES = ("barrier", "monitored_barrier", "all_gather_object", "gather_object", "broadcast_object_list")
 NEEDS_SPACE = ("create", "write", "mkdir", "torch.save", "safetensors", "fsync", "replace", "rename", "link", "sync")
 RUNNING_NAMES = re.compile(r"[0-9a-f]{8,}(-[0-9a-f]+)*|(?<=\.tmp-)\d+-\d+")
@@ -44,7 +44,7 @@ def install(
     lasting: bool = False,
     only: str | None = None,
 ) -> None:
-    """Counts this process's events below a folder, and does at event number `at` what is asked for.
+    """Counts this process's events in a folder, and injects the fault at event number `at`.
 
     when: before, after, or torn (in the middle of what is written, else before). action: kill, freeze (SIGSTOP) or an
     errno's name. victims: the ranks that are killed, whose pids stand in the folder `pids`. lasting: from that event on
@@ -75,7 +75,7 @@ class Injector:
         self.count = 0
         self.failing = False
         self.lock = threading.RLock()
-        self.quiet = threading.local()  # an event within an event is not counted
+        self.quiet = threading.local()  # an event inside another event is not counted
         self.record = _open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) if record else None
         self.pids = Path(pids) if pids else None
         if self.pids is not None:
@@ -84,7 +84,7 @@ class Injector:
             _close(file)
 
     def event(self, kind: str, path: Any, call: Callable[[], Any], half: Callable[[], None] | None = None) -> Any:
-        """One call that touches the disk or the ranks. half: writes the first half of what the call would write."""
+        """Make one call that is an event. half: writes the first half of what the call would write."""
         name = self.name(path)
         if name is None or getattr(self.quiet, "on", False) or (self.only and not self.only.search(f"{kind} {name}")):
             return call()
@@ -113,7 +113,7 @@ class Injector:
         if self.action == "freeze":
             _kill(os.getpid(), signal.SIGSTOP)
         elif self.action == "kill":
-            for rank in sorted(self.victims, key=lambda rank: rank == self.rank):  # oneself last
+            for rank in sorted(self.victims, key=lambda rank: rank == self.rank):  # this process last
                 _kill(os.getpid() if rank == self.rank else self.pid_of(rank), signal.SIGKILL)
             if self.rank in self.victims:
                 signal.pause()
@@ -124,7 +124,7 @@ class Injector:
     def pid_of(self, rank: int) -> int:
         assert self.pids is not None
         file = self.pids / f"{rank}"
-        while not (file.exists() and file.stat().st_size):  # it has only just been forked
+        while not (file.exists() and file.stat().st_size):  # it has just been forked
             time.sleep(0.001)
         return int(file.read_text())
 
@@ -133,7 +133,7 @@ class Injector:
         raise OSError(number, os.strerror(number), self.text(path))
 
     def name(self, path: Any) -> str | None:
-        """The path relative to the folder, None outside; a collective has none and is its own."""
+        """Return the path relative to the folder; None outside of it. A collective has no path."""
         if path is None:
             return ""
         text = self.text(path)
@@ -185,7 +185,7 @@ class Injector:
         os.ftruncate = lambda file, length: event("truncate", file, lambda: ftruncate(file, length))
         for name in ("pwrite", "writev", "sendfile", "copy_file_range"):
             original = getattr(os, name)
-            place = 1 if name == "copy_file_range" else 0  # which argument is the file that is written
+            place = 1 if name == "copy_file_range" else 0  # the index of the argument that is written to
             setattr(os, name, self._descriptor_call(original, place))
 
     def _descriptor_call(self, original: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -243,7 +243,7 @@ class Injector:
         builtins.open = io.open = open_  # type: ignore[assignment]
 
     def _wrap_libraries(self) -> None:
-        """Those that write a file in native code: half of it is cut off after the whole was written."""
+        """Patch what writes files in native code: half of the file is cut off after it was written."""
         save, serialize = torch.save, safetensors.torch.serialize_file
 
         def save_(obj: Any, f: Any, *values: Any, **options: Any) -> Any:
@@ -276,7 +276,7 @@ class Injector:
 
 
 class _File(io.FileIO):
-    """A file whose writes to the operating system are events."""
+    """A file in which each write to the operating system is an event."""
 
     def write(self, data: Any, /) -> int:
         def half() -> None:

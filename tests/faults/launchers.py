@@ -1,4 +1,4 @@
-"""Ends the launcher, or whoever started a run, by several signals: no rank lives on, and the run can be resumed."""
+"""Signals the launcher, or the parent of a run: no rank outlives it, and the run can be resumed."""
 
 import os
 import random
@@ -14,20 +14,20 @@ from faults.contenders import forge_code, state_of, true_command, wait_until
 from faults.scene import Scene, Shape, checkpoint_names, drop, last_words, run_of, unsound
 from faults.trials import Trial
 
-LAST_RANK_S = 40.0  # forge gives a save of an orphaned rank 30 s
-# Long enough that a signal comes while it trains: some seconds.
+LAST_RANK_S = 40.0  # an orphaned rank has 30 s to save
+# Long enough, some seconds, for a signal to come in training.
 SLOW = ("training.max_steps=400", "checkpoint.every_steps=40", "logging.every_steps=20")
 
 
 def launcher_trials(scene: Scene) -> list[Trial]:
-    """The true `accelerate launch`, ended by a signal to the launcher alone."""
+    """The true `accelerate launch`, stopped by a signal to the launcher alone."""
     return [
         _launcher(scene, Shape(2, settings=SLOW), number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
     ]
 
 
 def parent_trials(scene: Scene) -> list[Trial]:
-    """`python forge.py` below a command of forge, which is killed."""
+    """`python forge.py` as started by a command of forge that is then killed."""
     shape = Shape(1, settings=SLOW)
 
     def run() -> str | None:
@@ -42,14 +42,14 @@ def parent_trials(scene: Scene) -> list[Trial]:
         parent.wait()
         if not wait_until(lambda: child.poll() is not None, LAST_RANK_S):
             child.kill()
-            return f"it lives on without its parent [{root}]"
+            return f"it outlived its parent [{root}]"
         return _resumed(scene, shape, root, child.text)
 
     return [Trial("SIGKILL to the parent", run)]
 
 
 def signal_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
-    """TERM, INT, USR1 or USR2 to any rank at any instant: all stop at one step with 75, the resume ends identically."""
+    """TERM, INT, USR1 or USR2 to any rank at any instant: all stop at one step with 75 and resume exactly."""
 
     def trial(seed: int) -> Trial:
         def run() -> str | None:
@@ -62,7 +62,7 @@ def signal_trials(scene: Scene, shape: Shape, count: int) -> list[Trial]:
             children[0].poll(generator.uniform(0, 0.35))
             children[generator.randrange(shape.ranks)].kill(number)
             ended = wait(children)
-            # Before the run exists there is nothing to save, and a rank that waits for one that left hears no signal.
+            # Before the run exists there is nothing to save, and a rank that waits for one that left handles no signal.
             if run_of(root).exists() and (set(ended.codes) not in ({0}, {75}) or ended.forced):
                 return f"{number.name}: it ended with {ended.codes}: {last_words(ended.text)} [{root}]"
             problem, _ = scene.finish(shape, root)
@@ -105,8 +105,8 @@ def _resumed(scene: Scene, shape: Shape, root: Path, text: str) -> str | None:
     if problem := unsound(run_of(root)):
         return f"{problem} [{root}]"
     problem, ended = scene.finish(shape, root)
-    if problem is None and "goes on from checkpoint-" not in ended.text:
-        problem = "it did not go on from a checkpoint"
+    if problem is None and "from checkpoint-" not in ended.text:
+        problem = "it did not resume from a checkpoint"
     if problem is None:
         drop(root)
     return problem and f"{problem}; the broken attempt said {last_words(text)} [{root}]"

@@ -1,4 +1,4 @@
-"""A saver such as many programs have, to be put in the place of forge's: the crash points must find it out.
+"""Replaces forge's saver by a naive one, as many programs have it: the crash points must detect it.
 
 It deletes the oldest checkpoint before it writes the new one, names the new one before it is written, and writes the
 files under their final names, one after the other; on resume it takes the newest by name.
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Replaces what commits and what chooses checkpoints in this process."""
+    """Replace what commits and what selects checkpoints in this process."""
     from forge.attempt import resume as beginning
     from forge.checkpoint import commit, selection
     from forge.checkpoint.contents import write_snapshot

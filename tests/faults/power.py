@@ -1,22 +1,22 @@
-"""What a power cut would take: a name that lasts must name what lasts, so that all is synced before it is renamed.
+"""Checks that a power cut loses nothing that has a final name: files are synced before they are renamed.
 
-A killed process leaves its writes to the kernel, a machine without power does not: the order of the calls is checked.
+The kernel keeps the writes of a killed process, but not those of a machine without power: the order of calls counts.
 """
 
 from faults.crash import Event, events
 from faults.scene import Scene, Shape
 from faults.trials import Trial
 
-NOT_SYNCED = (".lock", "output.log")  # advisory, and for people
+NOT_SYNCED = (".lock", "output.log")  # a lock, and text for people
 
 
 def power_trials(scene: Scene, shape: Shape) -> list[Trial]:
-    """One for each rename of a whole run, and one for each rank's files."""
+    """Return a trial for each rename of a whole run, and one for each rank's files."""
     return order_trials(events(scene, shape))
 
 
 def order_trials(recorded: list[list[Event]]) -> list[Trial]:
-    """The same of events that are known, for each rank."""
+    """The same for recorded events, by rank."""
     trials = []
     for rank, found in enumerate(recorded):
         trials.append(Trial(f"files of rank {rank}", lambda found=found: _unsynced(found)))
@@ -27,7 +27,7 @@ def order_trials(recorded: list[list[Event]]) -> list[Trial]:
 
 
 def _unsynced(found: list[Event]) -> str | None:
-    """Every file that is written is synced after its last write."""
+    """Return an event whose file is not synced after its last write."""
     for i, event in enumerate(found):
         if event.kind != "write" or event.name.endswith(NOT_SYNCED):
             continue
@@ -37,7 +37,7 @@ def _unsynced(found: list[Event]) -> str | None:
 
 
 def _named_too_early(found: list[Event], place: int) -> str | None:
-    """Before the rename everything below the old name is synced, and the folder it lands in after it."""
+    """Return what is not synced: everything under the old name before the rename, the target folder after it."""
     target = found[place].name
     folder, _, name = target.rpartition("/")
     sources = [f"{folder}/.tmp-*-*", f"{folder}/.tmp-{name}-*", f"{folder}/.{name}.*.tmp"]

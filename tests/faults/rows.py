@@ -1,4 +1,4 @@
-"""The rows of the table: what each kind of fault is made of, and how many trials it has."""
+"""Names every kind of fault with its trials, and how many of them a size has."""
 
 from collections.abc import Callable
 from enum import Enum

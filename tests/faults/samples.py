@@ -1,4 +1,4 @@
-"""Asks which rows every optimizer step took, over all attempts: each step's are those of the unbroken run, once."""
+"""Checks which rows every optimizer step took over all attempts: those of the unbroken run, once."""
 
 import json
 import random
@@ -9,21 +9,21 @@ from faults.attempts import Setup, wait
 from faults.scene import Scene, Shape, closed, last_words
 from faults.trials import Trial
 
-STEPS = 14  # two epochs of six steps and a part of the third
+STEPS = 14  # two epochs of six steps and part of a third
 STEPS_PER_EPOCH = 6
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where attempts are killed: in which forward pass, counted from each attempt's own beginning."""
+    """In which forward passes attempts are killed, counted from each attempt's start."""
 
     name: str
-    micro_batches: int  # of a step on one rank
+    micro_batches: int  # per step and rank
     workers: int
     save_every: int
     kills: tuple[int, ...]
     ranks: int = 1
-    then_ranks: int | None = None  # the last attempt has so many
+    then_ranks: int | None = None  # ranks of the last attempt
 
     def shape(self, ranks: int) -> Shape:
         per_device = 8 // (self.micro_batches * ranks)
@@ -35,7 +35,7 @@ class Plan:
 
 
 def plans() -> list[Plan]:
-    """The kills are forward passes: 3 * 4 + 2 is in the middle of the accumulation of the fourth step of an attempt."""
+    """Return plans by forward pass: 3 * 4 + 2 is in the middle of the accumulation of an attempt's fourth step."""
     found = []
     for workers in (0, 2):
         found += [
@@ -83,15 +83,15 @@ def sample_trial(scene: Scene, plan: Plan) -> Trial:
             victim = number % plan.ranks
             setup = [_recorder(root, rank, number) for rank in range(plan.ranks)]
             setup[victim] = [*setup[victim], ("faults.changes:in_a_step", {"forward": forward})]
-            ended = wait(scene.go_on(shape, root, setup))
+            ended = wait(scene.start_again(shape, root, setup))
             if ended.hung or not (ended.killed or ended.code == 0):
                 return f"attempt {number + 1} ended with {ended.codes}: {last_words(ended.text)} [{root}]"
         ranks = plan.then_ranks or plan.ranks
         setup = [_recorder(root, rank, len(plan.kills)) for rank in range(ranks)]
-        ended = wait(scene.go_on(plan.shape(ranks), root, setup))
+        ended = wait(scene.start_again(plan.shape(ranks), root, setup))
         if ended.hung or ended.code != 0:
             return f"the last attempt ended with {ended.codes}: {last_words(ended.text)} [{root}]"
-        # On another number of ranks the sums are rounded otherwise: the rows must be the same, the weights cannot.
+        # With another number of ranks sums round differently: the rows must be the same, the weights cannot be.
         problem = scene.verdict(shape, root) if ranks == plan.ranks else None
         problem = problem or _difference(_unbroken_ledger(scene, plan), ledger(root))
         return closed(problem, root)
@@ -101,7 +101,7 @@ def sample_trial(scene: Scene, plan: Plan) -> Trial:
 
 
 def ledger(root: Path) -> dict[int, list[int]]:
-    """The rows of each step from 0, over all ranks: of the attempt that counted, which is the last that took it."""
+    """Return the rows of each step over all ranks, from the attempt that counts: the last one that took the step."""
     taken: dict[int, tuple[int, list[int]]] = {}
     for file in sorted(root.parent.glob(f"{root.name}.rows-*")):
         attempt = int(file.name.split("-")[-2])
@@ -120,7 +120,7 @@ def _recorder(root: Path, rank: int, attempt: int) -> Setup:
 
 
 def _unbroken_ledger(scene: Scene, plan: Plan) -> dict[int, list[int]]:
-    """Of a run of its own, as it is with one rank and no worker: the rows of a step depend on nothing else."""
+    """Return the rows of an unbroken run with one rank and no worker: a step's rows depend on neither."""
     with scene.lock:
         if scene.ledger is None:
             shape = Plan("unbroken", 1, 0, 5, ()).shape(1)

@@ -1,4 +1,4 @@
-"""The scene of every trial: a tiny model, its data and config, the unbroken run, and what must be equal at the end."""
+"""What all trials share: a tiny model, its data and config, the unbroken run, and what must be equal at the end."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ LEFTOVERS = (".tmp-*", ".trash-*", "*.tmp")
 
 @dataclass(frozen=True)
 class Shape:
-    """What kind of run is hurt."""
+    """The kind of run that gets the fault."""
 
     ranks: int = 1
     asynchronous: bool = False
@@ -36,22 +36,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Ending:
-    """All of a finished run that must not depend on how often it was stopped."""
+    """Everything in a finished run that must not depend on how often it was stopped."""
 
     final: dict[str, bytes]
-    checkpoints: tuple[str, ...]  # those that retention kept
-    newest: dict[str, bytes]  # the files of the last checkpoint that tell how to go on
+    checkpoints: tuple[str, ...]  # the ones that retention kept
+    newest: dict[str, bytes]  # the files of the last checkpoint that a resume reads
     curve: list[dict[str, Any]]
     stage: str
 
     def difference(self, other: "Ending") -> str | None:
-        """The first thing in which another run ended differently."""
+        """Return the first thing that differs in another run; None if nothing does."""
         for what in ("final", "newest"):
             mine, its = getattr(self, what), getattr(other, what)
             for name in sorted(mine.keys() | its.keys()):
                 if mine.get(name) != its.get(name):
                     return f"{what} {name} differs" if name in mine.keys() & its.keys() else f"{what} {name} is missing"
-        # A stop commits the step it comes at, which then is one of those that are kept: their number and the last one.
+        # A stop commits the step at which it comes, and that checkpoint is kept: compare their number and the last.
         if (len(self.checkpoints), self.checkpoints[-1:]) != (len(other.checkpoints), other.checkpoints[-1:]):
             return f"checkpoints are {', '.join(other.checkpoints)} and not {', '.join(self.checkpoints)}"
         for mine, its in zip(self.curve, other.curve, strict=False):
@@ -63,7 +63,7 @@ class Ending:
 
 
 class Scene:
-    """Makes the model and the data once, runs attempts in folders of their own, and knows the unbroken ends."""
+    """Creates the model and the data once, starts attempts in folders of their own, and has the unbroken ends."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -74,7 +74,7 @@ class Scene:
         self._lock = threading.Lock()
         self._count = itertools.count(1)
         self.lock = threading.Lock()
-        self.ledger: dict[int, list[int]] | None = None  # of the unbroken run: the rows of its steps
+        self.ledger: dict[int, list[int]] | None = None  # the rows of the unbroken run's steps
 
     @cached_property
     def config(self) -> Path:
@@ -95,7 +95,7 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
         return file
 
     def new_root(self) -> Path:
-        """An output root of its own for a trial; its siblings `.out` and the like hold what the trial says."""
+        """Return a new output root for a trial; siblings such as `.out` hold what the trial prints."""
         return _made(self.folder / "trials" / f"{next(self._count):05}")
 
     def arguments(self, shape: Shape, root: Path, name: str = RUN_NAME) -> list[str]:
@@ -106,23 +106,23 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
         return ["--config", str(self.config), "--output_root", str(root), "--run_name", name, *pairs]
 
     def begin(self, shape: Shape, root: Path, setup: list[Setup] | None = None, name: str = RUN_NAME) -> list[Child]:
-        """Starts the first attempt of a run below root."""
+        """Start the first attempt of a run in an output root."""
         return start_ranks(shape.ranks, self.arguments(shape, root, name), _output(root), setup)
 
-    def go_on(self, shape: Shape, root: Path, setup: list[Setup] | None = None, *more: str) -> list[Child]:
-        """Starts a further attempt with `--resume`; of a run that was killed before it came to be, the first one."""
+    def start_again(self, shape: Shape, root: Path, setup: list[Setup] | None = None, *more: str) -> list[Child]:
+        """Start another attempt with `--resume`, or the first one again if no run was created."""
         run = run_of(root)
         if not (run / "training_state.json").exists():
-            shutil.rmtree(run, ignore_errors=True)  # forge tells the user that the folder is no run directory
+            shutil.rmtree(run, ignore_errors=True)  # forge would report that it is not a run directory
             return self.begin(shape, root, setup)
         return start_ranks(shape.ranks, self.resume(root, *more), _output(root), setup)
 
     def resume(self, root: Path, *more: str) -> list[str]:
-        """The arguments of a further attempt."""
+        """Return the arguments of another attempt."""
         return ["--resume", str(run_of(root)), "--output_root", str(root), *more]
 
     def unbroken(self, shape: Shape) -> Ending:
-        """The end of the run that nothing happened to, made when it is first asked for."""
+        """Return the end of the unbroken run, which is trained at the first call."""
         return ending(run_of(self.unbroken_root(shape)))
 
     def unbroken_root(self, shape: Shape) -> Path:
@@ -137,7 +137,7 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
             return self._unbroken[shape]
 
     def difference_but_checkpoints(self, shape: Shape, root: Path) -> str | None:
-        """The same for a run in which a save was told to have failed: it may keep other steps than the unbroken one."""
+        """Return how a run differs in which a save failed, and which may keep checkpoints of other steps."""
         expected, found = self.unbroken(shape), ending(run_of(root))
         names = [name for name in found.checkpoints if name not in expected.checkpoints]
         if names and not found.checkpoints:
@@ -146,7 +146,7 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
         return expected.difference(replace(found, checkpoints=expected.checkpoints, newest=newest))
 
     def verdict(self, shape: Shape, root: Path) -> str | None:
-        """What is wrong with a run that should have ended like the unbroken one."""
+        """Return what is wrong with a run that should have ended like the unbroken one."""
         run = run_of(root)
         if left := leftovers(run):
             return f"left behind: {', '.join(left)}"
@@ -157,8 +157,8 @@ checkpoint: {{every_steps: 2, keep_last: 2}}
     def finish(
         self, shape: Shape, root: Path, check: Callable[[Ended], str | None] | None = None
     ) -> tuple[str | None, Ended]:
-        """Resumes with the unmodified program until the end; what is wrong with that end, and how it came."""
-        ended = wait(self.go_on(shape, root))
+        """Resume with the unmodified program to the end. Returns what is wrong, and how the attempt ended."""
+        ended = wait(self.start_again(shape, root))
         problem = check(ended) if check is not None else None
         if problem is None and ended.hung:
             problem = "a rank of the resume hung"
@@ -172,7 +172,7 @@ def run_of(root: Path, name: str = RUN_NAME) -> Path:
 
 
 def ending(run: Path) -> Ending:
-    """Reads the end of a run. Raises OSError where there is none."""
+    """Read the end of a run. Raises OSError if it has not ended."""
     state = json.loads((run / "training_state.json").read_text())
     names = checkpoint_names(run)
     final = {name: (run / "final" / name).read_bytes() for name in ("model.safetensors", "config.json")}
@@ -185,7 +185,7 @@ def ending(run: Path) -> Ending:
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what depends on the clock."""
+    """Return the rows of metrics.jsonl without what depends on the clock."""
     file = run / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
@@ -201,7 +201,7 @@ def leftovers(run: Path) -> list[str]:
 
 
 def unsound(run: Path) -> str | None:
-    """The first folder that is named as a checkpoint and is not whole; it must not exist at any instant."""
+    """Return the first folder that is named like a checkpoint but is not valid; there must never be one."""
     state_file = run / "training_state.json"
     run_id = json.loads(state_file.read_text())["run_id"] if state_file.exists() else ""
     for name in checkpoint_names(run):
@@ -227,7 +227,7 @@ def _output(root: Path) -> Path:
 
 
 def closed(problem: str | None, root: Path) -> str | None:
-    """Removes a trial that went well, and says of another where it lies."""
+    """Remove a trial that went well, and add to the problem of another where its files are."""
     if problem is None:
         drop(root)
         return None
@@ -235,7 +235,7 @@ def closed(problem: str | None, root: Path) -> str | None:
 
 
 def drop(root: Path) -> None:
-    """Removes a trial that went well."""
+    """Remove a trial that went well."""
     shutil.rmtree(root, ignore_errors=True)
     for file in root.parent.glob(f"{root.name}.*"):
         if file.is_file():

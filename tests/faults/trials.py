@@ -1,4 +1,4 @@
-"""Rows of the table: a kind of fault and its trials, run side by side and counted."""
+"""Runs the trials of each kind of fault side by side, and counts them in a table."""
 
 import itertools
 import threading
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Trial:
-    """One fault. `run` says what is wrong with how forge took it, None if nothing is."""
+    """One fault. `run` returns what forge did wrong; None if nothing."""
 
     name: str
     run: Callable[[], str | None]
@@ -19,7 +19,7 @@ class Trial:
 
 @dataclass
 class Row:
-    """A kind of fault. `must_fail`: the trials prove the test and not forge, and at least one has to find a fault."""
+    """A kind of fault. `must_fail`: these trials test the test, and at least one of them has to fail."""
 
     fault: str
     trials: list[Trial]
@@ -39,14 +39,14 @@ class Row:
         return 100.0 * self.survived / max(1, len(self.trials))
 
 
-def run_row(row: Row, workers: int, tell: Callable[[str], None] = lambda _: None) -> Row:
-    """Runs all trials of a row, `workers` at a time."""
+def run_row(row: Row, workers: int, report: Callable[[str], None] = lambda _: None) -> Row:
+    """Run all trials of a row, `workers` at a time."""
     start, lock, done = time.monotonic(), threading.Lock(), itertools.count(1)
 
     def one(trial: Trial) -> None:
         try:
             problem = trial.run()
-        except Exception as error:  # noqa: BLE001 - a broken trial is a failed one, and the others go on
+        except Exception as error:  # noqa: BLE001 - a broken trial has failed, and the others still run
             frames = traceback.extract_tb(error.__traceback__)
             problem = f"{type(error).__name__}: {error} ({frames[-1].filename}:{frames[-1].lineno})"
         with lock:
@@ -56,9 +56,9 @@ def run_row(row: Row, workers: int, tell: Callable[[str], None] = lambda _: None
             else:
                 row.failures.append((trial.name, problem))
                 if not row.must_fail:
-                    tell(f"  FAILED {row.fault}: {trial.name}: {problem}")
+                    report(f"  FAILED {row.fault}: {trial.name}: {problem}")
             if number % 50 == 0:
-                tell(f"  {row.fault}: {number} of {len(row.trials)}")
+                report(f"  {row.fault}: {number} of {len(row.trials)}")
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, row.trials))
@@ -67,7 +67,7 @@ def run_row(row: Row, workers: int, tell: Callable[[str], None] = lambda _: None
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown, which is also what the terminal shows."""
+    """Return the table as Markdown."""
     lines = ["| fault | trials | survived | seconds |", "|---|---:|---:|---:|"]
     for row in rows:
         result = f"{row.percent:.4g} %"

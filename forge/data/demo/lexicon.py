@@ -1,9 +1,9 @@
-"""The words of the demo NLI data: lists by meaning, with the facts (kind, opposite, country) that the labels rest on.
+"""The words of the demo NLI data, grouped by meaning, with the facts (kind, opposite, country) behind the labels.
 
-A star marks a word, or both of a pair, as held out: train rows never contain it, every validation row contains one.
-A word is starred everywhere or nowhere, whatever its ending. An underscore is a space. Nouns and verbs inflect by the
-plain rules of `demo_nli` or stand in `IRREGULAR_PAST`; words that would not (child, wolf, hug) were left out, as were
-those whose first letter misleads about "a" and "an" (hour, ukulele).
+A star marks a word, or both words of a pair, as held out: no train row contains it, and every validation row contains a
+starred word. A word is starred everywhere or nowhere, in all its forms. An underscore is a space. Nouns and verbs
+follow the simple rules of `nli.py` or are listed in `IRREGULAR_PAST`. Words that need other rules (child, wolf, hug)
+are left out, and so are words whose first letter misleads about "a" and "an" (hour, ukulele).
 """
 
 
@@ -13,7 +13,7 @@ def words(text: str) -> tuple[str, ...]:
 
 # --- nouns ------------------------------------------------------------------------------------------------------------
 
-# Members of one kind exclude each other, and none belongs to two kinds: so no armchair, which is a chair.
+# Members of one kind exclude each other, and none belongs to two kinds. An armchair is also a chair, so it is left out.
 KINDS = {
     "animal": words("dog cat horse cow goat rabbit lion tiger bear camel monkey owl fox* donkey* elephant* zebra*"),
     "vehicle": words("car bus truck tractor bicycle motorbike tram helicopter train* canoe*"),
@@ -59,11 +59,11 @@ CITIES = {
 
 # --- adjectives -------------------------------------------------------------------------------------------------------
 
-# Details: none says anything about another.
+# Details, which say nothing about each other.
 COLOURS = words("red blue green yellow white black brown* purple*")
 TRAITS = words("tall young famous tired friendly lonely nervous* elderly*")
 
-# For each list of nouns the opposites that apply to them. Nothing is both; it may be neither.
+# For each list of nouns the opposites that apply to them. A thing is never both, but may be neither.
 OPPOSITES = (
     (
         PEOPLE,
@@ -80,7 +80,7 @@ OPPOSITES = (
     (words("hall classroom lobby* bedroom*"), words("bright/dark tidy/messy quiet/noisy warm*/chilly*")),
 )
 
-# Relations with the one that says the same of the two sides exchanged.
+# Relations, each with the one that says the same with the two sides exchanged.
 CONVERSES = (
     (PEOPLE, words("is_taller_than/is_shorter_than is_older_than/is_younger_than is_richer_than/is_poorer_than")),
     (PEOPLE, words("was_born_before/was_born_after is_faster_than/is_slower_than is_stronger*_than/is_weaker*_than")),
@@ -93,7 +93,7 @@ CONVERSES = (
 
 # --- verbs ------------------------------------------------------------------------------------------------------------
 
-# Done by one person to another, and possibly the other way round as well.
+# Done by one person to another, and perhaps the other way round too.
 TO_PEOPLE = words(
     "praise help thank call visit follow push warn admire blame insult ignore "
     "comfort* interrupt* photograph* recognise*"

@@ -1,15 +1,15 @@
-"""A made-up data set for line recognition: short lines as a receipt has them, rendered with Pillow alone.
+"""A generated data set for line recognition: short lines like those of a receipt, rendered with Pillow alone.
 
 It needs no download, and a model of a million parameters learns to read most of it in minutes on a CPU. Equal arguments
 give equal texts on every machine and Python version, and equal pixels with the same Pillow.
 
-**What a line says**: words, labels with a price, dates, times, quantities and codes, in upper, lower and title case.
-Half of the words in train are made up, letter by letter: where every word is known, guessing is learned before reading.
-**How it looks**: Pillow's own face in several sizes, weights and spacings; stretched, sheared, blurred, faint, noisy.
+**Content**: words, labels with a price, dates, times, quantities and codes, in upper, lower and title case. Half of the
+words in train are random letters: if every word were known, a model would learn to guess before it learns to read.
+**Appearance**: Pillow's own font in several sizes, weights and margins; stretched, sheared, blurred, faint, noisy.
 
-**Validation measures reading, not memory.** The words with a star (about a quarter) occur in validation only, and every
-line of validation that has words has one of them. A line without words (a date, a code) belongs to one split by its
-hash. So no line is in both splits, whatever the seeds and sizes.
+**Validation measures reading, not memory.** The words with a star (about a quarter) occur only in validation, and every
+validation line with words has one of them. A line without words (a date, a code) is assigned to a split by its hash. So
+no line is in both splits, for any seeds and sizes.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SPLITS = ("train", "validation")
 HELD_OUT = "*"
-VALIDATION_SHARE = 5  # one in so many lines without words is for validation
+VALIDATION_SHARE = 5  # one in five lines without words is for validation
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 LEXICON = """
@@ -46,9 +46,9 @@ T = TypeVar("T")
 
 
 def demo_lines(split: str, rows: int, seed: int = 0, only: Sequence[int] | None = None) -> list[dict[str, bytes | str]]:
-    """`rows` distinct lines with the keys image (PNG, grey) and text; fewer rows are the beginning of more rows.
+    """Return `rows` distinct lines with the keys image (PNG, grey) and text; fewer rows are a prefix of more rows.
 
-    only: the places of those that are rendered and given.
+    only: the indices of the lines to render and return.
     """
     draw = Draw(split, seed)
     looks: dict[str, Look] = {}
@@ -62,44 +62,44 @@ def demo_lines(split: str, rows: int, seed: int = 0, only: Sequence[int] | None 
 
 
 class Draw:
-    """Chance and the words of one split."""
+    """Random choices and the words of one split."""
 
     def __init__(self, split: str, seed: int) -> None:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         self.validates = split == "validation"
         digest = hashlib.sha256(f"demo_lines {split} {seed}".encode()).digest()
-        # Of random's methods only random() is promised to give the same numbers in all versions of Python.
+        # The only method of random that is guaranteed to give the same numbers in every version of Python.
         self._random = random.Random(int.from_bytes(digest, "big")).random
         self._held_out = [word[1:] for word in LEXICON.split() if word.startswith(HELD_OUT)]
         common = [word for word in LEXICON.split() if not word.startswith(HELD_OUT)]
-        self._telling = self._held_out if self.validates else common
+        self._own_words = self._held_out if self.validates else common
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * self._random()
 
     def number(self, low: int, high: int) -> int:
-        """A whole number from low to high, both included."""
+        """Return an integer from low to high, both included."""
         return low + int(self._random() * (high - low + 1))
 
     def one_of(self, values: Sequence[T]) -> T:
         return values[int(self._random() * len(values))]
 
     def word(self) -> str:
-        """A word that tells the splits apart."""
+        """Return a word that never occurs in the other split."""
         if not self.validates and self.number(0, 1):
             return self.letters(self.number(2, 7))
-        return self.one_of(self._telling)
+        return self.one_of(self._own_words)
 
     def letters(self, count: int) -> str:
-        """A made-up word, which is none that is held out."""
+        """Return random letters that are not a held-out word."""
         while (word := "".join(self.one_of(LETTERS) for _ in range(count))) in self._held_out:
             pass
         return word
 
 
 def line(draw: Draw) -> str:
-    """One line of text, of the draw's split."""
+    """Return one line of text that belongs to the split of `draw`."""
     form = draw.one_of((_word, _word, _word, _word, _priced, _counted, _price, _date, _code))
     case = draw.one_of((str.upper, str.upper, str.lower, str.title))
     while True:
@@ -109,7 +109,7 @@ def line(draw: Draw) -> str:
 
 
 class Look:
-    """How one line looks, by chance."""
+    """The random appearance of one line."""
 
     def __init__(self, draw: Draw) -> None:
         self.size = draw.number(18, 30)
@@ -122,7 +122,7 @@ class Look:
 
 
 def render(text: str, look: Look) -> bytes:
-    """A grey PNG of the text: dark on light, 24 to 48 pixels high."""
+    """Return a grey PNG of the text: dark on light, 24 to 48 pixels high."""
     font, margins, shear = _face(look.size), look.margins, look.shear
     left, top, right, bottom = font.getbbox(text, stroke_width=look.weight)
     size = int(right - left) + margins[0] + margins[1], int(bottom - top) + margins[2] + margins[3]
@@ -132,11 +132,11 @@ def render(text: str, look: Look) -> bytes:
 
     lean = abs(shear) * size[1]
     wide = int((size[0] + lean) * look.stretch), size[1]
-    # The map from the new image's points to the old one's: x_old = x_new / stretch + shear * y - what leans out.
+    # Maps points of the new image to the old one: x_old = x_new / stretch + shear * y - what leans out on the left.
     back = (1 / look.stretch, shear, -max(shear, 0) * size[1], 0, 1, 0)
     image = image.transform(wide, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR, fillcolor=look.paper)
     image = image.filter(ImageFilter.GaussianBlur(look.blur))
-    # Of numpy's generators only RandomState is promised to give the same numbers in all versions.
+    # The only generator of numpy that is guaranteed to give the same numbers in every version.
     noise = np.random.RandomState(look.noise_seed).normal(0, look.noise, (wide[1], wide[0]))
     pixels = (np.asarray(image, dtype=np.float64) + noise).clip(0, 255).round().astype(np.uint8)
     file = BytesIO()

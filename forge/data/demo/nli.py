@@ -1,20 +1,20 @@
-"""A made-up data set for natural-language inference: pairs whose label follows by logic from what forge wrote.
+"""A generated data set for natural-language inference: pairs whose label follows logically from how they were built.
 
 It needs no download, and a small pretrained encoder learns most of it in a few hundred steps on a CPU. Equal arguments
 give equal rows on every machine and Python version.
 
-**Labels are logical**, for premise and hypothesis about one scene. Entailment: wherever the premise is true, so is the
-hypothesis. Contradiction: they cannot both be true. Neutral: neither. What is only likely is neutral. "No nurse" means
-none in the scene, "at most three" includes none, "most" is more than half, "or" allows both.
+**Labels are logical**, for premise and hypothesis about one scene. Entailment: whenever the premise is true, so is the
+hypothesis. Contradiction: they cannot both be true. Neutral: neither of these. What is only likely is neutral. "No
+nurse" means none in the scene, "at most three" includes none, "most" is more than half, "or" allows both.
 
-**The hypothesis alone gives nothing away.** Each builder fixes a hypothesis, mostly affirmative, and writes three
+**The hypothesis alone reveals nothing.** Each builder chooses a hypothesis, mostly affirmative, and writes three
 premises for it, one for each label; all three become rows. What makes an affirmative hypothesis true makes the negative
 one false: a premise with "no" or "failed to" contradicts the one and entails the other.
 
-**Validation measures generalisation.** The words with a star in `demo_lexicon` (about a quarter) never occur in train,
-and every validation pair contains one of them: no pair is in both splits, whatever the seeds and sizes.
+**Validation measures generalisation.** The words with a star in `lexicon.py` (about a quarter) never occur in train,
+and every validation pair contains one of them: no pair is in both splits, for any seeds and sizes.
 
-The phenomena, in equal shares. E, N, C stand for the premises that entail, leave open, contradict the hypothesis H:
+The phenomena, equally often. E, N, C are the premises that entail, leave open, contradict the hypothesis H:
 
     kinds         H There was an animal in the barn.
                   E … a dog …   N … a hammer …   C There was no animal in the barn.
@@ -22,7 +22,7 @@ The phenomena, in equal shares. E, N, C stand for the premises that entail, leav
                   E … no animal …   N … no cat …   C … a black dog …
     identity      H The animal in the barn is a dog.                       (it is of one kind only)
                   E … a black dog.   N … black.   C … a black cat.
-    places        H Anna was born in France.                               (once, and a city lies in one country)
+    places        H Anna was born in France.                               (once, and a city is in one country)
                   E … in Lyon.   N Anna has a cousin in Lyon.   C … in Berlin.
     converses     H The nurse is taller than the baker.
                   E The baker is shorter than the nurse.   N The pilot is shorter than the nurse.
@@ -81,14 +81,14 @@ from forge.data.demo.lexicon import (
 
 LABELS = ("entailment", "neutral", "contradiction")
 SPLITS = ("train", "validation")
-HELD_OUT = "*"  # the star stays on its word until the sentence is finished: it shows which sentences are for validation
-MAX_FAILED_DRAWS = 2000  # in a row; asked for more rows than the lexicon has, stop instead of searching for ever
+HELD_OUT = "*"  # stays on its word until the sentence is complete, to show which sentences are for validation
+MAX_FAILED_DRAWS = 2000  # in a row: the lexicon has no more rows, and searching would never end
 
 T = TypeVar("T")
 
 
 def demo_nli(split: str, rows: int, seed: int = 0) -> list[dict[str, str]]:
-    """`rows` distinct pairs with the keys premise, hypothesis, label; fewer rows are the beginning of more rows."""
+    """Return `rows` distinct pairs with the keys premise, hypothesis, label; fewer rows are a prefix of more rows."""
     data: list[dict[str, str]] = []
     pairs = _pairs(split, seed)
     while len(data) < rows:
@@ -108,14 +108,14 @@ class Triple:
 
 
 class Draw:
-    """Chance and the words of one split."""
+    """Random choices and the words of one split."""
 
     def __init__(self, split: str, seed: int) -> None:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         self.split = split
         digest = hashlib.sha256(f"demo_nli {split} {seed}".encode()).digest()
-        # Of random's methods only random() is promised to give the same numbers in all versions of Python.
+        # The only method of random that is guaranteed to give the same numbers in every version of Python.
         self._random = random.Random(int.from_bytes(digest, "big")).random
 
     def one(self, items: Sequence[T]) -> T:
@@ -125,11 +125,11 @@ class Draw:
         return self._random() < 0.5
 
     def affirmative(self) -> bool:
-        """Whether the hypothesis is to be one; three of four, because labels under negation are learnt slowly."""
+        """Return True for an affirmative hypothesis: three in four, since labels under negation are learned slowly."""
         return self._random() < 0.75
 
     def word(self, words: Sequence[str], *others: str) -> str:
-        """One word that this split may use, and none of `others`; an underscore in the lexicon is a space."""
+        """Return a word that this split may use and that is not in `others`; an underscore becomes a space."""
         usable = [word for word in words if self.split == "validation" or HELD_OUT not in word]
         return self.one([word for word in (word.replace("_", " ") for word in usable) if word not in others])
 
@@ -145,7 +145,7 @@ class Draw:
 
 
 def kinds(draw: Draw) -> Triple:
-    """A dog is an animal, so where a dog is, an animal is, and where no animal is, no dog is; not conversely."""
+    """A dog is an animal, so a dog implies an animal, and no animal implies no dog; the converse does not hold."""
     kind = draw.word(tuple(KINDS))
     member = draw.word(KINDS[kind])
     sibling = draw.word(KINDS[kind], member)
@@ -163,7 +163,7 @@ def kinds(draw: Draw) -> Triple:
 
 
 def identity(draw: Draw) -> Triple:
-    """One thing is of one kind only: what is a cat is no dog. Its colour says nothing about its kind."""
+    """A thing has only one kind: a cat is not a dog. Its colour says nothing about its kind."""
     kind = draw.word(tuple(KINDS))
     member = draw.word(KINDS[kind])
     sibling = draw.word(KINDS[kind], member)
@@ -177,7 +177,7 @@ def identity(draw: Draw) -> Triple:
 
 
 def places(draw: Draw) -> Triple:
-    """A city lies in one country; nobody is in two cities at a time or is born twice. Where a cousin lives is open."""
+    """A city is in one country; nobody is in two cities at once or born twice. A cousin's home says nothing."""
     country = draw.word(tuple(CITIES))
     city = draw.word(CITIES[country])
     elsewhere = draw.word(CITIES[draw.word(tuple(CITIES), country)])
@@ -198,7 +198,7 @@ def places(draw: Draw) -> Triple:
 
 
 def converses(draw: Draw) -> Triple:
-    """Taller one way is shorter the other way, and neither holds both ways. A third one decides nothing."""
+    """Taller one way is shorter the other way, and never both ways. A third person decides nothing."""
     nouns, pairs = draw.one(CONVERSES)
     over, under = draw.either_way(draw.word(pairs))
     one = draw.word(nouns)
@@ -214,27 +214,27 @@ def converses(draw: Draw) -> Triple:
 
 
 def roles(draw: Draw) -> Triple:
-    """The passive says the same. With the two exchanged it is another deed, which may or may not have been done too."""
+    """The passive says the same. With the two exchanged it is another action, which may have happened too."""
     verb = draw.word(TO_PEOPLE)
     one = draw.word(PEOPLE)
     two = draw.word(PEOPLE, one)
 
-    def told(doer: str, other: str, done: bool, active: bool) -> str:
+    def statement(doer: str, other: str, done: bool, active: bool) -> str:
         if active:
             return f"the {doer} {_past(verb)} the {other}" if done else f"the {doer} did not {verb} the {other}"
         return f"the {other} {'was' if done else 'was not'} {_past(verb)} by the {doer}"
 
     done, active = draw.affirmative(), draw.coin()
     return Triple(
-        told(one, two, done, active),
-        told(one, two, done, not active),
-        told(two, one, done, draw.coin()),
-        told(one, two, not done, draw.coin()),
+        statement(one, two, done, active),
+        statement(one, two, done, not active),
+        statement(two, one, done, draw.coin()),
+        statement(one, two, not done, draw.coin()),
     )
 
 
 def opposites(draw: Draw) -> Triple:
-    """What is hot is not cold (what is not cold may be lukewarm). Its neighbour and its past decide nothing."""
+    """Hot is not cold, although not cold may be lukewarm. The thing's neighbour and its past decide nothing."""
     nouns, pairs = draw.one(OPPOSITES)
     quality, opposite = draw.either_way(draw.word(pairs))
     thing = draw.word(nouns)
@@ -252,19 +252,19 @@ def opposites(draw: Draw) -> Triple:
 
 
 def counts(draw: Draw) -> Triple:
-    """Each quantity is an interval of whole numbers: inside the hypothesis's, overlapping it, or apart from it."""
+    """Each quantity is an interval of integers: inside the hypothesis's, overlapping it, or disjoint from it."""
     verb = draw.word(ALONE)
     return _quantified(draw, COUNTS, draw.word(PEOPLE), f"{_past(verb)} in the {draw.word(ROOMS)}")
 
 
 def shares(draw: Draw) -> Triple:
-    """The same with the share of a group: all of it is more than half of it, and that is at least one."""
+    """Like counts, with shares of a group: all of it is more than half of it, which is at least one."""
     verb = draw.word(ALONE)
     return _quantified(draw, SHARES, draw.word(PEOPLE), f"{_past(verb)} in the {draw.word(ROOMS)}")
 
 
 def details(draw: Draw) -> Triple:
-    """With more detail it entails the plainer statement, under "no" the other way round. A detail not given is open."""
+    """More detail entails less detail, and the other way round under "no". A detail that is not given is open."""
     person, trait, verb = draw.word(PEOPLE), draw.word(TRAITS), _past(draw.word(TO_THINGS))
     thing, colour = draw.word(KINDS[draw.word(tuple(KINDS))]), draw.word(COLOURS)
     when = draw.one(("on Monday", "last week", "in the morning", "yesterday"))
@@ -277,7 +277,7 @@ def details(draw: Draw) -> Triple:
 
 
 def conjunctions(draw: Draw) -> Triple:
-    """ "And" gives both, "or" gives one of them without saying which, "neither … nor" gives none."""
+    """ "And" means both, "or" means one without saying which, "neither … nor" means none."""
     verb, who = draw.word(TO_THINGS), f"the {draw.word(PEOPLE)}"
     members = KINDS[draw.word(tuple(KINDS))]
     this = draw.word(members)
@@ -298,7 +298,7 @@ def conjunctions(draw: Draw) -> Triple:
 
 
 def attempts(draw: Draw) -> Triple:
-    """Who manages to do it does it, who fails to does not, and who hopes to may or may not."""
+    """To manage to do something is to do it, to fail to is not to do it, and to hope to leaves it open."""
     task, who = draw.word(TASKS), f"the {draw.word(PEOPLE)}"
     verb, what = task.split(" ", 1)
     so, not_so, not_decided = (f"{who} {draw.word(verbs)} {task}" for verbs in (DID, DID_NOT, MAYBE_DID))
@@ -308,7 +308,7 @@ def attempts(draw: Draw) -> Triple:
 
 
 def beliefs(draw: Draw) -> Triple:
-    """What someone knows is so, what someone wrongly believes is not, what someone merely believes is open."""
+    """What someone knows is true, what someone wrongly believes is false, what someone merely believes is open."""
     nouns, pairs = draw.one(OPPOSITES)
     thing, quality = draw.word(nouns), draw.either_way(draw.word(pairs))[0]
     who = f"the {draw.word(PEOPLE, thing)}"
@@ -328,19 +328,19 @@ PHENOMENA: tuple[Callable[[Draw], Triple], ...] = (
 
 # --- quantities -------------------------------------------------------------------------------------------------------
 
-MANY = 8  # stands for any number above those below; for shares, for the whole group, and is even because half occurs
+MANY = 8  # any number above those used here; for shares the whole group, which has a half and so must be even
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What "at least two" says: a number from `low` to `high`."""
+    """A phrase such as "at least two", which means a number from `low` to `high`."""
 
     text: str
     low: int
     high: int
 
     def label_for(self, hypothesis: "Quantity") -> str:
-        """The label of this quantity as premise, of the same people doing the same thing."""
+        """Return the label if this quantity is the premise, about the same people doing the same thing."""
         if hypothesis.low <= self.low and self.high <= hypothesis.high:
             return "entailment"
         if self.high < hypothesis.low or hypothesis.high < self.low:
@@ -348,11 +348,7 @@ class Quantity:
         return "neutral"
 
 
-NO_COUNTS = (
-    "fewer than one",
-    "at most five",
-    "more than five",
-)  # as hypotheses they would lack a premise of some label
+NO_COUNTS = ("fewer than one", "at most five", "more than five")  # no premise gives these all three labels
 COUNTS = (
     Quantity("no", 0, 0),
     Quantity("not one", 0, 0),
@@ -388,17 +384,17 @@ SHARES = (
 def _quantified(draw: Draw, quantities: Sequence[Quantity], noun: str, deed: str) -> Triple:
     asked = draw.one(quantities)
 
-    def told(quantity: Quantity) -> str:
+    def statement(quantity: Quantity) -> str:
         return f"{quantity.text} {noun if quantity.text.endswith(' one') else _plural(noun)} {deed}"
 
     def premise(label: str) -> str:
-        # "Most" and "some" are heard as "not all" although they do not say so: no neutral premise rests on that.
+        # "Most" and "some" suggest "not all" without saying so, so they are not used as neutral premises.
         fitting = [given for given in quantities if given is not asked and given.label_for(asked) == label]
         if label == "neutral":
             fitting = [given for given in fitting if given.text not in ("most of the", "some of the")]
-        return told(draw.one(fitting))
+        return statement(draw.one(fitting))
 
-    return Triple(told(asked), *(premise(label) for label in LABELS))
+    return Triple(statement(asked), *(premise(label) for label in LABELS))
 
 
 # --- rows and words ---------------------------------------------------------------------------------------------------
@@ -429,7 +425,7 @@ def _new_pairs(
 
 
 def _existence(draw: Draw) -> tuple[Callable[[str], str], Callable[[str], str], str]:
-    """Sentences that there is such a thing (or someone bought it), that there is none, and that there is nothing."""
+    """Return sentences that there is such a thing (or someone bought it), that there is none, that there is nothing."""
     if draw.coin():
         place = f"in the {draw.word(ROOMS)}"
         there_is, there_is_no = f"there was {{}} {place}", f"there was no {{}} {place}"
@@ -461,7 +457,7 @@ def _past(verb: str) -> str:
 
 
 def _inflected(word: str, inflect: Callable[[str], str]) -> str:
-    """The inflected word, with its star if it had one."""
+    """Return the inflected word, with its star if it had one."""
     bare = word.removesuffix(HELD_OUT)
     return inflect(bare) + word[len(bare) :]
 

@@ -1,8 +1,8 @@
-"""Finds the places in a row where two tokenizers have written the same text: there two models predict the same.
+"""Finds the positions where two models with different tokenizers have read the same text, and so predict the same.
 
-Each tokenizer writes a row in its own words: its own template, its own tokens, its own end of a reply. Before each
-learned token stands how much of the reply its model has read, in bytes; where that is the same in both rows, the two
-distributions over the next token are about the same continuation, whatever tokens they are over.
+Each tokenizer writes a row with its own template, its own tokens and its own end of a reply. For each learned token it
+is known how many bytes of the reply the model has read before it. Where that number is the same in both rows, the two
+distributions over the next token describe the same continuation, although over different tokens.
 """
 
 import re
@@ -22,27 +22,29 @@ from forge.task.causal_lm.documents import Encoder, Spelled, map_rows
 FEATURES = Features(
     {
         "teacher_input_ids": ListOf(Value("int32")),
-        "aligned": ListOf(Value("int32")),  # places of the student's logits in its row, ascending
-        "teacher_aligned": ListOf(Value("int32")),  # those of the teacher's in its own
-        "teacher_cut": Value("int32"),  # tokens that the teacher does not read
+        "aligned": ListOf(Value("int32")),  # positions of the student's logits in its row, ascending
+        "teacher_aligned": ListOf(Value("int32")),  # positions of the teacher's logits in its row
+        "teacher_cut": Value("int32"),  # tokens of the row that the teacher does not read
     }
 )
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a token of one byte
-Read = tuple[int, int]  # bytes of a reply's text, and tokens behind it that end the reply
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a token of one byte
+Read = tuple[int, int]  # bytes read of a reply's text, and tokens read of its end
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What is learned of one reply, in one tokenizer's tokens."""
+    """The learned part of one reply, in one tokenizer's tokens."""
 
-    text: bytes  # without what ends it
-    tokens: list[int]  # places in the row
-    read: list[Read | None]  # of the reply before each of them; None: within a character, or nobody knows
+    text: bytes  # without its end token
+    tokens: list[int]  # positions in the row
+    read: list[Read | None]  # of the reply before each of them; None: inside a character, or unknown
 
 
 def align_split(student: Encoder, teacher: Encoder, rows: Dataset, where: str) -> Dataset:
-    """The columns of FEATURES for every row of a split, in its order. Raises UsageError for a row that the teacher's
-    template refuses."""
+    """Return the columns of FEATURES for every row of a split, in order.
+
+    Raises UsageError for a row that the teacher's template refuses.
+    """
 
     def align(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         ours = student.spell(columns, numbers, where)
@@ -51,9 +53,9 @@ def align_split(student: Encoder, teacher: Encoder, rows: Dataset, where: str) -
         longest = student.config.max_length
         for one, other in zip(ours, theirs, strict=True):
             pairs = [
-                (mine - 1, its - 1)  # logits at a place predict the token behind it
+                (mine - 1, its - 1)  # logits at a position predict the next token
                 for mine, its in align_rows(replies(one, student.tokenizer), replies(other, teacher.tokenizer))
-                if 0 < mine < longest and 0 < its <= longest  # behind its last token the teacher still predicts one
+                if 0 < mine < longest and 0 < its <= longest  # after its last token the teacher still predicts one
             ]
             found["teacher_input_ids"].append(other.ids[:longest])
             found["aligned"].append([mine for mine, _ in pairs])
@@ -66,9 +68,9 @@ def align_split(student: Encoder, teacher: Encoder, rows: Dataset, where: str) -
 
 
 def align_rows(student: Sequence[Reply], teacher: Sequence[Reply]) -> list[tuple[int, int]]:
-    """Places of learned tokens, of the student's row and of the teacher's, before which both have read the same.
+    """Return pairs of learned positions, in the student's and the teacher's row, before which both have read the same.
 
-    None where the rows have another number of replies.
+    There are none if the two rows have different numbers of replies.
     """
     if len(student) != len(teacher):
         return []
@@ -76,9 +78,10 @@ def align_rows(student: Sequence[Reply], teacher: Sequence[Reply]) -> list[tuple
 
 
 def align_replies(student: Reply, teacher: Reply) -> list[tuple[int, int]]:
-    """The same of one reply, as far as its text is the same.
+    """Return such pairs for one reply, as far as its text is the same in both rows.
 
-    Where only one of two templates writes white space before the reply, both count from behind it.
+    If only one of the two templates writes white space before the reply, both are counted from the first character
+    after it.
     """
     shifts = [len(reply.text) - len(reply.text.lstrip()) for reply in (student, teacher)]
     if student.text[: shifts[0]] == teacher.text[: shifts[1]]:
@@ -87,22 +90,22 @@ def align_replies(student: Reply, teacher: Reply) -> list[tuple[int, int]]:
     same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
     whole = text == other
 
-    def places(reply: Reply, shift: int) -> dict[Read, int]:
+    def positions(reply: Reply, shift: int) -> dict[Read, int]:
         found: dict[Read, int] = {}
         for number, (token, read) in enumerate(zip(reply.tokens, reply.read, strict=True)):
             if read is None:
                 continue
             length, ends = max(0, read[0] - shift) if number == 0 else read[0] - shift, read[1]
             if 0 <= length < same or (whole and length == same):
-                found[length, ends] = token  # of several tokens behind the same text the last one: it goes on
+                found[length, ends] = token  # the last of several tokens after the same text continues it
         return found
 
-    ours, theirs = places(student, shifts[0]), places(teacher, shifts[1])
+    ours, theirs = positions(student, shifts[0]), positions(teacher, shifts[1])
     return [(token, theirs[read]) for read, token in ours.items() if read in theirs]
 
 
 def replies(row: Spelled, tokenizer: PreTrainedTokenizerBase) -> list[Reply]:
-    """The replies of a row; the last one has the end token that was appended to it."""
+    """Return the replies of a row; the last one includes the end token that was appended to the row."""
     tokens: list[list[int]] = [[] for _ in row.spans]
     for place, (learned, (start, end)) in enumerate(zip(row.learned, row.offsets, strict=True)):
         if learned:
@@ -112,11 +115,12 @@ def replies(row: Spelled, tokenizer: PreTrainedTokenizerBase) -> list[Reply]:
 
 
 def _reply(row: Spelled, span: Span, places: list[int], tokenizer: PreTrainedTokenizerBase) -> Reply:
+    """Return the reply in a span of the row's text, whose learned tokens are at `places`."""
     special = _ends(tokenizer)
     ends = next((n for n, place in enumerate(reversed(places)) if row.ids[place] not in special), len(places))
     body = places[: len(places) - ends]
     first, to = span
-    if ends and row.offsets[places[len(body)]] > (first, first):  # what ends it stands in the text
+    if ends and row.offsets[places[len(body)]] > (first, first):  # its end token is part of the text
         to = row.offsets[places[len(body)]][0]
     text = row.text[first:to]
     pieces = [token_bytes(tokenizer, row.ids[place]) for place in body]
@@ -129,9 +133,10 @@ def _reply(row: Spelled, span: Span, places: list[int], tokenizer: PreTrainedTok
 
 
 def _by_bytes(text: bytes, pieces: list[bytes]) -> list[int | None] | None:
-    """Bytes of the text before each piece, and behind the last; None unless the pieces spell the text.
+    """Return the bytes of the text before each piece and after the last; None unless the pieces spell the text.
 
-    The first may begin before the text, with a space of the template's or of the tokenizer's; the last may end behind.
+    The first piece may begin before the text, with a space from the template or the tokenizer, and the last piece may
+    end after it.
     """
     if not pieces:
         return [0] if not text else None
@@ -148,7 +153,7 @@ def _by_bytes(text: bytes, pieces: list[bytes]) -> list[int | None] | None:
 
 
 def _by_offsets(text: str, span: Span, offsets: list[Span]) -> list[int | None]:
-    """The same from the characters that each token stands for, of a tokenizer that changes a text before it cuts it."""
+    """Return the same from each token's characters, for a tokenizer that changes a text before it splits it."""
     first, to = span
     if not offsets:
         return [0]
@@ -162,15 +167,14 @@ def _by_offsets(text: str, span: Span, offsets: list[Span]) -> list[int | None]:
 
 @cache
 def _ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Special tokens, which may end a reply; the unknown one stands for text."""
+    """Return the special tokens, which may end a reply; the unknown token stands for text and is not one of them."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset({*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id})
 
 
 @cache
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, str], dict[int, str], dict[str, int] | None]:
-    """Tokens by id; those among them that were added, as they stand in a text; of byte-level tokens the byte that each
-    character means."""
+    """Return tokens by id, the text of added tokens by id, and of byte-level tokenizers the byte of each character."""
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
@@ -178,8 +182,11 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, str], dic
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """What a token says it stands for: right for byte-level BPE and for SentencePiece, and for others a guess, which
-    the text of the row confirms or not."""
+    """Return the bytes that a token stands for, by its name.
+
+    That is right for byte-level BPE and SentencePiece. For other tokenizers it is a guess, which is checked against the
+    text of the row.
+    """
     tokens, added, characters = _vocabulary(tokenizer)
     text = tokens[token]
     if token in added:
@@ -192,7 +199,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's alphabet: a byte that can be seen is its own character, each other one a character from 256 on."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    """Return GPT-2's alphabet: a printable byte is its own character, any other a character from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}

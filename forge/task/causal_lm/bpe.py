@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer made from the training texts, for a causal LM from scratch."""
+"""Trains a byte-level BPE tokenizer on the training texts, for a causal LM from scratch."""
 
 from collections.abc import Iterable
 
@@ -11,10 +11,10 @@ PAD, END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|pad|>", "<|endoftext|>", "<|im
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, chat: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most vocab_size tokens: equal texts give an equal one.
+    """Return a tokenizer of at most vocab_size tokens; equal texts give an equal tokenizer.
 
-    Digits stand alone, as in SmolLM2's. chat: the tokenizer has the template ChatML, and ends with the turn.
-    How long a text may be, the model's positions say.
+    Every digit is a token of its own, as in SmolLM2. With `chat` it has the ChatML template, and its end token is the
+    end of a turn. It sets no maximum length: the model's positions limit a text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

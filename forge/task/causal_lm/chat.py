@@ -1,10 +1,12 @@
-"""Writes a conversation by a chat template, and says which characters of the text are the replies to be learned.
+"""Renders a conversation with a chat template, and finds the characters of the replies, which are what is learned.
 
-A template with `{% generation %}` markers says it itself. Any other is asked by prefixes: the text up to a reply, with
-the opening of the assistant's turn (add_generation_prompt), must begin the whole text, and so must the text up to the
-end of that reply; what lies between is the reply with the token that ends the turn. Templates that write an earlier
-turn otherwise once a later one follows (Qwen3 drops its <think>) fail that test and are refused: no mask would be
-right, for the model never sees in use what it would learn.
+A template with `{% generation %}` markers marks the replies itself. With any other template they are found by prefixes:
+the conversation before a reply, rendered with the opening of the assistant's turn (add_generation_prompt), must be a
+prefix of the whole text, and so must the conversation up to the end of that reply. The text between the two is the
+reply with the token that ends the turn.
+
+Some templates render an earlier turn differently once a later one follows (Qwen3 drops its <think>). They fail this
+test and are refused: in use the model never sees the text that it would learn.
 """
 
 import datetime
@@ -25,30 +27,30 @@ logger = logging.getLogger(__name__)
 
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-DATE = datetime.date(2024, 7, 26)  # what Llama's templates write where no date is given
+DATE = datetime.date(2024, 7, 26)  # the date in Llama's templates if none is given
 MARKED = "give a template that marks the replies with {% generation %} and {% endgeneration %} by task.chat_template"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)  # of a tokenizer that forge trains
+)  # for a tokenizer that forge trains
 
-# What a template may raise: its own objections, and whatever Python says to its expressions.
+# What rendering may raise: the template's own errors, and Python's for its expressions.
 RENDERING = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-_render_template: Any = render_jinja_template  # (texts, spans), whatever its annotation says
+_render_template: Any = render_jinja_template  # returns (texts, spans), unlike its annotation
 Message = dict[str, Any]
-Span = tuple[int, int]  # characters from, to (not included)
+Span = tuple[int, int]  # characters from, up to but not including
 
 
 class BadRow(ValueError):
-    """What is wrong with one row, as the rest of a sentence that begins with its place."""
+    """An unusable row. The message continues a sentence that begins with the row's place: "… row 3" + message."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A text, and what of it is learned."""
+    """A text and the parts of it that are learned."""
 
     text: str
     spans: list[Span]
@@ -56,49 +58,51 @@ class Written:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's text, and the special tokens that it names."""
+    """A chat template with the special tokens that it may write."""
 
     text: str
     special_tokens: dict[str, Any]
-    ends: tuple[str, ...]  # special tokens as text: a reply ends with one
+    ends: tuple[str, ...]  # special tokens as text, with one of which a reply ends
 
     def write(self, messages: Sequence[Message]) -> Written:
-        """The whole conversation and its replies. Raises BadRow where roles or template do not allow it."""
+        """Return the whole conversation and its replies. Raises BadRow if roles or template do not allow it."""
         check_roles(messages)
         messages = [_plain(message) for message in messages]
         if MARKER.search(self.text):
             text, spans = self._render(messages)
             if not any(end > start for start, end in spans):
-                raise BadRow(f"has no reply by the template's own markers; {MARKED} round each reply")
+                raise BadRow(f"has no reply between the template's own markers; {MARKED} around each reply")
             return Written(text, spans)
         text, _ = self._render(messages)
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         return Written(text, [self._reply(messages, i, text) for i in replies])
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text that asks for the next reply."""
+        """Return the text that asks for the next reply."""
         return self._render([_plain(message) for message in messages], opened=True)[0]
 
     def _reply(self, messages: list[Message], i: int, text: str) -> Span:
+        """Return the span of message i, a reply, in the text of all messages."""
         before, _ = self._render(messages[:i], opened=True)
         if not text.startswith(before):
             raise BadRow(
-                f"is written by the chat template with another text before message {i} than the one that asks for it; "
-                + MARKED
+                f"is not rendered consistently: the chat template writes another text before message {i} than in the "
+                f"prompt for it; {MARKED}"
             )
         through, _ = self._render(messages[: i + 1])
         if not text.startswith(through):
             raise BadRow(
-                f"is not to be masked: the chat template writes message {i} otherwise once a later one follows (some "
+                f"cannot be masked: the chat template writes message {i} differently once a later one follows (some "
                 f"templates drop earlier thoughts); {MARKED}, or end each conversation at the one reply to learn"
             )
         reply = through[len(before) :]
         closed = reply.rstrip()
-        if closed.endswith(self.ends):  # white space after the end of the turn is the template's, and never generated
+        if closed.endswith(self.ends):  # white space after the turn's end is the template's, and never generated
             reply = closed
         return len(before), len(before) + len(reply)
 
     def _render(self, messages: list[Message], *, opened: bool = False) -> tuple[str, list[Span]]:
+        """Return the text of the messages and the spans between its markers. opened: ends where a reply begins."""
         try:
             texts, spans = _render_template(
                 [messages],
@@ -109,8 +113,8 @@ class ChatTemplate:
             )
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
-                f"the chat template is no valid Jinja: {_short(error)}, in its line {error.lineno}; mend the file of "
-                "task.chat_template, or name one"
+                f"the chat template is not valid Jinja: {_short(error)}, in its line {error.lineno}; fix the file of "
+                "task.chat_template, or set that key"
             ) from error
         except RENDERING as error:
             raise BadRow(
@@ -120,9 +124,9 @@ class ChatTemplate:
 
 
 def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> ChatTemplate:
-    """The template of `file` (task.chat_template), else the tokenizer's own. Raises UsageError where there is none.
+    """Return the template of `file` (task.chat_template) or else the tokenizer's own. Raises UsageError for neither.
 
-    A template that writes today's date is given a fixed one: a resumed run must read what the first attempt read.
+    A template that writes today's date gets a fixed date, so that a resumed run reads the same text.
     """
     if file is not None:
         text = load_text(file)
@@ -131,17 +135,17 @@ def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> ChatT
         text = own.get("default", "") if isinstance(own, dict) else own or ""
         if not text:
             raise UsageError(
-                "the tokenizer has no chat template, and the data are messages; name a file with one as "
-                "task.chat_template, or use the tokenizer of an instruct model"
+                "the data are messages, but the tokenizer has no chat template; set task.chat_template to a file with "
+                "one, or use the tokenizer of an instruct model"
             )
     dated = NOW.sub(lambda found: repr(DATE.strftime(found[2])), text)
     if dated != text:
-        logger.info("the chat template writes today's date; forge writes %s instead, on every day", DATE)
+        logger.info("the chat template writes today's date; forge always writes %s instead", DATE)
     return ChatTemplate(dated, dict(tokenizer.special_tokens_map), special_texts(tokenizer))
 
 
 def load_text(file: str) -> str:
-    """The template in a file (task.chat_template), as it stands there. Raises UsageError."""
+    """Return the content of the file task.chat_template. Raises UsageError if it cannot be read."""
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -149,21 +153,22 @@ def load_text(file: str) -> str:
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Every special token as text, the longest first."""
+    """Return every special token as text, the longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return tuple(sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token)))
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Raises BadRow unless: system (or developer) at most first, user and assistant in turn, assistant last.
+    """Raise BadRow for roles in a wrong order.
 
-    Messages of role tool may stand between two of the assistant.
+    Right are: system (or developer) only as the first message, user and assistant in turn, and assistant as the last
+    one. Messages of the role tool may come between two of the assistant.
     """
     if not messages:
         raise BadRow("has no messages")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not message.get("role"):
-            raise BadRow(f"has no role in message {i}; each message is a map with role and content")
+            raise BadRow(f"has no role in message {i}; each message is a mapping with role and content")
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise BadRow(f"has no text as the content of message {i} ({message['role']})")
@@ -190,7 +195,7 @@ def check_roles(messages: Sequence[Message]) -> None:
 
 
 def _plain(message: Message) -> Message:
-    """Without the keys that only other rows have: a table gives them to every row, as None."""
+    """Return the message without keys that are None: a table gives every row the keys of all others."""
     return {"content": "", **{key: value for key, value in message.items() if value is not None}}
 
 

@@ -10,13 +10,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # ids 0 to 3
-PRINTABLE_ASCII = "".join(map(chr, range(32, 127)))  # known whatever the texts: other data can follow
+PRINTABLE_ASCII = "".join(map(chr, range(32, 127)))  # always known, since other data may follow
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token for each printable ASCII character and each further one in texts; a text ends with </s>.
+    """Return a tokenizer with a token for each printable ASCII character and each other one in texts.
 
-    How long a text may be, the model's positions say.
+    A text ends with </s>. The tokenizer sets no maximum length: the model's positions limit a text.
     """
     further = sorted({character for text in texts for character in text} - set(PRINTABLE_ASCII))
     tokens = [*SPECIAL.values(), *PRINTABLE_ASCII, *further]

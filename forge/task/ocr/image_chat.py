@@ -1,4 +1,4 @@
-"""Chat-style vision-language models that read an image: the prompt with its image, and the reply that is learned."""
+"""The reader for chat-style vision-language models: a prompt with an image, and the reply that is learned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from forge.losses.cross_entropy import IGNORE
 from forge.model.recognizer import end_token
 from forge.task.ocr.images import fit, fit_in_code
 
-PROBE = "transcript"  # stands for a reply where the chat template is looked at
+PROBE = "transcript"  # a reply that is looked for in what the chat template writes
 
 
 @dataclass(frozen=True)
 class ImageChat:
-    """One turn: the user shows an image and asks `prompt`; the model replies with the transcript."""
+    """One turn: the user shows an image with `prompt`, and the model replies with the transcript."""
 
     processing: ProcessorMixin
     prompt: str
     image: ImageConfig
-    opening: str  # what the chat template makes of the user's turn, up to where generation begins
-    lead: str  # what it puts before a reply, such as a space
-    closing: str  # what it puts after the reply, up to the end of the turn
-    remainder: str  # what is left of closing where special tokens are not shown
+    opening: str  # the user's turn as the chat template writes it, up to where generation begins
+    lead: str  # what the template writes before a reply, such as a space
+    closing: str  # what it writes after the reply, up to the end of the turn
+    remainder: str  # what is left of closing without special tokens
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -37,7 +37,7 @@ class ImageChat:
 
     @property
     def end(self) -> int:
-        """The token that a reply ends with."""
+        """The token that ends a reply."""
         return int(self.encode([""])[0][-1])
 
     def facts(self) -> dict[str, Any]:
@@ -47,19 +47,19 @@ class ImageChat:
         return {}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of the replies, up to the end of the turn."""
+        """Return the tokens of the replies, up to the end of the turn."""
         replies = [self.lead + text + self.closing for text in texts]
         return self.tokenizer(replies, add_special_tokens=False, verbose=False).input_ids  # long ones are cut later
 
     def collate(self, images: Sequence[Image.Image], tokens: Sequence[list[int]]) -> Batch:
-        """What the processor makes of the prompts, with the replies after them and the padding at the right.
+        """Return the processor's output for the prompts, with the replies after them and padding on the right.
 
-        input_ids, attention_mask, labels: (B, T) int64. labels[:, t] is the token after t where that is the reply's.
+        input_ids, attention_mask, labels: (B, T) int64. labels[:, t] is the token t + 1 if that belongs to the reply.
         """
         inputs = self._prompts(images)
         asked = inputs.pop("attention_mask").bool()
         shape = inputs["input_ids"].shape
-        # What has one number for each token (input_ids, token types of some models) grows by the reply.
+        # Tensors with one number for each token (input_ids, token types of some models) grow by the reply.
         per_token = [name for name, tensor in inputs.items() if tensor.shape == shape]
         lengths = asked.sum(dim=1).tolist()
         whole = max(length + len(ids) for length, ids in zip(lengths, tokens, strict=True))
@@ -79,10 +79,10 @@ class ImageChat:
         return batch
 
     def generation_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The prompts of a batch, which end at the right, where generate goes on."""
+        """Return the prompts of a batch, padded on the left so that generate continues them."""
         labels, shape = batch["labels"], batch["input_ids"].shape
         width = torch.arange(shape[1], device=labels.device)
-        # A filler has no labels: its whole row stands for a prompt.
+        # A filler has no labels: its whole row is taken as a prompt.
         lengths = torch.where((labels != IGNORE).any(dim=1), (labels != IGNORE).int().argmax(dim=1) + 1, shape[1])
         columns = (width - (shape[1] - lengths)[:, None]).clamp(min=0)  # (B, T): the row moved to the right end
         asked = width >= (shape[1] - lengths)[:, None]
@@ -94,7 +94,7 @@ class ImageChat:
         return {**inputs, "attention_mask": asked.long()}
 
     def replies(self, generated: Tensor, inputs: dict[str, Tensor]) -> list[str]:
-        """The texts that generate, which gives the prompts back, put after them."""
+        """Return the texts that generate put after the prompts, which its output repeats."""
         return self.decode(generated[:, inputs["input_ids"].shape[1] :].tolist())
 
     def decode(self, tokens: Sequence[list[int]]) -> list[str]:
@@ -106,7 +106,6 @@ class ImageChat:
         ]
 
     def in_code(self) -> tuple[list[str], str, str]:
-        """For the model card: lines of Python before generate, what it is given, and what makes a text of `written`."""
         height, width = self.image.height, self.image.width
         lines = ['image = ImageOps.exif_transpose(Image.open("PATH OF AN IMAGE")).convert("RGB")']
         if height and width:
@@ -119,6 +118,12 @@ class ImageChat:
         shown = "written[0, reply], skip_special_tokens=True, clean_up_tokenization_spaces=False"
         text = f"processor.tokenizer.decode({shown}).removesuffix({self.remainder!r}).strip()"
         return [*lines, *asked], "**inputs", text
+
+    def prompt_tokens(self, image: Image.Image) -> int:
+        return int(self._prompts([image])["attention_mask"].sum())
+
+    def check_model(self, config: PreTrainedConfig, key: str) -> None:
+        """Accept every model: its processor brings images to the size that it reads."""
 
     def for_model(self, config: PreTrainedConfig) -> "ImageChat":
         return self
@@ -140,19 +145,19 @@ class ImageChat:
 
 
 def image_chat(processing: Any, prompt: str, image: ImageConfig) -> ImageChat:
-    """The chat in the processor's own template. Raises UsageError where that does not show where a reply begins."""
+    """Return the chat in the processor's own template. Raises UsageError if a reply cannot be located in it."""
     if (image.height is None) != (image.width is None):
-        raise UsageError("task.image has one of height and width; a vision-language model needs both, or neither")
+        raise UsageError("task.image has only one of height and width; a vision-language model needs both or neither")
     if not getattr(processing, "chat_template", None):
-        raise UsageError("task.prompt is set, and the model's processor has no chat template; use a chat model")
+        raise UsageError("task.prompt is set, but the model's processor has no chat template; use a chat model")
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
     reply = {"role": "assistant", "content": [{"type": "text", "text": PROBE}]}
     opening = processing.apply_chat_template([question], add_generation_prompt=True)
     whole = processing.apply_chat_template([question, reply])
     if not whole.startswith(opening) or PROBE not in whole[len(opening) :]:
         raise UsageError(
-            "the model's chat template writes a reply otherwise than it asks for one, so that forge cannot tell where "
-            "replies begin; use another model"
+            "the model's chat template does not write a reply right after the prompt that asks for it, so forge cannot "
+            "tell where replies begin; use another model"
         )
     lead, _, closing = whole[len(opening) :].partition(PROBE)
     tokenizer = processing.tokenizer
@@ -160,7 +165,7 @@ def image_chat(processing: Any, prompt: str, image: ImageConfig) -> ImageChat:
         tokenizer.pad_token = tokenizer.eos_token
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends = [token for token in special if token in closing]
-    if ends:  # generation stops at the end of the turn: what a template puts behind it is never read
+    if ends:  # generation stops at the end of the turn, so what a template writes after it is never read
         first = min(ends, key=closing.index)
         closing = closing[: closing.index(first) + len(first)]
     else:

@@ -1,4 +1,4 @@
-"""Images of a data set: they stay encoded there, are checked once when they are loaded, and are decoded for a batch."""
+"""Images of a data set, which stay encoded: checks them once, decodes them for a batch, and fits them to a size."""
 
 import hashlib
 import logging
@@ -19,22 +19,22 @@ from forge.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-# What Pillow raises for bytes that are no image, or not all of one.
+# What Pillow raises for bytes that are not an image, or only a part of one.
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, OverflowError, Image.DecompressionBombError)
-# Pillow warns of images beyond 89 million pixels: large, and fine. Beyond twice that it raises, which is BROKEN.
+# Pillow warns about images of more than 89 million pixels, which are fine. For twice that it raises an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-CHECKED_AT_ONCE = 256  # images in memory while they are checked
+CHECKED_AT_ONCE = 256  # images that are in memory at a time
 
 
 def open_image(value: Any) -> Image.Image:
-    """The decoded image, upright, of mode L (grey) or RGB. value: a path, the encoded bytes, or {bytes, path}.
+    """Return the decoded image, upright, in mode L (grey) or RGB. Raises one of BROKEN.
 
-    Raises one of BROKEN.
+    value: a path, the encoded bytes, or {bytes, path}.
     """
     with Image.open(BytesIO(read_bytes(value))) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion cuts off at 255
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion clips at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -44,8 +44,8 @@ def open_image(value: Any) -> Image.Image:
 
 
 def read_bytes(value: Any) -> bytes:
-    """The encoded image."""
-    if isinstance(value, dict):  # how datasets keeps an image
+    """Return the encoded image."""
+    if isinstance(value, dict):  # the form in which datasets stores an image
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if value is None:
         raise ValueError("there is none")
@@ -53,9 +53,9 @@ def read_bytes(value: Any) -> bytes:
 
 
 def fit(image: Image.Image, height: int, width: int, *, fill: int, stretch: bool = False) -> Image.Image:
-    """The image scaled to fit with its proportions kept, then padded at right and below with the grey `fill`.
+    """Return the image scaled to fit, with its proportions kept, and padded at the right and bottom in grey `fill`.
 
-    stretch: scaled to the whole size instead, whatever its proportions.
+    stretch: scale it to the whole size instead, changing its proportions.
     """
     if stretch:
         return image.resize((width, height), Image.Resampling.BICUBIC)
@@ -67,7 +67,7 @@ def fit(image: Image.Image, height: int, width: int, *, fill: int, stretch: bool
 
 
 def fit_in_code(height: int, width: int, *, mode: str, fill: int, stretch: bool) -> list[str]:
-    """What open_image and `fit` do, in lines of Python for the model card, which give `image`."""
+    """Return what open_image and `fit` do as lines of Python for the model card, which set `image`."""
     opened = f'image = ImageOps.exif_transpose(Image.open("PATH OF AN IMAGE")).convert("{mode}")'
     if stretch:
         return [opened, f"image = image.resize(({width}, {height}), Image.Resampling.BICUBIC)"]
@@ -82,17 +82,17 @@ def fit_in_code(height: int, width: int, *, mode: str, fill: int, stretch: bool)
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
+    """Return the image as a PNG file."""
     file = BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
 def check_images(rows: Dataset, column: str, where: str, skip_broken: bool) -> tuple[Dataset, list[str]]:
-    """The rows whose image can be decoded, and what is wrong with each other one.
+    """Return the rows whose image can be decoded, and what is wrong with each of the others.
 
-    New columns: row, its number in the user's data, and image_hash, the SHA-256 of the encoded image. Every image is
-    decoded once. Raises UsageError for the first that cannot be, unless skip_broken.
+    Adds the columns row, its number in the user's data, and image_hash, the SHA-256 of the encoded image. Every image
+    is decoded once. Raises UsageError for the first broken image, unless skip_broken.
     """
     numbers = row_numbers(rows)
     rows = keep_encoded(rows, column, where)
@@ -111,18 +111,18 @@ def check_images(rows: Dataset, column: str, where: str, skip_broken: bool) -> t
     if broken and not skip_broken:
         more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UsageError(
-            f"{where}: {broken[0]} cannot be read{more}; replace it, or leave such rows out with task.skip_broken: true"
+            f"{where}: {broken[0]} cannot be read{more}; replace it, or leave out such rows with task.skip_broken: true"
         )
     if not kept:
         raise UsageError(f"{where}: none of its {len(rows)} images can be read, the first is {broken[0]}")
     if broken:
         logger.warning("%s: %d of %d images cannot be read and are left out: %s", where, len(broken), len(rows), broken)
-    rows = rows.select(kept) if broken else rows  # a selection is copied by what follows
+    rows = rows.select(kept) if broken else rows  # what follows copies a selection
     return rows.add_column("row", [numbers[row] for row in kept]).add_column("image_hash", hashes), broken
 
 
 def keep_encoded(rows: Dataset, column: str, where: str) -> Dataset:
-    """The same rows, whose images are read as bytes and paths. Raises UsageError for a column of something else."""
+    """Return the rows with images as bytes and paths. Raises UsageError for a column of anything else."""
     feature = rows.features[column]
     if isinstance(feature, datasets.Image):
         return rows.cast_column(column, datasets.Image(decode=False))
@@ -131,13 +131,13 @@ def keep_encoded(rows: Dataset, column: str, where: str) -> Dataset:
     if isinstance(feature, dict) and {"bytes", "path"} <= set(feature):
         return rows
     raise UsageError(
-        f"{where}: the column {column} (task.columns.image) holds {feature}, not images: neither encoded ones, as "
-        "datasets.Image keeps them, nor the paths of files"
+        f"{where}: the column {column} (task.columns.image) holds {feature}, not images: neither encoded images, "
+        "as datasets.Image stores them, nor paths of files"
     )
 
 
 def _check(value: Any) -> tuple[str, str]:
-    """The SHA-256 of the encoded image, and what is wrong with it: nothing, mostly."""
+    """Return the SHA-256 of the encoded image, and what is wrong with it, or else an empty text."""
     try:
         data = read_bytes(value)
         open_image(data)

@@ -1,4 +1,4 @@
-"""Encoder-decoders that read a line (TrOCR and its kin): their inputs, their processor, and what fits them."""
+"""The reader for encoder-decoders that read a line, such as TrOCR: their inputs and their processor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,20 +18,20 @@ from forge.losses.cross_entropy import IGNORE
 from forge.model.recognizer import end_token, start_token
 from forge.task.ocr.images import fit, fit_in_code
 
-# Mostly paper, some ink: a line's mean and deviation in grey, so that paper is near 0 and ink stands out.
+# Mean and standard deviation of a line's grey values, from 0 to 1: mostly paper, some ink.
 PAPER_MEAN, PAPER_STD = 0.9, 0.25
 
 
 @dataclass(frozen=True)
 class LineReader:
-    """Pads images to one size, and gives the decoder its own transcript, one token behind."""
+    """Brings images to one size, and gives the decoder its own transcript, shifted by one token."""
 
     processing: TrOCRProcessor
     height: int
     width: int
     image: ImageConfig
-    start: int  # the token that a transcript begins after
-    end: int  # the token that it ends with
+    start: int  # the token before a transcript
+    end: int  # the token that ends it
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -48,12 +48,11 @@ class LineReader:
         return {"the token that a transcript begins after": self.start}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens that the decoder is to give: those of the text alone, then the end token."""
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return [[*ids, self.end] for ids in encoded]
 
     def collate(self, images: Sequence[Image.Image], tokens: Sequence[list[int]]) -> Batch:
-        """pixel_values (B, C, height, width) float32; decoder_input_ids and labels (B, T) int64."""
+        """Return pixel_values (B, C, height, width) float32; decoder_input_ids and labels (B, T) int64."""
         length = max(map(len, tokens))
         labels = torch.full((len(tokens), length), IGNORE)
         inputs = torch.full((len(tokens), length), self.tokenizer.pad_token_id)  # causal: no label sees the padding
@@ -63,7 +62,7 @@ class LineReader:
         return {"pixel_values": self.pixels(images), "decoder_input_ids": inputs, "labels": labels}
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, C, height, width) float32: scaled, padded, and normalised as the processor does."""
+        """Return (B, C, height, width) float32: scaled, padded, and normalised by the processor."""
         processor = self.processing.image_processor
         mode = "L" if self.channels == 1 else "RGB"
         scale = partial(fit, height=self.height, width=self.width, fill=self.image.fill, stretch=self.image.stretch)
@@ -72,11 +71,9 @@ class LineReader:
         return processor(arrays, do_resize=False, input_data_format="channels_last", return_tensors="pt").pixel_values
 
     def generation_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What generate is asked with, of a batch."""
         return {"pixel_values": batch["pixel_values"]}
 
     def replies(self, generated: Tensor, inputs: dict[str, Tensor]) -> list[str]:
-        """The texts in what generate gave, (B, T) int64."""
         return self.decode(generated.tolist())
 
     def decode(self, tokens: Sequence[list[int]]) -> list[str]:
@@ -86,22 +83,29 @@ class LineReader:
         ]
 
     def in_code(self) -> tuple[list[str], str, str]:
-        """For the model card: lines of Python before generate, what it is given, and what makes a text of `written`."""
         mode = "L" if self.channels == 1 else "RGB"
         lines = fit_in_code(self.height, self.width, mode=mode, fill=self.image.fill, stretch=self.image.stretch)
         pixels = 'pixels = processor(images=image, return_tensors="pt").pixel_values'
         text = "processor.tokenizer.decode(written[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)"
         return [*lines, pixels], "pixel_values=pixels", text
 
+    def prompt_tokens(self, image: Image.Image) -> int:
+        return 0
+
+    def check_model(self, config: PreTrainedConfig, key: str) -> None:
+        """Raise UsageError for an encoder that reads images of another size."""
+        check_image_size(config.encoder, self.height, self.width, self.channels, key)
+
     def for_model(self, config: PreTrainedConfig) -> "LineReader":
-        """The reader with the start token of a model."""
+        """Return the reader with the start token of a model."""
         return replace(self, start=config.decoder_start_token_id)
 
 
 def line_reader(processing: TrOCRProcessor, image: ImageConfig) -> LineReader:
-    """The reader with this processor, which is kept from scaling images by itself.
+    """Return the reader with this processor, which no longer scales images itself.
 
-    It would stretch them: whoever gives it one of another size is to get an error from the model, not another text.
+    The processor would stretch images of another size, and the model would silently read other text. Now it raises an
+    error for them.
     """
     height, width = image_size(image, processing)
     processing.image_processor.do_resize = False
@@ -110,15 +114,14 @@ def line_reader(processing: TrOCRProcessor, image: ImageConfig) -> LineReader:
     end = end_token(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
-    return LineReader(
-        processing, height, width, image, start_token(None, tokenizer), end
-    )  # for_model has its own start
+    start = start_token(None, tokenizer)  # until for_model knows the model's own
+    return LineReader(processing, height, width, image, start, end)
 
 
 def new_processor(tokenizer: PreTrainedTokenizerBase, keys: dict[str, Any]) -> TrOCRProcessor:
-    """The processor of an encoder-decoder from scratch: a new image processor beside a tokenizer.
+    """Return the processor of an encoder-decoder from scratch: a tokenizer and a new image processor.
 
-    keys: of model.config, whose encoder tells size and channels.
+    keys: model.config, whose encoder says the size and channels of images.
     """
     encoder = keys.get("encoder") or {}
     channels = int(encoder.get("num_channels", 3))
@@ -132,12 +135,12 @@ def new_processor(tokenizer: PreTrainedTokenizerBase, keys: dict[str, Any]) -> T
 
 
 def image_size(image: ImageConfig, processing: TrOCRProcessor) -> tuple[int, int]:
-    """Height and width, from task.image or else from the model's processor."""
+    """Return height and width from task.image, or else from the model's processor."""
     size = getattr(processing.image_processor, "size", None) or {}
     height, width = image.height or size.get("height"), image.width or size.get("width")
     if not height or not width:
         raise UsageError(
-            "the model's image processor does not say how high and wide images are; set task.image.height and "
+            "the model's image processor has no image size; set task.image.height and "
             "task.image.width, or, for a chat-style model, task.prompt"
         )
     return height, width
@@ -153,16 +156,16 @@ def planned_size(image: ImageConfig, encoder: PreTrainedConfig) -> tuple[int, in
 
 
 def check_image_size(config: PreTrainedConfig, height: int, width: int, channels: int, key: str) -> None:
-    """Raises UsageError for an encoder that takes images of another size."""
+    """Raise UsageError for an encoder that reads images of another size."""
     own = _pair(getattr(config, "image_size", None))
     if own is not None and own != (height, width):
         raise UsageError(
-            f"{key}: its encoder reads images of {own[0]} x {own[1]} (height x width), and task.image makes them "
+            f"{key}: its encoder reads images of {own[0]} x {own[1]} (height x width), but task.image makes them "
             f"{height} x {width}; set task.image.height: {own[0]} and task.image.width: {own[1]}"
         )
     wanted = getattr(config, "num_channels", channels)
     if wanted != channels:
-        raise UsageError(f"{key}: its encoder reads {wanted} channels, and its image processor gives {channels}")
+        raise UsageError(f"{key}: its encoder reads {wanted} channels, but its image processor gives {channels}")
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

@@ -1,6 +1,5 @@
 """The OCR task: images of text with their transcripts, read by an encoder-decoder or by a chat-style vision model."""
 
-import hashlib
 import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -9,7 +8,13 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
 from forge.data.batches import FILLER, Batch, model_inputs
@@ -21,9 +26,10 @@ from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, proces
 from forge.model.recognizer import freeze_unused, load_recognizer, new_recognizer_config, reads_lines, writer
 from forge.model.source import ModelSource, load_processor
 from forge.task.ocr.characters import character_tokenizer
-from forge.task.ocr.image_chat import ImageChat, image_chat
+from forge.task.ocr.image_chat import image_chat
 from forge.task.ocr.images import check_images, open_image, png
-from forge.task.ocr.line_reader import LineReader, check_image_size, line_reader, new_processor, planned_size
+from forge.task.ocr.line_reader import line_reader, new_processor, planned_size
+from forge.task.ocr.reader import Reader
 from forge.task.ocr.transcripts import (
     EDIT_COUNTS,
     check_lossless,
@@ -45,15 +51,15 @@ class Ocr(Task):
     """Rows with the columns image (encoded), text (normalised), tokens (of the transcript) and length."""
 
     config: OcrTask
-    reader: LineReader | ImageChat
+    reader: Reader
     train: Dataset
     validation: dict[str, Dataset]  # by short name
-    fingerprint: str  # of images, transcripts and tokenizer, and of the chat that they stand in
+    fingerprint: str  # hash of images, transcripts, tokenizer and the reader's facts
     truncated: dict[str, int]  # transcripts cut to max_length, by split
     broken: dict[str, int]  # images left out, by split
     description: str
-    shown_texts: int = 4  # rows of each split that are shown
-    special_tokens: dict[str, Any] = field(default_factory=dict)  # those that the model's generate goes by
+    shown_texts: int = 4  # rows of each split whose text is shown
+    special_tokens: dict[str, Any] = field(default_factory=dict)  # those that the model's generate uses
 
     name: ClassVar[str] = "ocr"
     title: ClassVar[str] = "A model that reads text in images"
@@ -100,16 +106,14 @@ class Ocr(Task):
         return self.reader.processing
 
     def load_model(self, config: ModelConfig, training: TrainingConfig, key: str = "model") -> LoadedModel:
-        """A model that reads images of this size and writes with this tokenizer; what it never uses is frozen."""
+        """Return a model that reads these images and writes with this tokenizer; weights it never uses are frozen."""
         loaded = load_recognizer(config, self.reader.tokenizer, self.reader.end, key)
         model = loaded.model
         if reads_lines(model.config) != (self.config.prompt is None):
-            asked = "which is asked for the text: set task.prompt"
-            untold = "which is asked nothing: take task.prompt out"
-            kind = model.config.model_type
-            raise UsageError(f"{key} is of type {kind}, {untold if reads_lines(model.config) else asked}")
-        if isinstance(self.reader, LineReader):
-            check_image_size(model.config.encoder, self.reader.height, self.reader.width, self.reader.channels, key)
+            unprompted = reads_lines(model.config)
+            what = "takes no prompt: remove task.prompt" if unprompted else "needs a prompt: set task.prompt"
+            raise UsageError(f"{key} is of type {model.config.model_type}, which {what}")
+        self.reader.check_model(model.config, key)
         check_fits(writer(model), self._longest(), training)
         row = self.for_model(loaded).collate([self.train[0]])
         freeze_unused(model, {name: row[name] for name in row if name not in ("labels", "tokens")})
@@ -132,7 +136,7 @@ class Ocr(Task):
         return replace(self, shown_texts=0)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        """Decodes the images, in the process that calls it."""
+        """Return a batch; images are decoded in the calling process."""
         images = [open_image(row["image"]) for row in rows]
         tokens = [row["tokens"] for row in rows]
         return {**self.reader.collate(images, tokens), "tokens": torch.tensor(sum(map(len, tokens)))}
@@ -141,13 +145,13 @@ class Ocr(Task):
         return OcrMetrics(self, self.validation[split], model)
 
     def generation(self) -> dict[str, Any]:
-        """How a text is generated from an image."""
+        """Return the options with which a text is generated from an image."""
         config = self.config
-        ways = {"max_new_tokens": config.max_length, "num_beams": config.num_beams, "do_sample": False}
-        return {**ways, "use_cache": True, **self.special_tokens}
+        search = {"max_new_tokens": config.max_length, "num_beams": config.num_beams, "do_sample": False}
+        return {**search, "use_cache": True, **self.special_tokens}
 
     def about(self) -> dict[str, Any]:
-        """Also `usage`: lines of Python that read one image as an evaluation does, before task.normalization."""
+        """Add `usage`: lines of Python that read one image as an evaluation does, before task.normalization."""
         before, given, text = self.reader.in_code()
         ways = ", ".join(f"{name}={value!r}" for name, value in self.generation().items())
         generate = [f"ways = dict({ways})", f"written = model.generate({given}, **ways)"]
@@ -165,16 +169,13 @@ class Ocr(Task):
         }
 
     def _longest(self) -> int:
-        """Tokens that the decoder reads for the longest transcript, an image's own among them."""
-        if isinstance(self.reader, LineReader):
-            return self.config.max_length
+        """Return the tokens that the decoder reads if the row with the longest transcript had max_length of them."""
         longest = max(range(len(self.train)), key=self.train["length"].__getitem__)
-        batch = self.collate([self.train[longest]])
-        return batch["input_ids"].shape[1] + self.config.max_length - len(self.train[longest]["tokens"])
+        return self.reader.prompt_tokens(open_image(self.train[longest]["image"])) + self.config.max_length
 
 
 class OcrMetrics(Metrics):
-    """Counts the edits between transcripts and what the model writes, which it is asked for batch by batch."""
+    """Counts the edits between transcripts and what the model generates for each batch."""
 
     def __init__(self, task: Ocr, rows: Dataset, model: PreTrainedModel):
         self.counts = torch.zeros(len(EDIT_COUNTS), dtype=torch.int64)
@@ -182,7 +183,7 @@ class OcrMetrics(Metrics):
         self._task, self._rows, self._model = task, rows, model
 
     def update(self, outputs: dict[str, Tensor], batch: Batch) -> None:
-        """Reads the batch's images; a filler's too, since the ranks of a sharded model read together."""
+        """Generate texts for the images, also of a filler, since the ranks of a sharded model generate together."""
         reader, config = self._task.reader, self._task.config
         inputs = reader.generation_inputs({**model_inputs(batch), "labels": batch["labels"]})
         generated = write(self._model, inputs, config.max_length, config.num_beams)
@@ -195,14 +196,14 @@ class OcrMetrics(Metrics):
             self._show(row, reference, prediction)
 
     def _show(self, row: int, reference: str, prediction: str) -> None:
-        """Keeps the first rows of the data, in whatever order they come."""
+        """Keep the rows with the lowest numbers, in any order of batches."""
         if len(self.samples) < self._task.shown_texts or (self.samples and row < self.samples[-1].row):
             image = png(open_image(self._rows[row]["image"]))
             sample = Sample(row, reference, prediction, self._task.config.prompt, image)
             self.samples = sorted([*self.samples, sample], key=lambda shown: shown.row)[: self._task.shown_texts]
 
     def compute(self) -> dict[str, Any]:
-        """cer and wer: edits over the characters and words of all references; exact_match and empty: shares of rows."""
+        """Return cer and wer, edits per character and word of all references, exact_match as a share, and counts."""
         counts = dict(zip(EDIT_COUNTS, self.counts.tolist(), strict=True))  # waits for the GPU
         return {
             "cer": counts["character_edits"] / max(1, counts["characters"]),
@@ -215,42 +216,26 @@ class OcrMetrics(Metrics):
 
 
 def load_ocr(whole: Config) -> Ocr:
-    """Loads and checks images and transcripts. Raises UsageError for the first that is missing, broken or unfit."""
+    """Return the task with its images and transcripts, loaded and checked.
+
+    Raises UsageError for the first image or transcript that is missing, broken or unfit.
+    """
     config = task_section(whole, OcrTask)
     if config.dataset.streaming:
         raise UsageError("task.dataset.streaming is for causal LMs; an OCR data set is checked before training")
     train, validation = load_rows(config.dataset)
+    name = describe(config.dataset)
     splits, broken = {}, {}
     for split, rows in {"train": train, **validation}.items():
-        where = f"{describe(config.dataset)}, {split}"
-        texts = dict(
-            zip(row_numbers(rows), read_transcripts(rows, config.columns, config.normalization, where), strict=True)
-        )
-        checked, faults = check_images(rows, config.columns.image, where, config.skip_broken)
-        kept = [int(row) for row in checked["row"]]
-        columns = {"text": [texts[row] for row in kept], "row": kept, "image_hash": checked["image_hash"]}
-        images = checked.select_columns([config.columns.image]).rename_columns({config.columns.image: "image"})
-        splits[split], broken[split] = _with_columns(images, columns), len(faults)
-
+        splits[split], broken[split] = _checked_rows(config, rows, f"{name}, {split}")
     reader = _reader(whole, splits["train"]["text"])
     truncated: dict[str, int] = {}
     for split, rows in splits.items():
-        where = f"{describe(config.dataset)}, {split}"
-        tokens = reader.encode(rows["text"])
-        texts, numbers, decoded = rows["text"][:], rows["row"][:], reader.decode(tokens)
-        check_lossless(texts, decoded, tokens, reader.tokenizer, numbers, where)
-        warn_of_moved_spaces(texts, decoded, config.normalization, numbers, where)
-        truncated[split] = sum(len(ids) > config.max_length for ids in tokens)
-        tokens = [ids[: config.max_length] for ids in tokens]
-        lengths = [len(ids) for ids in tokens]
-        splits[split] = _with_columns(rows, {"tokens": tokens, "length": lengths})
+        splits[split], truncated[split] = _tokenized(config, reader, rows, f"{name}, {split}")
+        lengths = splits[split]["length"]
         logger.info(
             "%s: %d images, %.1f tokens a transcript, %d cut to %d tokens",
-            split,
-            len(rows),
-            sum(lengths) / len(lengths),
-            truncated[split],
-            config.max_length,
+            *(split, len(rows), sum(lengths) / len(lengths), truncated[split], config.max_length),
         )
     logger.info("transcripts: %s", describe_normalization(config.normalization))
     read = {split: rows.select_columns(["image_hash", "text"]) for split, rows in splits.items()}
@@ -262,35 +247,57 @@ def load_ocr(whole: Config) -> Ocr:
         fingerprint=_fingerprint(read, reader),
         truncated=truncated,
         broken=broken,
-        description=describe(config.dataset),
+        description=name,
         shown_texts=whole.evaluation.shown_texts,
     )
 
 
-def _reader(whole: Config, texts: list[str]) -> LineReader | ImageChat:
-    """How the model is given images and transcripts: it is known before the model is loaded."""
+def _checked_rows(config: OcrTask, rows: Dataset, where: str) -> tuple[Dataset, int]:
+    """Return the columns image, text, row and image_hash of a split, and how many broken images were left out."""
+    transcripts = read_transcripts(rows, config.columns, config.normalization, where)
+    texts = dict(zip(row_numbers(rows), transcripts, strict=True))
+    checked, faults = check_images(rows, config.columns.image, where, config.skip_broken)
+    kept = [int(row) for row in checked["row"]]
+    columns = {"text": [texts[row] for row in kept], "row": kept, "image_hash": checked["image_hash"]}
+    images = checked.select_columns([config.columns.image]).rename_columns({config.columns.image: "image"})
+    return _with_columns(images, columns), len(faults)
+
+
+def _tokenized(config: OcrTask, reader: Reader, rows: Dataset, where: str) -> tuple[Dataset, int]:
+    """Return the rows with the columns tokens and length, and how many transcripts were cut to max_length."""
+    tokens = reader.encode(rows["text"])
+    texts, numbers, decoded = rows["text"][:], rows["row"][:], reader.decode(tokens)
+    check_lossless(texts, decoded, tokens, reader.tokenizer, numbers, where)
+    warn_of_moved_spaces(texts, decoded, config.normalization, numbers, where)
+    truncated = sum(len(ids) > config.max_length for ids in tokens)
+    tokens = [ids[: config.max_length] for ids in tokens]
+    return _with_columns(rows, {"tokens": tokens, "length": [len(ids) for ids in tokens]}), truncated
+
+
+def _reader(whole: Config, texts: list[str]) -> Reader:
+    """Return how the model is given images and transcripts, which is known before the model is loaded."""
     config, model = task_section(whole, OcrTask), whole.model
     if model.config is not None and reads_lines(model.config):
-        if model.new_tokenizer is None:
-            tokenizer = load_own_tokenizer(model)
-        elif model.new_tokenizer.kind == "characters":
-            tokenizer = character_tokenizer(texts)
-        else:
-            raise UsageError("model.new_tokenizer.kind is bpe, and OCR builds tokenizers of kind characters")
-        processing: Any = new_processor(tokenizer, model.config)
-    else:
-        if model.config is not None and model.new_tokenizer is not None:
-            raise UsageError("model.new_tokenizer is for encoder-decoders from scratch; name one with model.tokenizer")
-        source, key = processing_source(model)
-        processing = load_processor(source, key)
-        if config.prompt is not None:
-            return image_chat(processing, config.prompt, config.image)
+        return line_reader(new_processor(_new_tokenizer(model, texts), model.config), config.image)
+    if model.config is not None and model.new_tokenizer is not None:
+        raise UsageError("model.new_tokenizer is for encoder-decoders from scratch; name one with model.tokenizer")
+    processing: Any = load_processor(*processing_source(model))
+    if config.prompt is not None:
+        return image_chat(processing, config.prompt, config.image)
     return line_reader(processing, config.image)
 
 
-def _fingerprint(read: dict[str, Dataset], reader: LineReader | ImageChat) -> str:
-    parts = f"{rows_hash(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}"
-    return hashlib.sha256(parts.encode()).hexdigest()
+def _new_tokenizer(model: ModelConfig, texts: list[str]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of an encoder-decoder from scratch."""
+    if model.new_tokenizer is None:
+        return load_own_tokenizer(model)
+    if model.new_tokenizer.kind != "characters":
+        raise UsageError("model.new_tokenizer.kind is bpe, but OCR builds tokenizers of kind characters")
+    return character_tokenizer(texts)
+
+
+def _fingerprint(read: dict[str, Dataset], reader: Reader) -> str:
+    return text_hash(f"{rows_hash(read)} {tokenizer_hash(reader.tokenizer)} {reader.facts()}")
 
 
 def _with_columns(rows: Dataset, columns: dict[str, list[Any]]) -> Dataset:

@@ -1,4 +1,4 @@
-"""Transcripts: how they are normalised, what makes one unfit to be learned, and the edits between two of them."""
+"""Transcripts: how they are normalised and checked, and the edits between two of them."""
 
 import logging
 import unicodedata
@@ -21,10 +21,10 @@ EDIT_COUNTS = ("character_edits", "characters", "word_edits", "words", "exact", 
 
 
 def normalize(text: str, how: NormalizationConfig) -> str:
-    """The text as it is learned and compared: Unicode form, then case, then whitespace. Twice is the same as once."""
+    """Return the text as it is learned and compared: Unicode form, then case, then white space. Idempotent."""
     text = _in_form(text, how)
     if how.case != "keep":
-        text = _in_form(text.lower() if how.case == "lower" else text.upper(), how)  # upper takes some letters apart
+        text = _in_form(text.lower() if how.case == "lower" else text.upper(), how)  # upper() decomposes some letters
     if how.whitespace:
         text = " ".join(text.split())
     return text
@@ -35,7 +35,7 @@ def _in_form(text: str, how: NormalizationConfig) -> str:
 
 
 def describe_normalization(how: NormalizationConfig) -> str:
-    """The same in words, for whoever reads the metrics."""
+    """Return the normalisation in words, for readers of the metrics."""
     case = "case kept" if how.case == "keep" else f"{how.case} case"
     form = "Unicode as it is" if how.unicode == "keep" else f"Unicode {how.unicode.upper()}"
     spaces = "whitespace collapsed" if how.whitespace else "whitespace kept"
@@ -43,7 +43,7 @@ def describe_normalization(how: NormalizationConfig) -> str:
 
 
 def read_transcripts(rows: Dataset, columns: ImageColumns, how: NormalizationConfig, where: str) -> list[str]:
-    """The normalised transcripts. Raises UsageError for missing columns and for rows without a text."""
+    """Return the normalised transcripts. Raises UsageError for missing columns and for rows without a text."""
     for key in ("image", "text"):
         column = getattr(columns, key)
         if column not in rows.column_names:
@@ -58,8 +58,8 @@ def read_transcripts(rows: Dataset, columns: ImageColumns, how: NormalizationCon
     empty = next((row for row, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
         raise UsageError(
-            f"{where}: row {row_numbers(rows)[empty]} has an empty transcript in the column {columns.text}; take the "
-            "row out, or fill it"
+            f"{where}: row {row_numbers(rows)[empty]} has an empty transcript in the column {columns.text}; remove "
+            "the row, or fill it in"
         )
     return texts
 
@@ -72,22 +72,22 @@ def check_lossless(
     rows: Sequence[int],
     where: str,
 ) -> None:
-    """Raises UsageError for the first text that its tokens do not give back, up to white space; rows names them."""
+    """Raise UsageError for the first text that its tokens do not reproduce, up to white space. rows: their numbers."""
     unknown = _unknown_token(tokenizer)
     for text, back, ids, row in zip(texts, decoded, tokens, rows, strict=True):
         if "".join(text.split()) == "".join(back.split()) and unknown not in ids:
             continue
         lost = _first_lost(text, tokenizer)
         raise UsageError(
-            f"{where}: row {row} has {lost} in its transcript {text!r}, which the model's tokenizer cannot write; take "
-            "the row out, change the character with task.normalization, or use a model whose tokenizer knows it"
+            f"{where}: row {row} has {lost} in its transcript {text!r}, which the model's tokenizer cannot write; "
+            "remove the row, change the character with task.normalization, or use a model whose tokenizer knows it"
         )
 
 
 def warn_of_moved_spaces(
     texts: Sequence[str], decoded: Sequence[str], how: NormalizationConfig, rows: Sequence[int], where: str
 ) -> None:
-    """Says what the metrics lose where a tokenizer writes other white space than the texts have (`12 . 50`)."""
+    """Log how much the metrics lose if a tokenizer writes other white space than the texts have (`12 . 50`)."""
     written = [normalize(back, how) for back in decoded]
     moved = [place for place, (text, back) in enumerate(zip(texts, written, strict=True)) if text != back]
     if not moved:
@@ -95,7 +95,7 @@ def warn_of_moved_spaces(
     edits = sum(int(edit_counts(texts[place], written[place])[0]) for place in moved)
     first = moved[0]
     logger.warning(
-        "%s: the tokenizer gives back %d of %d transcripts with other white space, such as %r for %r in row %d; "
+        "%s: the tokenizer reproduces %d of %d transcripts with other white space, such as %r for %r in row %d; "
         "without any other error the cer is %.4f",
         *(where, len(moved), len(texts), written[first], texts[first], rows[first]),
         edits / sum(map(len, texts)),
@@ -103,9 +103,9 @@ def warn_of_moved_spaces(
 
 
 def _unknown_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """What stands for a piece that the tokenizer does not know; None where that token has another meaning as well.
+    """Return the token for pieces that the tokenizer does not know; None if that token also has another meaning.
 
-    GPT-2's vocabulary of bytes knows everything, and its unknown token is its end token.
+    GPT-2's tokenizer knows every byte, and its unknown token is its end token.
     """
     others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
@@ -121,13 +121,15 @@ def _first_lost(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def edit_counts(reference: str, prediction: str) -> Tensor:
-    """(7,) int64 in the order of EDIT_COUNTS, which ranks and rows can add up.
+    """Return (7,) int64 in the order of EDIT_COUNTS, to be added up over rows and ranks.
 
-    An empty reference has no characters to get wrong: what is predicted for it counts as insertions.
+    Whatever is predicted for an empty reference counts as insertions.
     """
-    as_it_is = ReduceToListOfListOfChars()  # jiwer would strip both
+    as_it_is = ReduceToListOfListOfChars()  # otherwise jiwer strips both
     characters = jiwer.process_characters(reference, prediction, as_it_is, as_it_is)
-    words = jiwer.process_words(" ".join(reference.split()), " ".join(prediction.split()))  # it splits at blanks alone
+    words = jiwer.process_words(
+        " ".join(reference.split()), " ".join(prediction.split())
+    )  # jiwer splits at spaces only
     counts = [
         characters.substitutions + characters.deletions + characters.insertions,
         len(reference),

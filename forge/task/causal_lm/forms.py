@@ -1,0 +1,85 @@
+"""Recognises what a row of a causal LM's data is: messages, a prompt with its completion, or plain text."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from forge.config.schema import CausalLmTask
+from forge.errors import UsageError
+from forge.task.causal_lm.chat import BadRow
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """What a row is, and the columns that it is read from."""
+
+    name: str  # messages, prompt_completion or text
+    columns: tuple[str, ...]
+
+
+def choose_form(config: CausalLmTask, columns: Sequence[str], where: str) -> RowForm:
+    """Return what a row with these columns is. Raises UsageError if they are not those of task.format.
+
+    prompt_completion is the concatenation of both and an end token, without the tokenizer's chat template.
+    task.format: messages with the columns prompt and completion turns each row into a user's message and its reply.
+    """
+    names = config.columns
+    read = {
+        "messages": (names.messages,),
+        "prompt_completion": (names.prompt, names.completion),
+        "text": (names.text,),
+    }
+    has = ", ".join(columns)
+    if config.format == "auto":
+        for name, wanted in read.items():
+            if all(column in columns for column in wanted):
+                return RowForm(name, wanted)
+        raise UsageError(
+            f"{where}: there is no column {names.messages}, nor {names.prompt} with {names.completion}, nor "
+            f"{names.text}; it has: {has}. Name the right ones with task.columns"
+        )
+    wanted = read[config.format]
+    pair = read["prompt_completion"]
+    if config.format == "messages" and names.messages not in columns and all(name in columns for name in pair):
+        wanted = pair
+    for column in wanted:
+        if column not in columns:
+            raise UsageError(
+                f"{where}: there is no column {column}, which task.format {config.format} reads; it has: {has}. Name "
+                "the right one with task.columns"
+            )
+    return RowForm(config.format, wanted)
+
+
+def clean(config: CausalLmTask, form: RowForm, value: Any) -> Any:
+    """Return a text, or messages, without the pieces of task.remove_text. Raises BadRow for anything else."""
+    if form.name == "messages" and isinstance(value, list):
+        return [
+            {**message, "content": clean(config, form, message["content"])}
+            if isinstance(message, dict) and isinstance(message.get("content"), str)
+            else message
+            for message in value
+        ]
+    if not isinstance(value, str):
+        raise BadRow(f"has {type(value).__name__} where a text belongs ({', '.join(form.columns)})")
+    for piece in config.remove_text:
+        value = value.replace(piece, "")
+    return value
+
+
+def texts_of(values: Sequence[Any]) -> list[str]:
+    """Return every text in the cleaned columns of a row."""
+    messages = [message for value in values if isinstance(value, list) for message in value]
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return [text for text in [*values, *contents] if isinstance(text, str)]
+
+
+def training_texts(config: CausalLmTask, form: RowForm, rows: Dataset, where: str) -> Iterator[str]:
+    """Yield every text that a new tokenizer is trained on."""
+    for number, row in enumerate(rows.select_columns(list(form.columns))):
+        try:
+            yield from texts_of([clean(config, form, row[name]) for name in form.columns])
+        except BadRow as problem:
+            raise UsageError(f"{where}, train: row {number} {problem}") from problem
