@@ -13,7 +13,8 @@ import pytest
 from conftest import REPOSITORY
 
 from forge.cluster import launch
-from forge.cluster.launch import SignalRelay, run_training, training_command, visible_gpus, write_outcome
+from forge.cluster.launch import SignalRelay, option_words, run_training, training_command, visible_gpus, write_outcome
+from forge.cluster.processes import rank, world_size
 from forge.errors import UsageError
 
 # Stands for forge/train.py: says which signals came, one line each, and leaves after as many as its argument says.
@@ -47,6 +48,22 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
         return file
 
     return put
+
+
+def test_options_become_the_words_of_a_command_line() -> None:
+    assert option_words(resume=Path("a b"), set=["x=1", "y=2"], max_steps="3", epochs=None, allow_change=["k"]) == [
+        *("--resume=a b", "--set=x=1", "--set=y=2", "--max_steps=3", "--allow-change=k"),
+    ]
+    assert option_words(take_over=True, debug=False, run_name=None, set=()) == ["--take-over"]
+
+
+def test_a_process_without_a_launcher_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (rank(), world_size()) == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (rank(), world_size()) == (3, 4)
 
 
 def test_one_process_is_forge_itself(monkeypatch: pytest.MonkeyPatch) -> None:
