@@ -7,7 +7,8 @@ import peft
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from forge.config.schema import CausalLmTask, ClassificationTask, Config, ModelConfig, OcrTask
+from forge.config.schema import Config, ModelConfig
+from forge.config.task_schema import CausalLmTask, ClassificationTask, OcrTask
 from forge.errors import UsageError
 from forge.memory.sizes import RowShape, sizes_of
 from forge.memory.totals import Job

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from forge.config.placing import config_name
+from forge.config.explain import config_name
 from forge.errors import UsageError
 from forge.model.origin import Origin, Weights
 from forge.run.directory import RunDirectory

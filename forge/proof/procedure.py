@@ -18,8 +18,8 @@ from rich.console import Console
 from forge.attempt.control import wants_control
 from forge.cluster.launch import SAVE_TIMEOUT_S, training_command
 from forge.cluster.processes import Processes
+from forge.config.explain import config_name
 from forge.config.loader import load_config
-from forge.config.placing import config_name
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ForgeError, UsageError
 from forge.proof.kill_points import Decision, Marksman, Point, Victim, plan_kills
 from forge.proof.watch import Sight, Tempo, Watch

@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forge.config.schema import ClassificationTask, Config, ModelConfig, TrainingConfig
+from forge.config.schema import Config, ModelConfig, TrainingConfig
+from forge.config.task_schema import ClassificationTask
 from forge.data.batches import OF_THE_TEACHER, Batch
 from forge.data.fingerprints import source_hash, tokenizer_hash
 from forge.data.rows import describe, fingerprint, load_rows

@@ -10,7 +10,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
+from forge.config.schema import Config, ModelConfig, TrainingConfig
+from forge.config.task_schema import OcrTask
 from forge.data.batches import FILLER, Batch, model_inputs
 from forge.data.fingerprints import tokenizer_hash
 from forge.data.rows import describe, fingerprint, load_rows, row_numbers
