@@ -498,7 +498,8 @@ def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
         assert split_losses == pytest.approx(losses, rel=1e-5)
         assert split_weights == pytest.approx(weights, abs=1e-5)
         for key in ("hidden", "relation"):
-            assert [r[key] for r in split.attempt.callbacks.reports] == pytest.approx([r[key] for r in reports], rel=1e-4)
+            own = [report[key] for report in split.attempt.callbacks.reports]
+            assert own == pytest.approx([report[key] for report in reports], rel=1e-4)
         for name, weight in projections_of(split).items():
             torch.testing.assert_close(weight, ended[name], rtol=0, atol=1e-5)
 

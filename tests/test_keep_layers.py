@@ -31,9 +31,8 @@ from transformers import (
 )
 
 from forge.config.changes import Kind, changes
-from forge.config.explain import effective
+from forge.config.explain import effective, with_absolute_paths
 from forge.config.loader import load_config
-from forge.config.placing import located
 from forge.config.schema import ModelConfig
 from forge.errors import ConfigError, UsageError
 from forge.model.adapter import TIED_IN_BASE
@@ -375,7 +374,7 @@ def test_a_model_from_scratch_has_no_layers_to_keep(tmp_path: Path, monkeypatch:
 def test_other_layers_change_the_meaning_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(f"{WHOLE}model: {{path: m, keep_layers: [0, 3]}}\n")
-    old = effective(located(load_config(Path("c.yaml")).config))
+    old = effective(with_absolute_paths(load_config(Path("c.yaml")).config))
     assert old["model"]["keep_layers"] == [0, 3]
     other = load_config(Path("c.yaml"), ["model.keep_layers=[0, 2]"]).config
     (change,) = changes(old, other, rows_per_step_old=8, rows_per_step_new=8)

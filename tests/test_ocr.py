@@ -17,7 +17,8 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from forge.config.schema import Config, ImageConfig
+from forge.config.schema import Config
+from forge.config.task_schema import ImageConfig
 from forge.data.batches import FILLER, row_loader
 from forge.data.demo.lines import Draw, Look, render
 from forge.errors import UsageError

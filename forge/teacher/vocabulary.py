@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forge.config.schema import Config, OcrTask
+from forge.config.schema import Config
+from forge.config.task_schema import OcrTask
 from forge.data.fingerprints import tokenizer_hash
 from forge.errors import UsageError
 from forge.model.load import processing_source
