@@ -11,7 +11,7 @@ from datasets import Dataset
 from forge.config.explain import effective
 from forge.config.schema import Config
 from forge.config.teacher_schema import WHOLE_LOGITS_COLUMNS
-from forge.data.fingerprints import text_hash
+from forge.data.fingerprints import text_hash, tokenizer_hash
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, load_model_config
 from forge.task.task import Task
