@@ -42,7 +42,6 @@ from forge.task.task import Task
 from forge.teacher_cache import files as storage
 from forge.teacher_cache.files import Shard, plan_shards
 from forge.teacher_cache.job import cache_teacher
-from forge.teacher_cache.key import token_columns
 from forge.teacher_cache.reader import token_places
 from forge.teacher_cache.top_k import at_temperature, top_k, truncation_kl
 from forge.teacher_cache.writer import CacheWriter, index_dtype
@@ -282,7 +281,7 @@ def test_ids_with_gaps_are_all_tokens(tmp_path: Path, chat_model: Path, load_lm:
     task = load_lm([conversation(0)], [conversation(1)])
     vocabulary = task.processing.get_vocab()
     task.processing.get_vocab = lambda: {**vocabulary, "far": 999}
-    assert token_columns(task) == 1000
+    assert task.label_columns == 1000
 
 
 def test_numbers_of_tokens_fit_their_dtype() -> None:

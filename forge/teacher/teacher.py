@@ -69,7 +69,7 @@ class Teacher(ABC):
         raise UsageError("distillation.relations: this teacher does not return them; set teacher.placement: replicated")
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return the weights that this process holds; none if the outputs come from files."""
+        """Return the weights of the model; none if the outputs come from files."""
         return ()
 
     def compile(self) -> None:  # noqa: B027 - files have nothing to compile
@@ -185,7 +185,7 @@ class ModelTeacher(Teacher):
         return {kind: width_of(self.model, name) for kind, name in self._attention.items()}
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return the model's weights; of sharded ones, this rank's part."""
+        """Return the model's weights, also those that are offloaded or sharded."""
         return self.model.parameters()
 
     def compile(self) -> None:
