@@ -166,9 +166,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_but_one_reply_is_take
 
 
 def test_a_template_whose_opening_is_not_what_it_writes_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(
-        UsageError, match=r"row 0 is not .* another text before message 1 than .*task.chat_template"
-    ):
+    with pytest.raises(UsageError, match=r"row 0 is not .* another text before message 1 than .*task.chat_template"):
         learned_texts(tokenizer, OPENS_WITH_A_THOUGHT, said(TURNS))
 
 
