@@ -48,7 +48,8 @@ from forge.checkpoint.manifest import (
 from forge.cluster.launch import free_port
 from forge.cluster.signals import StopRequest
 from forge.data.batches import Share, epoch_steps, evaluation_batches, split_step
-from forge.ranks.agreement import StopVote, gather_values, on_rank_0
+from forge.ranks.agreement import gather_values, on_rank_0
+from forge.ranks.stop_vote import StopVote
 from forge.run.directory import RunDirectory, find_runs
 from forge.run.files import open_to_others, sync_folder, write_json
 from forge.run.provenance import code_facts, provenance

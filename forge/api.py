@@ -1,7 +1,6 @@
 """forge in a notebook or a script: train, resume and read runs in this process, with one rank."""
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from forge.attempt.control import control_of, next_control, nothing_left
 from forge.attempt.request import Request
+from forge.cluster.processes import world_size
 from forge.cluster.signals import STOP_SIGNALS, StopRequest
 from forge.config.explain import inline
 from forge.config.loader import load_config as load_file
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory, find_run
-from forge.run.files import read_json
 from forge.run.log import start_logging
+from forge.run.metadata import RunMetadata, read_metadata
 from forge.run.metrics import read_metrics
 from forge.run.state import TrainingState
 
@@ -36,7 +36,7 @@ class Run:
     path: Path
     config: Config
     state: TrainingState
-    metadata: dict[str, Any]  # run_metadata.json
+    metadata: RunMetadata
 
     @property
     def name(self) -> str:
@@ -125,7 +125,7 @@ def load_run(run: str | Path, *, output_root: str | Path = "outputs") -> Run:
         directory.path,
         load_file(directory.config_file).config,
         TrainingState.load(directory.state_file),
-        read_json(directory.metadata_file),
+        read_metadata(directory),
     )
 
 
@@ -144,7 +144,7 @@ def _lines(settings: Settings) -> list[str]:
 
 
 def _to_the_end(request: Request) -> Run:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UsageError("forge.train and forge.resume train with one rank; for several use `forge launch`")
     with _stops() as stop:
         run = request.resumed

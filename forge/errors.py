@@ -3,11 +3,11 @@
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_STOPPED = 75  # stopped on a signal with all that it needs to go on: resume me
+EXIT_STOPPED = 75  # stopped on a signal with a checkpoint: resume it
 
 
 class ForgeError(Exception):
-    """Ends the command with one clear sentence and no traceback: what, where, what to do."""
+    """An error that ends the command with one clear sentence and no traceback: what, where, what to do."""
 
     exit_code = EXIT_FAILED
 
@@ -19,7 +19,7 @@ class UsageError(ForgeError):
 
 
 class ConfigError(UsageError):
-    """Everything that is wrong with a config, one sentence each, collected before anything is reported."""
+    """Everything that is wrong with a config, one sentence each."""
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(problems))
@@ -27,7 +27,7 @@ class ConfigError(UsageError):
 
 
 class BaseConfigError(ConfigError):
-    """Nothing is wrong with the config but that it names neither task nor model: others inherit it."""
+    """The config is valid but names neither task nor model: it is a base for other configs."""
 
 
 class AlreadyComplete(ForgeError):
@@ -37,22 +37,22 @@ class AlreadyComplete(ForgeError):
 
 
 class Stopped(ForgeError):
-    """A signal asked the run to stop, and all ranks do so at the same place; the run can go on."""
+    """A signal asked the run to stop, and all ranks stop at the same place; the run can be resumed."""
 
     exit_code = EXIT_STOPPED
 
 
 class Superseded(ForgeError):
-    """A later attempt has taken the run over: this one must write nothing more into it."""
+    """A later attempt has taken over the run: this one must not write to it any more."""
 
 
 class LostRank(ForgeError):
-    """Another rank has died; every rank that is left says so, since it may have been the one that speaks."""
+    """Another rank has died. Every rank left reports it, since the dead one may be rank 0, which usually reports."""
 
 
 class UnreadableRows(ForgeError):
-    """One rank could not prepare its rows: it says so itself, for no other rank knows of it."""
+    """This rank could not prepare its rows. It reports that itself, since no other rank knows."""
 
 
 class TrainingError(ForgeError):
-    """Training cannot go on (a non-finite loss, a disk that filled up); what was saved before stays."""
+    """Training cannot continue (a non-finite loss, a full disk); earlier checkpoints stay."""

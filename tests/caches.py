@@ -9,7 +9,7 @@ from conversations import config_on, conversation
 from forge.cluster.signals import StopRequest
 from forge.config.schema import Config
 from forge.data.batches import Batch, with_positions
-from forge.ranks.agreement import build_accelerator
+from forge.ranks.accelerator import build_accelerator
 from forge.run.files import read_json
 from forge.task.load import load_task
 from forge.task.task import Task

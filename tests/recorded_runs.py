@@ -47,21 +47,16 @@ def write_run(
             node = node.setdefault(parent, {})
         node[leaf] = value
     run.config_file.write_text(f"# The merged config of {run.name}\n\n{to_yaml(Config.model_validate(tree))}")
-    write_json(
-        run.metadata_file,
-        {
-            "run_id": f"id-{folder.name}",
-            "name": folder.name,
-            "config_file": config_file,
-            "task": {"type": "classification", "headline": headline or HEADLINE},
-            "data": {"fingerprint": fingerprint},
-            "world": {"ranks": 1, "device": "cpu", "mixed_precision": "no", "rows_per_step": 32, **(world or {})},
-            "attempts": [{"attempt": 1, "git": {"commit": "3b44745"}}],
-        },
-    )
+    metadata = metadata_of(run)
+    metadata["config_file"] = config_file
+    metadata["task"]["headline"] = headline or HEADLINE
+    metadata["data"]["fingerprint"] = fingerprint
+    metadata["world"] |= world or {}
+    write_json(run.metadata_file, metadata)
     steps = tree["training"]["max_steps"] or 100
     complete: dict[str, Any] = {"stage": Stage.COMPLETE, "pipeline_complete": True, "step": steps, "total_steps": steps}
-    TrainingState(f"id-{folder.name}", **(complete | {"step_sizes": [[0, 32]]} | (state or {}))).save(run.state_file)
+    values = complete | {"step_sizes": [[0, 32]]} | (state or {})
+    TrainingState(run_id=f"id-{folder.name}", **values).save(run.state_file)
     evaluations = {"baseline": baseline, "teacher": teacher}
     for stage, numbers in evaluations.items():
         if numbers is not None:
@@ -71,6 +66,33 @@ def write_run(
     if final is not None:
         append_json_line(run.metrics_file, {"step": 100, "stage": "final", **final})
     return run
+
+
+def metadata_of(run: RunDirectory, ranks: int = 1) -> dict[str, Any]:
+    """The run_metadata.json of a run after its first attempt."""
+    attempt = {
+        "attempt": 1, "forge_version": "0.1.0", "command": "forge.py", "working_directory": "/here", "host": "node1",
+        "user": "me", "python_version": "3.11.9", "platform": "Linux", "git": {"commit": "3b44745"}, "packages": {},
+        "slurm": {}, "cuda_visible_devices": None, "ranks": ranks,
+    }  # fmt: skip
+    return {
+        "run_id": f"id-{run.name}",
+        "name": run.name,
+        "created_at": "2026-11-23T00:00:00+00:00",
+        "config_file": "/here/configs/sft.yaml",
+        "task": {
+            "type": "classification", "title": "A classifier", "pipeline_tag": "text-classification",
+            "auto_model": "AutoModelForSequenceClassification", "auto_processing": "AutoTokenizer",
+            "headline": HEADLINE,
+        },
+        "data": {"description": "rows", "fingerprint": "963c2d6e6018", "rows": {}},
+        "model": {
+            "source": "student", "location": "/here/student", "revision": None, "commit": None,
+            "weights_sha256": "0" * 64, "location_sha256": "0" * 64, "adapters": [], "parameters": 21059,
+        },
+        "world": {"ranks": ranks, "device": "cpu", "mixed_precision": "no", "rows_per_step": 32},
+        "attempts": [attempt],
+    }  # fmt: skip
 
 
 def of(split: str = "validation", rows: int = 1000, seconds: float = 0.5, **numbers: Any) -> dict[str, Any]:

@@ -1,18 +1,24 @@
 """What a training saves and when, what it keeps, what it goes on from, and what no failure of a save costs."""
 
-import json
+import random
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_trainer import trajectory
 
+from forge.checkpoint.contents import restore, take_snapshot, write_snapshot
 from forge.errors import Stopped, Superseded, TrainingError, UsageError
-from forge.run.files import read_json
+from forge.run.files import read_json, write_json
+from forge.run.state import BestEvaluation
 
 Build = Callable[..., Any]
 
@@ -37,7 +43,7 @@ def test_the_best_checkpoint_stays_beside_the_last(build_trainer: Build) -> None
     trainer.evaluate = lambda stage: {"matched/ce": next(values)}
     trainer.train()
 
-    assert trainer.state.best_metric == {"name": "matched/ce", "value": 0.5, "step": 2}
+    assert trainer.state.best_metric == BestEvaluation(name="matched/ce", value=0.5, step=2)
     assert [step for step, _ in trainer.attempt.callbacks.saves] == [1, 2]  # only where it got better
     assert [path.name for path in trainer.attempt.run.path.glob("checkpoint-*")] == ["checkpoint-2"]
 
@@ -46,7 +52,7 @@ def test_the_best_checkpoint_stays_beside_the_last(build_trainer: Build) -> None
     values = iter([0.2, 0.9, 0.7, 0.9, 0.8])
     trainer.evaluate = lambda stage: {"matched/accuracy": next(values), "matched/ce": 0.0}
     trainer.train()
-    assert trainer.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 2}  # the first of two
+    assert trainer.state.best_metric == BestEvaluation(name="matched/accuracy", value=0.9, step=2)  # the first of two
     assert checkpoint_names(trainer) == [
         "checkpoint-2",
         "checkpoint-6",
@@ -84,8 +90,9 @@ def test_a_save_that_fails_is_told_of_and_training_goes_on(
     fail_to_write(monkeypatch, {4}, trainer)
     trainer.train()
 
-    assert "checkpoint-4 could not be saved" in caplog.text
-    assert "No space left on device); the newest checkpoint is checkpoint-2; training goes on" in caplog.text
+    (error,) = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert "checkpoint-4" in error
+    assert "No space left on device); the newest checkpoint is checkpoint-2" in error
     assert trainer.state.latest_checkpoint == "checkpoint-6"
     assert sorted(path.name for path in trainer.attempt.run.path.iterdir()) == [
         *(".lock", "attempts", "checkpoint-2", "checkpoint-6", "latest_checkpoint", "training_state.json"),
@@ -95,7 +102,7 @@ def test_a_save_that_fails_is_told_of_and_training_goes_on(
 def test_three_saves_that_fail_in_a_row_end_the_run(build_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build_trainer("checkpoint.every_steps=1")
     fail_to_write(monkeypatch, {2, 3, 4}, trainer)
-    with pytest.raises(TrainingError, match=r"checkpoint-4 could .*checkpoint-1, and 3 saves in a row have failed"):
+    with pytest.raises(TrainingError, match=r"checkpoint-4 .*checkpoint-1, and 3 saves"):
         trainer.train()
     assert [path.name for path in trainer.attempt.run.path.glob("*checkpoint-*")] == ["checkpoint-1"]
 
@@ -104,7 +111,7 @@ def test_a_save_that_fails_at_a_stop_is_no_clean_stop(build_trainer: Build, monk
     trainer = build_trainer("checkpoint.every_steps=2")
     fail_to_write(monkeypatch, {3}, trainer)
     stop_at(trainer, 3)
-    with pytest.raises(TrainingError, match=r"checkpoint-3 could not be saved .*newest checkpoint is checkpoint-2"):
+    with pytest.raises(TrainingError, match=r"checkpoint-3 .*newest checkpoint is checkpoint-2"):
         trainer.train()
 
 
@@ -116,7 +123,7 @@ def test_a_checkpoint_that_would_not_fit_on_the_disk_is_not_begun(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=400_000))
     trainer.train()
 
-    assert "it takes 0.3 MiB and 0.3 MiB to spare, and 0.4 MiB are free on the disk" in caplog.text
+    assert "it needs 0.3 MiB and 0.3 MiB to spare, but only 0.4 MiB are free" in caplog.text
     assert trainer.state.latest_checkpoint is None
     assert not list(trainer.attempt.run.path.glob("*checkpoint*"))
     assert not list(trainer.attempt.run.path.glob(".tmp*"))
@@ -279,14 +286,11 @@ def test_a_writer_that_ends_in_an_unknown_way_commits_nothing(
 
     monkeypatch.setattr(contents, "store", out_of_memory)
     trainer.train()
-    assert "checkpoint-4 could not be saved" in caplog.text
     assert "rank 0: MemoryError: no room" in caplog.text
     assert [path.name for path in trainer.attempt.run.path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_a_manifest_without_the_files_of_a_checkpoint_is_none(build_trainer: Build) -> None:
-    from dataclasses import replace
-
     from forge.checkpoint.manifest import BadCheckpoint, Manifest, verify
 
     trainer = build_trainer("checkpoint.every_steps=6")
@@ -295,19 +299,18 @@ def test_a_manifest_without_the_files_of_a_checkpoint_is_none(build_trainer: Bui
     manifest = Manifest.read(folder)
     assert verify(folder, trainer.state.run_id) == manifest
     for name in manifest.files:
-        replace(manifest, files={key: file for key, file in manifest.files.items() if key != name}).write(folder)
-        with pytest.raises(BadCheckpoint, match=f"names no {name}"):
+        files = {key: file for key, file in manifest.files.items() if key != name}
+        manifest.model_copy(update={"files": files}).write(folder)
+        with pytest.raises(BadCheckpoint, match=f"does not list {name}"):
             verify(folder, trainer.state.run_id)
-    replace(manifest, ranks=2).write(folder)
-    with pytest.raises(BadCheckpoint, match=r"names no rng-00001\.pt"):
+    manifest.model_copy(update={"ranks": 2}).write(folder)
+    with pytest.raises(BadCheckpoint, match=r"does not list rng-00001\.pt"):
         verify(folder, trainer.state.run_id)
 
 
 def test_what_cannot_be_read_now_or_by_this_forge_is_not_called_bad(
     build_trainer: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     import forge.checkpoint.manifest as manifests
     from forge.checkpoint.selection import select
 
@@ -316,12 +319,13 @@ def test_what_cannot_be_read_now_or_by_this_forge_is_not_called_bad(
     run, state = trainer.attempt.run, trainer.state
     with monkeypatch.context() as patch:
         patch.setattr(manifests, "sha256_of", lambda path: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
-        with pytest.raises(TrainingError, match=r"cannot be read now \(Stale file handle\); nothing was changed"):
+        with pytest.raises(TrainingError, match=r"cannot be read now \(Stale file handle\)"):
             select(run, state)
     manifest = manifests.Manifest.read(run.path / "checkpoint-6")
-    replace(manifest, format=4).write(run.path / "checkpoint-6")
-    with pytest.raises(TrainingError, match="is of format 4, and this forge reads format 3"):
-        select(run, state)
+    for other in (1, 2, 4):
+        manifest.model_copy(update={"format": other}).write(run.path / "checkpoint-6")
+        with pytest.raises(TrainingError, match=rf"checkpoint-6 has format {other}, .*format 3"):
+            select(run, state)
     assert sorted(path.name for path in run.path.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
 
 
@@ -335,7 +339,7 @@ def test_the_old_best_stays_until_the_new_one_is_committed(
     fail_to_write(monkeypatch, {3}, trainer)
     trainer.train()
 
-    assert trainer.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 3}
+    assert trainer.state.best_metric == BestEvaluation(name="matched/accuracy", value=0.9, step=3)
     assert trainer.state.kept_best == 1
     assert checkpoint_names(trainer) == [
         "checkpoint-1",
@@ -354,7 +358,7 @@ def test_a_short_newest_checkpoint_does_not_count_as_kept(
 
     (trainer.attempt.run.path / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
     assert trainer.attempt.checkpoints._outdated(trainer.state) == []
-    assert "checkpoint-6 is not whole: optimizer.pt has 3 bytes" in caplog.text
+    assert "checkpoint-6 is not complete: optimizer.pt has 3 bytes" in caplog.text
 
 
 def test_the_best_metric_and_the_evaluations_that_were_made_are_restored(build_trainer: Build) -> None:
@@ -367,7 +371,7 @@ def test_the_best_metric_and_the_evaluations_that_were_made_are_restored(build_t
 
     resumed = build_trainer(*settings)
     resumed.restore(run.path / "checkpoint-4")
-    assert resumed.state.best_metric == {"name": "matched/accuracy", "value": 0.9, "step": 2}
+    assert resumed.state.best_metric == BestEvaluation(name="matched/accuracy", value=0.9, step=2)
     assert (resumed.state.kept_best, resumed.state.evaluated_step) == (2, 4)
     resumed.train()
     assert resumed.attempt.callbacks.evaluations == []  # that of step 4 is made, that of step 6 follows at once
@@ -378,7 +382,7 @@ def test_an_existing_checkpoint_is_never_replaced(build_trainer: Build, caplog: 
     (trainer.attempt.run.path / "checkpoint-3").mkdir()
     (trainer.attempt.run.path / "checkpoint-3" / "of a later attempt").touch()
     trainer.train()
-    assert "checkpoint-3 is there already" in caplog.text
+    assert "checkpoint-3 exists already" in caplog.text
     assert (trainer.attempt.run.path / "checkpoint-3" / "of a later attempt").exists()
     assert not list(trainer.attempt.run.path.glob(".tmp*"))
 
@@ -405,16 +409,42 @@ def test_a_file_system_that_loses_bytes_without_a_word_gets_nothing_named(
         caplog.clear()
 
 
-def test_a_checkpoint_of_the_format_before_adapters_is_read(build_trainer: Build) -> None:
-    from forge.checkpoint.manifest import Manifest, digest, verify
-
+def test_every_random_number_generator_is_restored(build_trainer: Build, tmp_path: Path) -> None:
     trainer = build_trainer()
+    folder = tmp_path / "checkpoint-0"
+    folder.mkdir()
+    write_snapshot(take_snapshot(trainer.training, trainer.state, {}, copy=False), folder)
+    drawn = draws()
+    assert draws() != drawn
+    for restored in range(2):
+        restore(trainer.training, folder)
+        assert draws() == drawn, restored
+
+
+def test_a_rank_that_the_checkpoint_does_not_know_draws_numbers_of_its_own(build_trainer: Build) -> None:
+    trainer = build_trainer("checkpoint.every_steps=3", "checkpoint.keep_last=2")
     trainer.train()
-    folder = trainer.attempt.run.path / "checkpoint-6"
-    values = read_json(folder / "manifest.json")
-    del values["digest"], values["base"]
-    values["format"] = 1
-    (folder / "manifest.json").write_text(json.dumps({**values, "digest": digest(values)}))
-    manifest = verify(folder, trainer.state.run_id)
-    assert (manifest.step, manifest.base) == (6, None)
-    assert isinstance(manifest, Manifest)
+
+    def drawn_by(rank: int, step: int) -> list[float]:
+        accelerator = SimpleNamespace(process_index=rank, scaler=None)
+        restore(replace(trainer.training, accelerator=accelerator), trainer.attempt.run.path / f"checkpoint-{step}")
+        return torch.rand(4).tolist()
+
+    numbers = [drawn_by(rank, step) for rank in range(3) for step in (3, 6)]
+    assert len({tuple(drawn) for drawn in numbers}) == 6  # by rank and by step
+    assert drawn_by(2, 6) == numbers[-1]
+
+
+def test_a_state_of_a_newer_forge_in_a_checkpoint_is_refused(build_trainer: Build) -> None:
+    trainer = build_trainer("checkpoint.every_steps=3")
+    trainer.train()
+    file = trainer.attempt.run.path / "checkpoint-6" / "state.json"
+    values = read_json(file)
+    assert list(values) == ["state", "progress"]
+    write_json(file, values | {"state": values["state"] | {"colour": "red"}})
+    with pytest.raises(UsageError, match=r"state\.json was written by a newer forge.*state\.colour"):
+        trainer.restore(file.parent)
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.random()), float(torch.rand(()))

@@ -90,7 +90,7 @@ def test_a_resumed_run_keeps_its_name_and_its_size_and_must_exist(tmp_path: Path
     )  # fmt: skip
     done = run(*FORGE_PY, "--resume", "r", folder=tmp_path)
     assert (done.returncode, sentences(done)) == (
-        2, ["no run named 'r' below outputs, and no run directory of that path; `forge runs` lists the runs"]
+        2, ["no run in outputs is named 'r', and no run directory has that path; `forge runs` lists the runs"]
     )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 

@@ -252,7 +252,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
         (lambda run: run.config_file.unlink(), "config.yaml cannot be read"),
         (lambda run: run.config_file.write_text("a: ["), "config.yaml cannot be read"),
         (lambda run: run.config_file.write_text("3"), "config.yaml does not hold a config"),
-        (lambda run: run.metadata_file.write_text("{}"), "run_metadata.json"),
+        (lambda run: run.metadata_file.write_text("{}"), "run_metadata.json is broken: run_id is missing"),
         (lambda run: run.metrics_file.unlink(), "has no final evaluation"),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, forge, forge_on_two_ranks, python
-from recorded_runs import write_run
+from recorded_runs import metadata_of, write_run
 from rich.console import Console
 from teachers import write_classifier
 
@@ -39,6 +39,8 @@ from forge.report.comparison import compare_runs
 from forge.report.figures import gap_closed
 from forge.run.directory import RunDirectory
 from forge.run.files import append_json_line, read_json, read_json_lines
+from forge.run.metadata import RunMetadata
+from forge.run.records import record_of
 from forge.run.state import Stage, TrainingState
 from forge.trainer.build import build_trainer
 
@@ -471,12 +473,19 @@ def test_the_controls_config_differs_in_the_teachers_part_alone(tmp_path: Path) 
     assert (twin.training.max_steps, twin.export.push_to_hub, twin.evaluation.teacher) == (70, None, True)
 
 
+def facts(fingerprint: str) -> RunMetadata:
+    """The metadata of a run on those rows."""
+    values = metadata_of(RunDirectory(Path("kd")))
+    values["model"]["weights_sha256"] = None  # not known: no reason to refuse a control
+    return record_of(RunMetadata, values | {"data": values["data"] | {"fingerprint": fingerprint}})
+
+
 def test_a_free_name_and_a_matching_run_are_a_control(wanted: Config, tmp_path: Path) -> None:
     control = control_of(RunDirectory(tmp_path / "root" / "tiny" / "kd"))
     assert control.path == tmp_path / "root" / "tiny" / "kd-sft"
     assert check_control(control, wanted, steps=100) is None
     a_control(tmp_path)
-    found = check_control(control, wanted, steps=100, facts={"data": {"fingerprint": "963c2d6e6018"}, "teacher": None})
+    found = check_control(control, wanted, steps=100, facts=facts("963c2d6e6018"))
     assert found is not None
     assert (found.complete, found.allowed) == (True, [])
 
@@ -507,8 +516,8 @@ def test_a_run_that_is_no_control_is_refused(
 def test_a_control_on_other_rows_is_refused(wanted: Config, tmp_path: Path) -> None:
     control = a_control(tmp_path)
     with pytest.raises(UsageError, match="its rows, or their tokens, are 963c2d6e6018 instead of 0123"):
-        check_control(control, wanted, steps=100, facts={"data": {"fingerprint": "0123"}})
-    assert check_control(control, wanted, facts={"data": {"fingerprint": "0123"}}, allowed=["task.dataset"]) is not None
+        check_control(control, wanted, steps=100, facts=facts("0123"))
+    assert check_control(control, wanted, facts=facts("0123"), allowed=["task.dataset"]) is not None
 
 
 def test_a_control_goes_on_with_what_was_allowed(wanted: Config, tmp_path: Path) -> None:

@@ -583,7 +583,7 @@ def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Pa
         fewer.restore(folder)
     (folder / "projections.safetensors").unlink()
     with pytest.raises(
-        UsageError, match=r"checkpoint-3 has no projections.safetensors, and distillation.hidden trains"
+        UsageError, match=r"checkpoint-3 has no projections.safetensors, but distillation.hidden trains"
     ):
         build().restore(folder)
 

@@ -95,7 +95,7 @@ def test_a_run_goes_on_in_many_processes(
             ["c.yaml", "--set", "training.sed=1"],
             "--set training.sed=1: training.sed is not a config key; did you mean training.seed?",
         ),
-        (["--resume", "q"], "no run named 'q' below outputs, and no run directory of that path; `forge runs` lists "
+        (["--resume", "q"], "no run in outputs is named 'q', and no run directory has that path; `forge runs` lists "
          "the runs"),
         (["c.yaml", "--take-over"], "--take-over can be given with --resume only: a new run goes on with nothing"),
         (["c.yaml", "--processes", "0"], "argument --processes: '0' is no number of processes; give 1 or more; see "
@@ -151,7 +151,7 @@ def test_more_processes_than_cores_are_warned_of(
     assert main(["launch", "c.yaml", "--processes", "2"]) == 0
     assert capfd.readouterr().err == ""
     assert main(["launch", "c.yaml", "--processes", "5"]) == 0
-    assert capfd.readouterr().err == "warning: 5 processes share 2 CPU cores, and wait for each other\n"
+    assert "5 processes share 2 CPU cores" in capfd.readouterr().err
     assert [processes for _, processes in started] == [2, 5]
 
 
@@ -224,7 +224,7 @@ def test_a_launch_with_a_killed_rank_has_failed(config_file: Path, tmp_path: Pat
     rank.kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    assert err.count(f"rank 1 (process {rank.pid}) was ended by SIGKILL") == 1
+    assert err.count(f"rank 1 (process {rank.pid}) was killed by SIGKILL") == 1
     assert err.count("another rank has died") == 1
 
 
@@ -262,7 +262,7 @@ def test_a_rank_that_dies_is_no_stop_though_the_others_take_it_for_one(
     os.mkfifo(tmp_path / "ready")
     with open(tmp_path / "output", "wb") as output:
         assert run_training([str(tmp_path / "ready")], 2, output) == 1
-    assert "was ended by SIGKILL" in (tmp_path / "output").read_text()
+    assert "was killed by SIGKILL" in (tmp_path / "output").read_text()
 
 
 @pytest.mark.multiprocess

@@ -75,9 +75,7 @@ def test_a_take_over_outdates_the_first_for_good(tmp_path: Path) -> None:
     first, second, third = Other(tmp_path), Other(tmp_path), Other(tmp_path)
     assert first("take") == "attempt 1"
     assert second("take over") == "attempt 2"
-    assert first("check") == (
-        f"Superseded attempt 2 has taken over {tmp_path}; this one, attempt 1, ends and writes nothing more into it"
-    )
+    assert first("check").startswith(f"Superseded attempt 2 has taken over {tmp_path}; attempt 1 stops")
     assert second("check") == "current"
     assert "UsageError" in third("take")
     first.kill()  # its lock is on a file without a name: its end frees nothing
@@ -130,6 +128,23 @@ def test_a_holder_that_has_not_said_who_it_is_yet(tmp_path: Path) -> None:
     other = Other(tmp_path)
     assert other("take") == "attempt 1"
     (tmp_path / ".lock").write_text("")
-    with pytest.raises(UsageError, match="is being trained by another process; wait for it"):
+    with pytest.raises(UsageError, match="is being trained by another process"):
         RunLock(RunDirectory(tmp_path)).take()
     other.kill()
+
+
+def test_an_attempt_whose_file_vanished_writes_nothing_more(tmp_path: Path) -> None:
+    """The next attempt would be given the same number, and neither would know of the other."""
+    lock = RunLock(RunDirectory(tmp_path))
+    assert lock.take(after=2) == 3
+    lock.check()
+    (tmp_path / "attempts" / "3.json").unlink()
+    with pytest.raises(Superseded, match=r"attempts/3\.json is gone"):
+        lock.check()
+
+
+def test_an_attempt_is_numbered_above_those_that_the_state_knows(tmp_path: Path) -> None:
+    (tmp_path / "attempts").mkdir()
+    (tmp_path / "attempts" / "4.json").write_text("")
+    lock = RunLock(RunDirectory(tmp_path))
+    assert (lock.take(after=9), lock.take(after=2)) == (10, 11)

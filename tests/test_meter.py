@@ -138,7 +138,7 @@ def test_a_part_that_came_or_went_within_a_report_is_left_out(
 
 
 def test_the_ranks_of_one_seed_and_the_seeds_of_one_rank_draw_apart() -> None:
-    from forge.ranks.agreement import rank_seed
+    from forge.ranks.accelerator import rank_seed
 
     assert len({rank_seed(seed, rank) for seed in range(20) for rank in range(20)}) == 400
     assert rank_seed(42, 1) == rank_seed(42, 1)

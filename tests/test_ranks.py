@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from forge.errors import ForgeError, Stopped, UsageError
-from forge.ranks import agreement as ranks
+from forge.ranks import accelerator as accelerators
+from forge.ranks import agreement
 from forge.ranks.agreement import on_rank_0, rank_0_first
 
 logger = logging.getLogger("forge.somewhere")
@@ -49,7 +50,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    monkeypatch.setattr(ranks, "_agreement_group", lambda: "the patient one")
+    monkeypatch.setattr(agreement, "agreement_group", lambda: "the patient one")
     # Gathered, a value would come back from every rank, padded to the largest: ranks times ranks of it on the wire.
     monkeypatch.setattr(torch.distributed, "all_gather_object", None)
     return sent
@@ -106,7 +107,7 @@ def test_many_ranks_may_open_a_connection_to_each(
     given = []
     monkeypatch.setattr(resource, "getrlimit", lambda what: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda what, to: given.append(to))
-    ranks._let_files_open(count)
+    accelerators._raise_file_limit(count)
     assert given == ([] if asked is None else [asked])
     assert ["1024 ranks may need 2560 open files each" in record.message for record in caplog.records] == [
         True

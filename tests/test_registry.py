@@ -3,12 +3,14 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from forge.run.directory import RunDirectory, create_run_directory
-from forge.run.registry import incomplete_runs, register, unregister, update
+from forge.run.registry import incomplete_runs, is_alive, register, unregister, update
 from forge.run.state import Stage, TrainingState
 
 
@@ -57,8 +59,8 @@ def test_a_run_that_is_gone_or_complete_is_said_to_be_stale_and_its_entry_stays(
     gone.path.rmdir()
     TrainingState(run_id="done", stage=Stage.COMPLETE, pipeline_complete=True).save(complete.state_file)
     assert [entry.run_id for entry in incomplete_runs(tmp_path)] == ["live"]
-    assert f"the run {gone.path} is gone" in caplog.text
-    assert f"the run {complete.path} is complete" in caplog.text
+    assert f"{gone.path} is gone" in caplog.text
+    assert f"{complete.path} is complete" in caplog.text
     assert len(list((tmp_path / ".incomplete").iterdir())) == 3
 
 
@@ -102,3 +104,17 @@ def a_run(root: Path, run_id: str) -> RunDirectory:
 def rewrite(root: Path, run_id: str, **changes: object) -> None:
     file = root / ".incomplete" / f"{run_id}.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_process_is_alive_only_if_it_is_forge_and_on_this_host(tmp_path: Path) -> None:
+    a_run(tmp_path, "abc")
+    (entry,) = incomplete_runs(tmp_path)
+    command = [sys.executable, "-c", "input()"]
+    with subprocess.Popen([*command, "forge.py"], stdin=subprocess.PIPE) as forge:
+        assert is_alive(entry.model_copy(update={"pid": forge.pid})) is True
+        assert is_alive(entry.model_copy(update={"pid": forge.pid, "host": "node7"})) is None
+        forge.communicate(b"\n")
+    with subprocess.Popen([*command, "another.py"], stdin=subprocess.PIPE) as other:  # was given the pid since
+        assert is_alive(entry.model_copy(update={"pid": other.pid})) is False
+        other.communicate(b"\n")
+    assert is_alive(entry.model_copy(update={"pid": 2**22 + 1})) is False

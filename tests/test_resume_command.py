@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, python
+from recorded_runs import metadata_of
 
 from forge.cli.main import main
 from forge.cluster import launch
 from forge.cluster.launch import training_command
 from forge.run.directory import RunDirectory, create_run_directory
-from forge.run.files import read_json
+from forge.run.files import read_json, write_json
 from forge.run.registry import register
 from forge.run.state import Stage, TrainingState
 
@@ -67,7 +68,7 @@ def a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         )  # fmt: skip
         state.save(run.state_file)
         run.config_file.write_text(CONFIG)
-        run.metadata_file.write_text(json.dumps({"attempts": [{"ranks": 7}, {"ranks": ranks}]}))
+        write_json(run.metadata_file, metadata_of(run, ranks))
         (run.path / "will").write_text(will)
         register(root, run, state.run_id, state.stage)
         entry = root / ".incomplete" / f"{state.run_id}.json"
@@ -119,7 +120,8 @@ def test_the_ranks_are_those_of_the_last_attempt(
     run = a_run("r", ranks=4)
     main(["resume", "r"])
     main(["resume", "r", "--processes", "2"])
-    run.metadata_file.write_text('{"attempts": []}')
+    attempts = [metadata_of(run, ranks)["attempts"][0] for ranks in (4, 1)]
+    write_json(run.metadata_file, metadata_of(run) | {"attempts": attempts})
     main(["resume", "r"])
     assert asked == [4, 2, 1]
 
@@ -131,7 +133,7 @@ def test_the_ranks_are_those_of_the_last_attempt(
          "training.seed?"),
         (["r", "--epochs", "2", "--max_steps", "3"], "--epochs: training.epochs is an alternative to "
          "training.max_steps (--max_steps); keep one of them"),
-        (["q"], "no run named 'q' below outputs, and no run directory of that path; `forge runs` lists the runs"),
+        (["q"], "no run in outputs is named 'q', and no run directory has that path; `forge runs` lists the runs"),
         (["--all", "--take-over"], "--take-over cannot be combined with --all: it is for one run that you know to be "
          "dead"),
         (["r", "--processes", "0"], "argument --processes: '0' is no number of processes; give 1 or more; see "

@@ -88,13 +88,13 @@ def test_a_complete_run_of_the_name_is_refused_with_another_name(tmp_path: Path)
 
 def test_a_folder_that_is_no_run_is_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "sft" / "mine").mkdir(parents=True)
-    with pytest.raises(UsageError, match="exists and is no run directory"):
+    with pytest.raises(UsageError, match="mine exists but is not a run directory"):
         create_run_directory(tmp_path, Path("sft"), "mine")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-rf", "a/b", "a b", "naïve", "a\n", "a:b", "$x"])
 def test_a_name_that_is_no_plain_folder_name_is_refused_and_nothing_is_created(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="is not allowed: use letters, digits"):
+    with pytest.raises(UsageError, match="is not allowed"):
         create_run_directory(tmp_path, CONFIG, name)
     assert list(tmp_path.iterdir()) == []
 
@@ -107,7 +107,7 @@ def test_a_file_in_the_way_of_the_config_is_named(tmp_path: Path) -> None:
 
 def test_a_run_inside_another_run_is_refused_because_it_would_not_be_found_again(tmp_path: Path) -> None:
     a_run(tmp_path, "x", "y")
-    with pytest.raises(UsageError, match="lies inside the run"):
+    with pytest.raises(UsageError, match="is inside the run"):
         create_run_directory(tmp_path, Path("x/y"), "z")
 
 
@@ -168,7 +168,7 @@ def test_a_run_that_is_not_there_is_refused_with_the_nearest_name(
         find_run(tmp_path, "basline")
     with pytest.raises(UsageError, match="forge runs"):
         find_run(tmp_path, "")
-    with pytest.raises(UsageError, match="holds no training_state"):
+    with pytest.raises(UsageError, match="has no training_state"):
         find_run(tmp_path, str(tmp_path))
 
 
@@ -253,7 +253,7 @@ def test_the_run_package_imports_nothing_heavy() -> None:
     loaded = run_python(
         "import sys\n"
         "import forge.run.directory, forge.run.registry, forge.run.provenance, forge.run.log\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'accelerate', 'pydantic', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'datasets', 'accelerate', 'numpy'} & set(sys.modules)))"
     )
     assert loaded == "[]"
 

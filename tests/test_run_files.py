@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from forge.run.files import append_json_line, read_json_lines, write_atomically, write_json
+from forge.errors import Superseded
+from forge.run.files import append_json_line, publish_folder, read_json_lines, write_atomically, write_json
 
 
 def test_a_write_that_fails_keeps_the_old_text_and_leaves_nothing_behind(
@@ -90,3 +91,32 @@ def test_a_line_that_the_disk_took_in_part_is_an_error(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:4]))
     with pytest.raises(OSError, match="only 4 of 12 bytes"):
         append_json_line(tmp_path / "metrics.jsonl", {"step": 1})
+
+
+def test_a_folder_is_published_whole_in_place_of_the_one_before(tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    publish_folder(target, lambda folder: written(folder, "old"))
+    (target / "stale").touch()
+    publish_folder(target, lambda folder: written(folder, "new"))
+    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("model", "new")]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_not_published_where_the_guard_forbids_it(tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    publish_folder(target, lambda folder: written(folder, "old"))
+
+    def superseded() -> None:
+        raise Superseded("attempt 2 has taken over")
+
+    with pytest.raises(Superseded):
+        publish_folder(target, lambda folder: written(folder, "new"), superseded)
+    with pytest.raises(Superseded):
+        write_atomically(tmp_path / "state.json", "new", superseded)
+    assert (target / "model").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def written(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "model").write_text(text)

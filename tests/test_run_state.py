@@ -1,14 +1,13 @@
 """training_state.json: what is saved is what is loaded, and a bad file is named."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from forge.errors import UsageError
 from forge.run.directory import valid_run_name
-from forge.run.state import Stage, TrainingState, new_run_id
+from forge.run.state import BestEvaluation, Stage, TrainingState, new_run_id
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -19,7 +18,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         total_steps=2000,
         epoch=0.75,
         latest_checkpoint="checkpoint-500",
-        best_metric={"name": "matched/accuracy", "value": 0.81, "step": 400},
+        best_metric=BestEvaluation(name="matched/accuracy", value=0.81, step=400),
         attempts=2,
         preemptions=1,
         error="the disk is full",
@@ -32,7 +31,11 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_the_file_is_plain_for_other_readers(tmp_path: Path) -> None:
     values = json.loads(saved(tmp_path).read_text())
-    assert list(values) == [item.name for item in fields(TrainingState)]
+    assert list(values) == [
+        *("run_id", "stage", "pipeline_complete", "step", "total_steps", "epoch", "samples", "tokens", "step_sizes"),
+        *("evaluated_step", "latest_checkpoint", "best_metric", "kept_best", "attempts", "preemptions", "error"),
+        *("created_at", "updated_at"),
+    ]
     assert values["stage"] == "setup"
     assert values["pipeline_complete"] is False
     assert values["updated_at"].endswith("+00:00")
@@ -73,12 +76,12 @@ def test_an_older_file_without_a_newer_key_is_read(tmp_path: Path) -> None:
 
 def test_the_best_metric_of_an_older_file_has_the_name_of_today(tmp_path: Path) -> None:
     path = saved(tmp_path, best_metric={"name": "matched/loss", "value": 0.5, "step": 4})
-    assert TrainingState.load(path).best_metric == {"name": "matched/ce", "value": 0.5, "step": 4}
+    assert TrainingState.load(path).best_metric == BestEvaluation(name="matched/ce", value=0.5, step=4)
 
 
 def test_a_file_of_a_newer_forge_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, colour="red")
-    with pytest.raises(UsageError, match="was written by a newer forge: this one does not know colour") as refusal:
+    with pytest.raises(UsageError, match=r"newer forge.*colour") as refusal:
         TrainingState.load(path)
     assert str(path) in str(refusal.value)
 
@@ -86,14 +89,16 @@ def test_a_file_of_a_newer_forge_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"stage": "resting"}, "stage 'resting' is none of setup, baseline_evaluation"),
-        ({"stage": None}, "stage None is none of"),
-        ({"step": "7"}, "step must be int, not '7'"),
-        ({"step": True}, "step must be int, not True"),
-        ({"epoch": None}, "epoch must be float, not None"),
-        ({"pipeline_complete": 1}, "pipeline_complete must be bool, not 1"),
-        ({"best_metric": [1]}, r"best_metric must be dict \| None, not \[1\]"),
-        ({"latest_checkpoint": 500}, r"latest_checkpoint must be str \| None, not 500"),
+        ({"stage": "resting"}, "stage is 'resting': .*'setup', 'baseline_evaluation'"),
+        ({"stage": None}, "stage is None"),
+        ({"step": "7"}, "step is '7': .*integer"),
+        ({"step": True}, "step is True: .*integer"),
+        ({"epoch": None}, "epoch is None: .*number"),
+        ({"pipeline_complete": 1}, "pipeline_complete is 1: .*boolean"),
+        ({"best_metric": [1]}, r"best_metric is \[1\]"),
+        ({"best_metric": {"name": "matched/accuracy", "value": 0.8}}, "best_metric.step is missing"),
+        ({"step_sizes": [[0, "32"]]}, r"step_sizes\.0\.1 is '32'"),
+        ({"latest_checkpoint": 500}, "latest_checkpoint is 500: .*string"),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, changes: dict[str, object], what: str) -> None:

@@ -128,7 +128,7 @@ def test_a_second_ctrl_c_leaves_at_once(config_file: Path, tmp_path: Path) -> No
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "a second Ctrl-C; left at once" in errors
+    assert "forge: second Ctrl-C" in errors
 
 
 def test_a_stop_in_preparation_creates_nothing(config_file: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from forge.config.former_names import current_headline
 from forge.config.schema import CheckpointConfig, Config
 from forge.errors import TrainingError, UsageError
 from forge.report.figures import LOWER_IS_BETTER
-from forge.run.state import TrainingState
+from forge.run.state import BestEvaluation, TrainingState
 from forge.task.task import Task
 
 Metrics = dict[str, Any]
@@ -40,9 +40,9 @@ class BestMetric:
         name = self.name_in(metrics)
         value, best = metrics[name], state.best_metric
         lower = name.split("/")[-1] in LOWER_IS_BETTER
-        if best is not None and best["name"] == name and (value >= best["value"] if lower else value <= best["value"]):
+        if best is not None and best.name == name and (value >= best.value if lower else value <= best.value):
             return False
-        state.best_metric = {"name": name, "value": value, "step": state.step}
+        state.best_metric = BestEvaluation(name=name, value=value, step=state.step)
         return True
 
     def check_baseline(self, metrics: Metrics, mixed_precision: str, config: Config) -> None:

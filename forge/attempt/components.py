@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from forge.cluster.launch import option_words
 from forge.config.loader import LoadedConfig
 from forge.config.schema import Config, TrainingConfig
 from forge.model.load import LoadedModel
@@ -97,9 +98,8 @@ def cache_command(file: Path, command: Sequence[str]) -> str:
     for name in valued:
         parser.add_argument(f"--{name}")
     given, _ = parser.parse_known_args(list(command))
-    words = ["forge", "cache-teacher", str(file), *(["--debug"] if given.debug else [])]
-    words += [f"--{name}={value}" for name in valued if (value := getattr(given, name)) is not None]
-    return shlex.join([*words, *(f"--set={setting}" for setting in given.set)])
+    options = option_words(**{name: getattr(given, name) for name in ("debug", *valued, "set")})
+    return shlex.join(["forge", "cache-teacher", str(file), *options])
 
 
 def _load_student(config: Config, task: Task) -> LoadedModel:

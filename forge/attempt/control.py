@@ -1,10 +1,9 @@
 """The control of a distilled run: its twin without the teacher, trained for as many steps in a run next to it."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forge.attempt.request import Request
 from forge.config.changes import ROWS, Kind, changes
@@ -14,17 +13,17 @@ from forge.config.placing import located
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json
+from forge.run.metadata import RunMetadata, named, read_metadata
 from forge.run.state import TrainingState
 
 SUFFIX = "-sft"
 # What open_run writes before the state, which marks a run: a folder that holds no more was left by a kill meanwhile.
 FIRST_FILES = ("config.yaml", "run_metadata.json", "requirements.txt", "dirty_1.diff")
-FACTS = (  # of run_metadata.json, and what a message calls them
-    ("data", "fingerprint", "rows, or their tokens,"),
-    ("model", "weights_sha256", "weights of the model"),
-    ("teacher", "weights_sha256", "weights of the teacher"),
-    ("world", "rows_per_step", "rows of a step"),
+FACTS: tuple[tuple[str, Callable[[RunMetadata], object]], ...] = (  # that a run and its control have in common
+    ("rows, or their tokens,", lambda metadata: metadata.data.fingerprint),
+    ("weights of the model", lambda metadata: metadata.model.weights_sha256),
+    ("weights of the teacher", lambda metadata: metadata.teacher.weights_sha256 if metadata.teacher else None),
+    ("rows of a step", lambda metadata: metadata.world.rows_per_step),
 )
 
 
@@ -46,7 +45,7 @@ def next_control(run: RunDirectory, request: Request) -> Request | None:
         UsageError: Something else has the control's name.
     """
     config = load_config(run.config_file).config
-    state, metadata, control = TrainingState.load(run.state_file), read_json(run.metadata_file), control_of(run)
+    state, metadata, control = TrainingState.load(run.state_file), read_metadata(run), control_of(run)
     twin = control_config(config, state.total_steps)
     allowed = list(request.allowed_changes)
     known = check_control(control, twin, steps=state.total_steps, facts=metadata, allowed=allowed)
@@ -54,14 +53,14 @@ def next_control(run: RunDirectory, request: Request) -> Request | None:
         return None
     root, place = place_of(run, config)
     return Request(
-        LoadedConfig(twin.model_copy(update={"output_root": str(root)}), Path(metadata["config_file"])),
+        LoadedConfig(twin.model_copy(update={"output_root": str(root)}), metadata.config_file),
         request.command,
         control.name,
         known.run if known is not None else None,
         known.allowed if known is not None else [],
         request.take_over and known is not None,
         place,
-        {"control_of": named(run)},
+        {"control_of": named(run).model_dump()},
     )
 
 
@@ -78,14 +77,14 @@ def run_of(control: RunDirectory) -> RunDirectory | None:
     run = RunDirectory(control.path.with_name(control.name.removesuffix(SUFFIX)))
     if not run.state_file.is_file() or not TrainingState.load(run.state_file).pipeline_complete:
         return None
-    return run if read_json(control.metadata_file).get("control_of") == named(run) else None
+    return run if read_metadata(control).control_of == named(run) else None
 
 
 def nothing_left(run: RunDirectory) -> bool:
     """True if the run is complete, and so is its control if it wants one, and the run has its metrics."""
     if not TrainingState.load(run.state_file).pipeline_complete:
         return False
-    return not wants_control(load_config(run.config_file).config) or "control" in read_json(run.metadata_file)
+    return not wants_control(load_config(run.config_file).config) or read_metadata(run).control is not None
 
 
 def wants_control(config: Config) -> bool:
@@ -124,7 +123,7 @@ def check_control(
     wanted: Config,
     *,
     steps: int | None = None,
-    facts: Mapping[str, Any] | None = None,
+    facts: RunMetadata | None = None,
     allowed: Sequence[str] = (),
 ) -> Control | None:
     """Return the control that an earlier attempt started or completed; None: the name is free.
@@ -151,10 +150,10 @@ def check_control(
     ]
     if strange := [str(change) for change in found if change.key not in allowed]:
         raise UsageError(_other(control, f"its config differs: {'; '.join(strange)}"))
-    own = read_json(control.metadata_file)
-    for section, name, words in FACTS if facts is not None and ROWS not in allowed else ():
-        here = ((facts or {}).get(section) or {}).get(name)
-        there = (own.get(section) or {}).get(name)
+    own = read_metadata(control)
+    for words, fact in FACTS if facts is not None and ROWS not in allowed else ():
+        assert facts is not None
+        here, there = fact(facts), fact(own)
         if here is not None and there is not None and here != there:
             raise UsageError(_other(control, f"its {words} are {str(there)[:12]} instead of {str(here)[:12]}"))
     if steps is not None and (state.step != steps if state.pipeline_complete else state.step > steps):
@@ -182,8 +181,3 @@ def _other(control: RunDirectory, why: str) -> str:
         f"{control.path} is reserved for this run's control (evaluation.control: sft), but holds something else: "
         f"{why}; move it away, give this run another name, or set evaluation.control=null"
     )
-
-
-def named(run: RunDirectory) -> dict[str, Any]:
-    """A run as another run's metadata names it."""
-    return {"run_id": read_json(run.metadata_file)["run_id"], "name": run.name}

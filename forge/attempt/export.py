@@ -18,7 +18,8 @@ from forge.model.weights import TrainedWeights
 from forge.ranks.agreement import on_rank_0
 from forge.ranks.deepspeed import any_partitioned, gathered
 from forge.ranks.partitions import whole_float32
-from forge.run.files import publish_folder, read_json, write_json
+from forge.run.files import publish_folder
+from forge.run.metadata import Merged, amend_metadata
 from forge.task.task import Task
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,8 @@ def export(attempt: Attempt, weights: TrainedWeights, training: Training) -> Non
     def publish() -> None:
         try:
             publish_folder(run.final, write, check)
-            metadata = read_json(run.metadata_file)
-            metadata.pop("merged", None)  # of an earlier export, which this one replaces
-            if merge is not None:
-                metadata["merged"] = asdict(merge)
-            write_json(run.metadata_file, metadata, check)
+            merged = Merged(**asdict(merge)) if merge is not None else None
+            amend_metadata(run, check, merged=merged)  # replaces what an earlier export wrote
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(

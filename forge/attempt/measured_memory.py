@@ -25,7 +25,7 @@ from forge.errors import UsageError
 from forge.memory.meta import running_job
 from forge.memory.totals import GIB, Estimate, Sharding, estimate_memory, form_for
 from forge.ranks.agreement import gather_values, on_rank_0
-from forge.run.files import read_json, write_json
+from forge.run.metadata import Memory, amend_metadata
 
 logger = logging.getLogger(__name__)
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -56,17 +56,16 @@ def measured_memory(attempt: Attempt, model: PreTrainedModel, training: Training
 
     def record() -> None:
         predicted = predict_memory(attempt.config, accelerator, model, teacher, attempt.components.task.train)
-        facts = {
-            "device": device.type,
-            "predicted_gib": None if predicted is None else _gib(predicted.total),
-            "measured_gib": max(measured),
-            "measured": ON_CUDA if device.type == "cuda" else ON_CPU,
-            "measured_gib_by_rank": measured,
-            "predicted_parts": None if predicted is None else predicted.as_gib(),
-        }
+        facts = Memory(
+            device=device.type,
+            predicted_gib=None if predicted is None else _gib(predicted.total),
+            measured_gib=max(measured),
+            measured=ON_CUDA if device.type == "cuda" else ON_CPU,
+            measured_gib_by_rank=measured,
+            predicted_parts=None if predicted is None else predicted.as_gib(),
+        )
         assert attempt.lock is not None
-        file = attempt.run.metadata_file
-        write_json(file, {**read_json(file), "memory": facts}, attempt.lock.check)
+        amend_metadata(attempt.run, attempt.lock.check, memory=facts)
         known = "not predicted" if predicted is None else f"{_gib(predicted.total):.2f} GiB predicted"
         logger.info("memory: %.2f GiB measured at most, %s", max(measured), known)
 

@@ -9,8 +9,10 @@ from forge.config.explain import to_yaml
 from forge.config.loader import LoadedConfig
 from forge.config.placing import config_name, located
 from forge.run.directory import RunDirectory, create_run_directory
-from forge.run.files import Guard, read_json, unguarded, write_atomically, write_json
+from forge.run.files import Guard, unguarded, write_atomically
+from forge.run.metadata import RunMetadata, read_metadata, write_metadata
 from forge.run.provenance import package_freeze, provenance, write_dirty_diff
+from forge.run.records import record_of
 from forge.run.registry import register
 from forge.run.state import TrainingState, new_run_id
 
@@ -73,7 +75,7 @@ def _next_attempt(
     state = TrainingState.load(run.state_file)
     state.error = None
     _write_config(loaded, run, attempt.guard)
-    _record_attempt(loaded, run, state, read_json(run.metadata_file), command, facts, attempt)
+    _record_attempt(loaded, run, state, read_metadata(run).model_dump(exclude_unset=True), command, facts, attempt)
     return run, state
 
 
@@ -93,10 +95,10 @@ def _record_attempt(
 ) -> None:
     state.attempts = attempt.number
     dirty_diff = run.path / f"dirty_{attempt.number}.diff"
-    entry: dict[str, Any] = {"attempt": attempt.number, **provenance(None, command)}
+    entry: dict[str, Any] = {"attempt": attempt.number, **provenance(None, command).model_dump(exclude_unset=True)}
     entry["dirty_diff"] = dirty_diff.name if write_dirty_diff(dirty_diff) else None
     entry |= {"ranks": facts["world"]["ranks"], "changes": attempt.changes, "allowed": attempt.allowed}
     attempts = [*metadata.pop("attempts"), entry]
-    write_json(run.metadata_file, metadata | facts | {"attempts": attempts}, attempt.guard)
+    write_metadata(run, record_of(RunMetadata, metadata | facts | {"attempts": attempts}), attempt.guard)
     register(Path(loaded.config.output_root), run, state.run_id, state.stage)
     state.save(run.state_file, attempt.guard)  # last: it marks a run, which then has all that a resume needs

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.attempt.control import named
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import LostRank, Stopped, Superseded
@@ -17,9 +16,10 @@ from forge.ranks.world import Ranks
 from forge.report.evidence import Evidence, evidence, evidence_markdown
 from forge.report.model_card import compare, model_card
 from forge.run.directory import RunDirectory
-from forge.run.files import Guard, read_json, unguarded, write_atomically, write_json
+from forge.run.files import Guard, unguarded, write_atomically
 from forge.run.hints import resume_command
 from forge.run.lock import RunLock
+from forge.run.metadata import amend_metadata, named, read_metadata
 from forge.run.metrics import read_metrics
 from forge.run.registry import unregister
 from forge.run.state import Stage, TrainingState
@@ -102,9 +102,8 @@ def record_control(run: RunDirectory, control: RunDirectory) -> Result:
     Nobody else writes into a complete run, so there is no lock to take.
     """
     config, state = load_config(run.config_file).config, TrainingState.load(run.state_file)
-    metadata = {**read_json(run.metadata_file), "control": named(control)}
-    write_json(run.metadata_file, metadata)
-    result = result_of(run, config, metadata["task"]["headline"], control)
+    metadata = amend_metadata(run, control=named(control))
+    result = result_of(run, config, metadata.task.headline, control)
     write_card(result, config, state.step)
     if config.export.push_to_hub is not None:
         push_to_hub(run.final, config.export.push_to_hub)
@@ -124,7 +123,7 @@ def write_card(result: Result, config: Config, steps: int, check: Guard = unguar
     """Write the model card, final/README.md, from the run's files."""
     run, compared = result.run, result.evidence
     table = evidence_markdown(compared) if compared else None
-    card = model_card(read_json(run.metadata_file), steps, config, result.before, result.after, table)
+    card = model_card(read_metadata(run), steps, config, result.before, result.after, table)
     write_atomically(run.final / "README.md", card, check)
 
 

@@ -2,20 +2,18 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from forge.checkpoint.manifest import Manifest
 from forge.checkpoint.selection import remove_leftovers, select
 from forge.config.changes import ROWS, Change, Kind, allowances, changes, check_changes
 from forge.config.explain import effective
-from forge.config.former_names import current_keys
 from forge.config.loader import load_config
 from forge.config.placing import located
 from forge.config.schema import Config
 from forge.errors import AlreadyComplete, UsageError
 from forge.run.directory import RunDirectory, complete_message
-from forge.run.files import read_json
 from forge.run.lock import RunLock
+from forge.run.metadata import RunMetadata, read_metadata
 from forge.run.state import TrainingState
 
 SHOWN = 12  # digits of a hash in a message
@@ -60,7 +58,7 @@ def prepare_resume(
     remove_leftovers(run)
     selected = select(run, state)
     checkpoint, manifest = selected if selected is not None else (None, None)
-    metadata = _metadata(run)
+    metadata = read_metadata(run)
     wanted = config.training.max_steps
     if manifest is not None and wanted is not None and wanted < manifest.step:
         raise UsageError(
@@ -69,11 +67,9 @@ def prepare_resume(
     found, earlier = _changes(run, config, manifest, metadata, rows_per_step, precision)
     lines = check_changes(found, allowed_changes, earlier)
     shown = [f"changed: {line}" for line in lines]
-    fingerprint = manifest.data_fingerprint if manifest is not None else metadata["data"]["fingerprint"]
-    model = metadata.get("model")
-    weights = model.get("weights_sha256") if manifest is None and isinstance(model, dict) else None
-    taught = metadata.get("teacher")
-    teacher = taught.get("weights_sha256") if isinstance(taught, dict) else None
+    fingerprint = manifest.data_fingerprint if manifest is not None else metadata.data.fingerprint
+    weights = metadata.model.weights_sha256 if manifest is None else None
+    teacher = metadata.teacher.weights_sha256 if metadata.teacher is not None else None
     return ResumePoint(attempt, checkpoint, manifest, shown, allowances(found), fingerprint, weights, teacher)
 
 
@@ -134,24 +130,11 @@ def check_teacher(point: ResumePoint, weights: str | None, allowed_changes: list
     return replace(point, changes=[*point.changes, line], other_teacher=True)
 
 
-def _metadata(run: RunDirectory) -> dict[str, Any]:
-    """run_metadata.json, as far as a resume reads it. Raises UsageError where that is not there."""
-    metadata = read_json(run.metadata_file)
-    attempts, world, data = (metadata.get(name) for name in ("attempts", "world", "data"))
-    whole = isinstance(attempts, list) and all(isinstance(attempt, dict) for attempt in attempts)
-    whole = whole and isinstance(world, dict) and isinstance(world.get("rows_per_step"), int)
-    if not whole or not isinstance(data, dict) or not isinstance(data.get("fingerprint"), str):
-        raise UsageError(
-            f"{run.metadata_file} is broken: it must tell attempts, world.rows_per_step and data.fingerprint"
-        )
-    return metadata
-
-
 def _changes(
     run: RunDirectory,
     config: Config,
     manifest: Manifest | None,
-    metadata: dict[str, Any],
+    metadata: RunMetadata,
     rows_per_step: int,
     precision: str,
 ) -> tuple[list[Change], dict[str, str]]:
@@ -160,7 +143,7 @@ def _changes(
         old, old_rows_per_step = manifest.config, manifest.rows_per_step
     else:  # the run begins anew, and yet as the run that it was said to be
         old = effective(located(load_config(run.config_file).config))
-        old_rows_per_step = metadata["world"]["rows_per_step"]
+        old_rows_per_step = metadata.world.rows_per_step
     found = changes(old, config, rows_per_step_old=old_rows_per_step, rows_per_step_new=rows_per_step)
     if manifest is not None and manifest.mixed_precision != precision:
         key = "training.mixed_precision"
@@ -168,5 +151,4 @@ def _changes(
         others = [change for change in found if change.key != key]
         found = [*others, Change(key, manifest.mixed_precision, precision, Kind.MEANING, reason)]
     # Each attempt records what still differs from its checkpoint: what the last one took back is allowed no more.
-    earlier = metadata["attempts"][-1].get("allowed", {}) if metadata["attempts"] else {}
-    return found, current_keys(earlier)
+    return found, metadata.attempts[-1].allowed

@@ -1,7 +1,8 @@
-"""Commits checkpoints: each is written aside by all ranks, listed with its hashes, and then named in one step.
+"""Checkpoints: saves a training so that a folder named checkpoint-N is always complete.
 
-Whatever ends the process at whatever instant, a folder named checkpoint-N is whole; the rename is the commit. What
-comes after it (the hint, the state, the deletion of older ones) can be lost without loss.
+All ranks write into a temporary folder, rank 0 lists the files with their hashes, and one rename commits the
+checkpoint, so a crash at any time leaves no incomplete checkpoint-N. What follows the rename (latest_checkpoint, the
+state, the deletion of older checkpoints) can be lost without harm.
 """
 
 import logging
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,15 @@ from forge.run.state import TrainingState, now
 
 logger = logging.getLogger(__name__)
 
-# Beyond what the checkpoint itself takes, or as much again if that is less: the log, the metrics and a final model
-# share the disk. Not asked for where the save is the last one that can be made.
+# Free space required beyond the checkpoint itself, or as much again if that is less: the log, the metrics and the
+# final model share the disk. Not required of a save that must succeed, the last that can be made.
 SPARE_BYTES = 64 << 20
-FAILURES_IN_A_ROW = 3  # a disk that stays full is not worth to train on for
+FAILURES_IN_A_ROW = 3  # a disk that stays full is not worth training on for
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What every manifest of an attempt says alike."""
+    """What the manifests of an attempt have in common."""
 
     ranks: int
     rows_per_step: int
@@ -50,12 +51,12 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a save was and cost."""
+    """A committed save, and what it cost."""
 
     name: str
     mib: float
     seconds: float  # from the start to the commit
-    stall_seconds: float  # in which training waited for it
+    stall_seconds: float  # while training waited
 
 
 @dataclass
@@ -63,17 +64,17 @@ class _Writing:
     """A save whose files are being written."""
 
     staging: Path
-    state: TrainingState  # as it was
+    state: TrainingState  # a copy, as it was
     started: float
     stall: float
     thread: threading.Thread | None = None
     # This rank's files, or what went wrong.
-    outcome: tuple[dict[str, StoredFile], str | None] = ({}, "its writer ended without a word")
+    outcome: tuple[dict[str, StoredFile], str | None] = ({}, "its writer ended without a result")
     finish_started: float | None = None  # of an asynchronous one
 
 
 class Checkpoints:
-    """The checkpoints of one run in training; every rank has one of these, and calls the same at the same step."""
+    """The checkpoints of one training run. Every rank has this object and calls the same methods at the same step."""
 
     def __init__(
         self,
@@ -82,19 +83,19 @@ class Checkpoints:
         training: Training,
         config: CheckpointConfig,
         facts: RunFacts,
-        told: Callable[[TrainingState, Saved], None],
+        on_commit: Callable[[TrainingState, Saved], None],
     ):
-        """told: called on rank 0 after each commit."""
+        """on_commit: called on rank 0 after each commit."""
         self._run, self._lock, self._training = run, lock, training
-        self._config, self._facts, self._told = config, facts, told
+        self._config, self._facts, self._on_commit = config, facts, on_commit
         self._writing: _Writing | None = None
         self._failures = 0
 
     def save(self, state: TrainingState, progress: dict[str, Any], *, must: bool = False) -> bool:
-        """Saves now, or with checkpoint.asynchronous begins to; True when committed or begun.
+        """Save now, or start to with checkpoint.asynchronous. True if the save was committed or started.
 
-        A save that fails is reported, and training goes on with the checkpoints there are; it raises TrainingError
-        if it must succeed, and after three failures in a row. Raises Superseded where a later attempt took over.
+        A failure is logged, and training continues with the checkpoints there are. It raises TrainingError if the save
+        must succeed, and after three failures in a row; and Superseded if a later attempt has taken over.
         """
         self.finish(state)
         started = time.perf_counter()
@@ -111,7 +112,7 @@ class Checkpoints:
         staging, problem = on_rank_0(self._training.accelerator, lambda: self._stage(state, size, must))
         if problem is not None:
             return self._failed(state, problem, must)
-        writing = _Writing(staging, replace(state), started, 0.0)
+        writing = _Writing(staging, state.model_copy(), started, 0.0)
         if asynchronous:
             writing.thread = threading.Thread(target=_write, args=(writing, snapshot), name="checkpoint")
             writing.thread.start()
@@ -123,11 +124,11 @@ class Checkpoints:
 
     @property
     def written(self) -> bool:
-        """Has this rank written its files of a save that is under way? If all have, it can be finished at no cost."""
+        """True if this rank has written its files of the save in progress; when all have, finish() does not wait."""
         return self._writing is not None and self._writing.thread is not None and not self._writing.thread.is_alive()
 
     def finish(self, state: TrainingState) -> None:
-        """Commits the save that is under way, if there is one, waiting until all ranks have written their files."""
+        """Commit the save in progress, if there is one; waits until all ranks have written their files."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
@@ -138,26 +139,28 @@ class Checkpoints:
         self._commit(writing, state, must=False)
 
     def prune(self, state: TrainingState) -> None:
-        """On rank 0: deletes what is beyond keep_last. After each commit, and where an attempt begins: the one before
-        may have ended between the two."""
+        """Delete what exceeds keep_last; on rank 0.
+
+        Called after each commit and at the start of an attempt, since the previous one may have ended in between.
+        """
         try:
-            if state.best_metric is not None and self._run.checkpoint(state.best_metric["step"]).exists():
-                state.kept_best = state.best_metric["step"]  # until then, the one before it stays
+            if state.best_metric is not None and self._run.checkpoint(state.best_metric.step).exists():
+                state.kept_best = state.best_metric.step  # until then, the previous best stays
             for old in self._outdated(state):
                 self._lock.check()
                 _discard(old)
         except (OSError, TrainingError) as error:
-            logger.warning("older checkpoints could not be deleted (%s)", error)
+            logger.warning("could not delete older checkpoints (%s)", error)
 
     def abandon(self) -> None:
-        """An error ends the attempt: waits for the writer, which may share memory with it, and commits nothing."""
+        """Give up the save in progress after an error: wait for its writer, which may share memory; commit nothing."""
         if self._writing is not None and self._writing.thread is not None:
             self._writing.thread.join()
             shutil.rmtree(self._writing.staging, ignore_errors=True)
         self._writing = None
 
     def _stage(self, state: TrainingState, snapshot_bytes: int, must: bool) -> tuple[Path, str | None]:
-        """On rank 0: the folder to write into, or why there is none."""
+        """Return the folder to write into, and why it cannot be used, if so; on rank 0."""
         self._lock.check()
         staging = self._run.path / f"{STAGING_PREFIX}{state.step}-{self._lock.attempt}-{secrets.token_hex(6)}"
         size = max(snapshot_bytes, self._size_of_the_last())
@@ -166,7 +169,7 @@ class Checkpoints:
             free = shutil.disk_usage(self._run.path).free
             if free < size + spare:
                 kept = f" and {_mib(spare)} to spare" if spare else ""
-                return staging, f"it takes {_mib(size)}{kept}, and {_mib(free)} are free on the disk"
+                return staging, f"it needs {_mib(size)}{kept}, but only {_mib(free)} are free on the disk"
             staging.mkdir()
         except OSError as error:
             return staging, str(error)
@@ -179,13 +182,13 @@ class Checkpoints:
         return 0
 
     def _commit(self, writing: _Writing, state: TrainingState, must: bool) -> bool:
-        """Agrees on whether every rank has written its files; then rank 0 names the checkpoint."""
+        """Agree on whether every rank has written its files; then rank 0 renames the folder."""
         accelerator = self._training.accelerator
         outcomes = gather_values(writing.outcome)
         problem = next((problem for _, problem in outcomes if problem is not None), None)
         if problem is None:
             files = {name: file for part, _ in outcomes for name, file in part.items()}
-            problem = on_rank_0(accelerator, lambda: self._name(writing, files))
+            problem = on_rank_0(accelerator, lambda: self._rename(writing, files))
         if problem is not None:
             if accelerator.is_main_process:
                 shutil.rmtree(writing.staging, ignore_errors=True)
@@ -195,19 +198,19 @@ class Checkpoints:
         on_rank_0(accelerator, lambda: self._after_commit(writing, files, state))
         return True
 
-    def _name(self, writing: _Writing, files: dict[str, StoredFile]) -> str | None:
-        """On rank 0: manifest and rename. Returns what went wrong; raises Superseded."""
+    def _rename(self, writing: _Writing, files: dict[str, StoredFile]) -> str | None:
+        """Write the manifest and rename the folder, on rank 0. Returns what went wrong; raises Superseded."""
         target = self._run.checkpoint(writing.state.step)
         try:
             open_to_others(writing.staging)
             self._manifest(writing.state, files).write(writing.staging)
-            # Not that a file system may lose bytes in silence; but if this one does, it is told now.
+            # No file system should lose bytes silently, but if this one does, find out now.
             check_files(writing.staging, Manifest.read(writing.staging), hashes=False)
             sync_folder(writing.staging)
-            sync_file(self._run.metrics_file)  # its rows up to this step will not be written again
-            self._lock.check()  # as late as can be
-            if target.exists():  # never replaced: whoever wrote it, it is whole
-                return f"{target.name} is there already"
+            sync_file(self._run.metrics_file)  # a resume will not write its rows up to this step again
+            self._lock.check()  # as late as possible
+            if target.exists():  # never replaced: it is complete, whichever attempt wrote it
+                return f"{target.name} exists already"
             os.rename(writing.staging, target)
             sync_folder(self._run.path)
         except (OSError, BadCheckpoint, TrainingError) as error:
@@ -218,7 +221,7 @@ class Checkpoints:
         return None
 
     def _after_commit(self, writing: _Writing, files: dict[str, StoredFile], state: TrainingState) -> None:
-        """On rank 0: hint, state and retention. What fails here costs nothing but space, and is only told of."""
+        """Write latest_checkpoint and the state, and delete old checkpoints; on rank 0. Failures are only logged."""
         name, size_mib = self._run.checkpoint(writing.state.step).name, sum(f.bytes for f in files.values()) / 2**20
         seconds = time.perf_counter() - writing.started
         since = writing.started if writing.finish_started is None else writing.finish_started
@@ -231,13 +234,13 @@ class Checkpoints:
             try:
                 note()
             except OSError as error:
-                logger.warning("%s is committed, and could not be noted (%s)", name, error)
+                logger.warning("%s is committed, but the run's files could not be updated (%s)", name, error)
         self.prune(state)
         logger.info("saved %s: %.1f MiB in %.2f s, of which training waited %.2f s", name, size_mib, seconds, stall)
-        self._told(writing.state, Saved(name, round(size_mib, 2), round(seconds, 3), round(stall, 3)))
+        self._on_commit(writing.state, Saved(name, round(size_mib, 2), round(seconds, 3), round(stall, 3)))
 
     def _outdated(self, state: TrainingState) -> list[Path]:
-        """Those beyond keep_last. What is not whole, by its sizes, does not count as kept."""
+        """Return those that exceed keep_last. A checkpoint with a file of the wrong size does not count as kept."""
         best = state.kept_best if self._config.keep_best else None
         kept, outdated = 0, []
         for folder in checkpoints(self._run):
@@ -246,7 +249,7 @@ class Checkpoints:
                     verify(folder, state.run_id, hashes=False)
                     kept += 1
                 except BadCheckpoint as problem:
-                    logger.warning("%s is not whole: %s", folder.name, problem)
+                    logger.warning("%s is not complete: %s", folder.name, problem)
             elif step_of(folder) != best:
                 outdated.append(folder)
         return outdated
@@ -271,29 +274,29 @@ class Checkpoints:
         self._failures += 1
         newest = state.latest_checkpoint or "none yet"
         text = (
-            f"checkpoint-{state.step} could not be saved in {self._run.path} ({' '.join(problem.split())[:300]}); the "
+            f"could not save checkpoint-{state.step} in {self._run.path} ({' '.join(problem.split())[:300]}); the "
             f"newest checkpoint is {newest}"
         )
         if must or self._failures >= FAILURES_IN_A_ROW:
             again = "" if must else f", and {self._failures} saves in a row have failed"
-            raise TrainingError(f"{text}{again}. Free some space, then resume")
+            raise TrainingError(f"{text}{again}; free some space, then resume")
         if self._training.accelerator.is_main_process:  # all ranks have agreed on it
-            logger.error("%s; training goes on", text)
+            logger.error("%s; training continues", text)
         return False
 
 
 def _write(writing: _Writing, snapshot: Snapshot) -> None:
-    """This rank's files; an error is a value, for no rank may be left waiting for another."""
+    """Write this rank's files. An error is kept as a value, so that no rank is left waiting for another."""
     try:
         writing.outcome = write_snapshot(snapshot, writing.staging), None
         if snapshot.rank != 0:
-            sync_folder(writing.staging)  # on a network file system each host has a view of its own
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to hear of it
+            sync_folder(writing.staging)  # each host may see a network file system differently
+    except Exception as error:  # noqa: BLE001 - the other ranks are waiting for the outcome, whatever it is
         writing.outcome = {}, f"rank {snapshot.rank}: {type(error).__name__}: {error}"
 
 
 def _discard(folder: Path) -> None:
-    """Takes the name away first: a folder half deleted must not pass for a checkpoint."""
+    """Delete a checkpoint; the rename comes first, so that a half-deleted folder is not taken for one."""
     trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}-{secrets.token_hex(6)}")
     os.rename(folder, trash)
     shutil.rmtree(trash)

@@ -1,13 +1,13 @@
-"""What a checkpoint holds: taken from a training in progress, written by each rank, and put back.
+"""What a checkpoint holds: taken from a training, written by each rank, and restored.
 
-The learning rate is a pure function of the step, and the order of the rows one of seed, epoch and step: neither has
-a state to be saved. Checkpoints are taken between two optimizer steps, so that no gradient is half accumulated.
+The learning rate depends on the step alone, and the order of the rows on seed, epoch and step, so neither has a state
+to save. Checkpoints are taken between two optimizer steps, so no gradient is half accumulated.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -39,9 +39,11 @@ from forge.checkpoint.shards import (
     whole_tensors,
 )
 from forge.errors import UsageError
-from forge.ranks.agreement import on_every_rank, rank_seed
+from forge.ranks.accelerator import rank_seed
+from forge.ranks.agreement import on_every_rank
 from forge.ranks.deepspeed import gathered
 from forge.ranks.partitions import Partitions
+from forge.run.records import Record, read_record
 from forge.run.state import TrainingState
 
 DTYPES = {
@@ -49,205 +51,229 @@ DTYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
     torch.bool: "BOOL",
 }
+SET_BACK = "set teacher, model and distillation.hidden back to what the run had, or start a new run"
 
 
 class Weights(Protocol):
-    """The weights that training changes, all of a model's or an adapter's, under the names that their file has."""
+    """The weights that training changes, a model's or an adapter's, under the names that their file has."""
 
     file: str
-    base: str | None  # the hash of what an adapter is trained on; None: all weights are here
+    base: str | None  # the hash of what an adapter is trained on; None: these are all the weights
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's own, not copies, and none twice."""
+        """Return the model's own tensors, not copies, each once."""
 
     def load(self, tensors: dict[str, Tensor]) -> None: ...
 
     def texts(self) -> dict[str, str]:
-        """The small files that from_pretrained needs beside the weights, by name."""
+        """Return the small files, by name, that from_pretrained needs in addition to the weights."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a training in progress that a checkpoint is taken from and put back into."""
+    """The parts of a training that a checkpoint is taken from and restored into."""
 
     accelerator: Accelerator
     weights: Weights
     optimizer: Optimizer  # of the trained parameters only
     seed: int
-    projections: nn.Module | None = None  # trained beside the model: no part of what is exported
-    named: Named | None = None  # of a training that may be sharded, or go on from a sharded one
+    projections: nn.Module | None = None  # trained in addition to the model, but not exported
+    named: Named | None = None  # of a training that may be sharded, or resume from a sharded one
     partitions: Partitions | None = None  # of a training that is sharded
+
+
+class CheckpointState(Record):
+    """What state.json in a checkpoint holds."""
+
+    state: TrainingState
+    progress: dict[str, Any]  # what the next report has collected so far
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file."""
+
+    content: dict[str, Tensor]  # on the CPU
+    header: dict[str, str] = field(default_factory=dict)
+
+    def write(self, file: IO[bytes]) -> None:
+        write_safetensors(self.content, file, self.header)
+
+
+@dataclass(frozen=True)
+class PickledFile:
+    """A file that torch.load reads."""
+
+    content: Any  # its tensors are on the CPU
+
+    def write(self, file: IO[bytes]) -> None:
+        torch.save(self.content, file)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    content: str
+
+    def write(self, file: IO[bytes]) -> None:
+        file.write(self.content.encode())
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's share of a checkpoint; what is None is another rank's to write."""
+    """One rank's files of a checkpoint, by name, before they are written."""
 
     rank: int
-    rng: dict[str, Any]
-    state: dict[str, Any] | None  # TrainingState and progress, as JSON
-    weights_file: str
-    weights: dict[str, Tensor] | None
-    texts: dict[str, str] | None
-    optimizer: dict[str, Any] | None
-    projections: dict[str, Tensor] | None = None  # None also where nothing is trained beside the model
-    header: dict[str, str] | None = None  # of a rank's parts: weights and optimizer are these, flat
+    files: dict[str, TensorFile | PickledFile | TextFile]
 
     @property
     def bytes(self) -> int:
         """About what it takes on the disk."""
-        return sum(tensor.nbytes for tensor in _tensors([self.weights, self.projections, self.optimizer, self.rng]))
+        return sum(tensor.nbytes for file in self.files.values() for tensor in _tensors(file.content))
 
 
 def take_snapshot(training: Training, state: TrainingState, progress: dict[str, Any], *, copy: bool) -> Snapshot:
-    """Waits for the device. With copy, all of it stays as it is now while training goes on.
+    """Return this rank's files; waits for the device. Called on all ranks at once.
 
-    progress: what the next report has collected, as JSON.
+    progress: what the next report has collected so far, as JSON. copy: keep it as it is now while training continues.
     """
-    accelerator, weights = training.accelerator, training.weights
-    rng = _rng_state()
+    accelerator = training.accelerator
+    rank, is_main = accelerator.process_index, accelerator.is_main_process
+    files: dict[str, TensorFile | PickledFile | TextFile] = {rng_file(rank): PickledFile(_rng_state())}
     if training.partitions is not None:
-        return _snapshot_of_parts(training, rng, {"state": asdict(state), "progress": progress}, copy=copy)
-    if not accelerator.is_main_process:
-        return Snapshot(accelerator.process_index, rng, None, weights.file, None, None, None)
-    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-    optimizer = {"optimizer": training.optimizer.state_dict(), "scaler": scaler}
-    return Snapshot(
-        accelerator.process_index,
-        rng,
-        {"state": asdict(state), "progress": progress},
-        weights.file,
-        _on_cpu(weights.tensors(), copy=copy),
-        weights.texts(),
-        _on_cpu(optimizer, copy=copy),
-        None if training.projections is None else _on_cpu(training.projections.state_dict(), copy=copy),
-    )
+        files |= _files_of_parts(training, training.partitions, copy=copy)
+    elif is_main:
+        files |= _files_of_all(training, copy=copy)
+    if is_main:
+        own = {"state": state.model_dump(), "progress": progress}
+        texts = {**training.weights.texts(), STATE_FILE: json.dumps(own, indent=2) + "\n"}
+        files |= {name: TextFile(text) for name, text in texts.items()}
+    return Snapshot(rank, files)
 
 
-def _snapshot_of_parts(training: Training, rng: dict[str, Any], state: dict[str, Any], *, copy: bool) -> Snapshot:
+def _files_of_all(training: Training, *, copy: bool) -> dict[str, TensorFile | PickledFile]:
+    """Return the weights and the optimizer's state of a training that is not sharded."""
+    scaler, weights = training.accelerator.scaler, training.weights
+    files: dict[str, TensorFile | PickledFile] = {}
+    if training.projections is not None:
+        files[PROJECTIONS_FILE] = TensorFile(_on_cpu(training.projections.state_dict(), copy=copy))
+    optimizer = {
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+    return {
+        **files,
+        weights.file: TensorFile(_on_cpu(weights.tensors(), copy=copy)),
+        OPTIMIZER_FILE: PickledFile(_on_cpu(optimizer, copy=copy)),
+    }
+
+
+def _files_of_parts(training: Training, partitions: Partitions, *, copy: bool) -> dict[str, TensorFile]:
+    """Return this rank's parts of the weights and moments; rank 0 adds the constant tensors, whole."""
     assert training.named is not None
-    assert training.partitions is not None
-    named, rank, is_main = training.named, training.accelerator.process_index, training.accelerator.is_main_process
-    weights, moments, header = shards(named, training.partitions)
-    for name, tensor in named.constant.items():  # on every rank at once: it may be spread too
+    rank, is_main = training.accelerator.process_index, training.accelerator.is_main_process
+    weights, moments, header = shards(training.named, partitions)
+    for name, tensor in training.named.constant.items():  # gathered on all ranks at once, if it is sharded too
         with gathered([tensor]):
             if is_main:
-                weights[name] = tensor.detach().to("cpu", copy=True)  # at once: all of them may be more than fits
-    return Snapshot(
-        rank,
-        rng,
-        state if is_main else None,
-        model_shard(rank),
-        _on_cpu(weights, copy=copy),
-        training.weights.texts() if is_main else None,
-        _on_cpu(moments, copy=copy),
-        header=header,
-    )
+                weights[name] = tensor.detach().to("cpu", copy=True)  # one by one: whole, they may not fit the device
+    return {
+        model_shard(rank): TensorFile(_on_cpu(weights, copy=copy), header),
+        optimizer_shard(rank): TensorFile(_on_cpu(moments, copy=copy), header),
+    }
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> dict[str, StoredFile]:
-    """Writes this rank's files and tells what they are. Raises OSError; what was written then is worth nothing."""
-    writers: dict[str, Callable[[IO[bytes]], None]] = {rng_file(snapshot.rank): _saves(snapshot.rng)}
-    if snapshot.header is not None:
-        weights, moments, header = snapshot.weights or {}, snapshot.optimizer or {}, snapshot.header
-        writers[snapshot.weights_file] = lambda file: write_safetensors(weights, file, header)
-        writers[optimizer_shard(snapshot.rank)] = lambda file: write_safetensors(moments, file, header)
-        if snapshot.texts is not None:
-            texts = {**snapshot.texts, STATE_FILE: json.dumps(snapshot.state, indent=2) + "\n"}
-            writers |= {name: _writes(text) for name, text in texts.items()}
-    elif snapshot.weights is not None and snapshot.texts is not None:
-        weights = snapshot.weights
-        beside = snapshot.projections
-        if beside is not None:
-            writers[PROJECTIONS_FILE] = lambda file: write_safetensors(beside, file)
-        texts = {**snapshot.texts, STATE_FILE: json.dumps(snapshot.state, indent=2) + "\n"}
-        writers |= {
-            snapshot.weights_file: lambda file: write_safetensors(weights, file),
-            OPTIMIZER_FILE: _saves(snapshot.optimizer),
-            **{name: _writes(text) for name, text in texts.items()},
-        }
-    return {name: store(folder / name, write) for name, write in writers.items()}
+    """Write this rank's files and return their sizes and hashes. Raises OSError; the files are useless then."""
+    return {name: store(folder / name, file.write) for name, file in snapshot.files.items()}
 
 
 def restore(training: Training, folder: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """Puts a verified checkpoint back on this rank; returns the run's state at it, and the report's progress.
+    """Restore a verified checkpoint on this rank; return the run's state at it, and the progress of its report.
 
-    A rank that the checkpoint does not know (there are more now) starts random numbers of its own. Raises UsageError
-    where it was saved with other projections than are trained now.
+    A rank that the checkpoint has no random state for (there are more ranks now) starts one of its own. Raises
+    UsageError if other projections are trained now than when it was saved.
     """
     accelerator = training.accelerator
     if training.partitions is not None or is_sharded(folder):
         _restore_parts(training, folder)
     else:
-        _restore_projections(training.projections, folder)
-        training.weights.load(load_file(folder / training.weights.file))
-        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        training.optimizer.load_state_dict(states["optimizer"])
-        if accelerator.scaler is not None and states["scaler"] is not None:
-            accelerator.scaler.load_state_dict(states["scaler"])
-    values = json.loads((folder / STATE_FILE).read_bytes())
-    state = TrainingState.from_values(values["state"], folder / STATE_FILE)
+        _restore_all(training, folder)
+    saved = read_record(CheckpointState, folder / STATE_FILE, "restore the checkpoint's file")
     own_rng = folder / rng_file(accelerator.process_index)
     if own_rng.exists():
         _set_rng_state(torch.load(own_rng, map_location="cpu", weights_only=True))
     else:
-        torch.manual_seed(rank_seed(training.seed, accelerator.process_index * 2**32 + state.step))
-    return state, values["progress"]
+        torch.manual_seed(rank_seed(training.seed, accelerator.process_index * 2**32 + saved.state.step))
+    return saved.state, saved.progress
+
+
+def _restore_all(training: Training, folder: Path) -> None:
+    """Restore a checkpoint that is not sharded into a training that is not."""
+    _restore_projections(training.projections, folder)
+    training.weights.load(load_file(folder / training.weights.file))
+    states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    training.optimizer.load_state_dict(states["optimizer"])
+    scaler = training.accelerator.scaler
+    if scaler is not None and states["scaler"] is not None:
+        scaler.load_state_dict(states["scaler"])
 
 
 def _restore_parts(training: Training, folder: Path) -> None:
-    """Where the checkpoint, or the training that goes on from it, or both are in parts."""
+    """Restore where the checkpoint, the training, or both are sharded."""
     named, partitions = training.named, training.partitions
     assert named is not None
     order = list(named.trained)
-    # No rank may be left waiting by one that could not read.
+    # A rank that cannot read the files must not leave the others waiting.
     with on_every_rank(training.accelerator, lambda: SavedTensors(folder, training.weights.file, order)) as saved:
-        if lacking := sorted({*named.trained} ^ {*saved.weights}):
+        if differing := sorted({*named.trained} ^ {*saved.weights}):
             raise UsageError(
-                f"{folder} was saved with other tensors than are trained now (the first is {lacking[0]}); set model, "
-                "teacher and distillation.hidden back to what the run had, or start a new run"
+                f"{folder} was saved with other tensors than are trained now (the first is {differing[0]}); {SET_BACK}"
             )
-        if partitions is not None:
-            on_every_rank(training.accelerator, lambda: load_parts(saved, named, partitions))
-            partitions.publish()
-            for name, tensor in named.constant.items():
-                if name in saved.constant:
-                    with gathered([tensor], modified=True):
-                        tensor.data.copy_(saved.constant[name])
+        if partitions is None:
+            _load_whole(training, named, saved)
             return
-        tensors = whole_tensors(saved, named)
-        beside = {name.removeprefix(PROJECTIONS): t for name, t in tensors.items() if name.startswith(PROJECTIONS)}
-        if training.projections is not None:
-            training.projections.load_state_dict(beside)
-        training.weights.load({name: t for name, t in tensors.items() if not name.startswith(PROJECTIONS)})
-        training.optimizer.load_state_dict(optimizer_state(saved, named, training.optimizer))
+        on_every_rank(training.accelerator, lambda: load_parts(saved, named, partitions))
+        partitions.publish()
+        for name in [name for name in named.constant if name in saved.constant]:
+            tensor = named.constant[name]
+            with gathered([tensor], modified=True):
+                tensor.data.copy_(saved.constant[name])
+
+
+def _load_whole(training: Training, named: Named, saved: SavedTensors) -> None:
+    """Load a sharded checkpoint into a training that is not sharded."""
+    tensors = whole_tensors(saved, named)
+    projections = {name.removeprefix(PROJECTIONS): t for name, t in tensors.items() if name.startswith(PROJECTIONS)}
+    if training.projections is not None:
+        training.projections.load_state_dict(projections)
+    training.weights.load({name: t for name, t in tensors.items() if not name.startswith(PROJECTIONS)})
+    training.optimizer.load_state_dict(optimizer_state(saved, named, training.optimizer))
 
 
 def _restore_projections(projections: nn.Module | None, folder: Path) -> None:
     file = folder / PROJECTIONS_FILE
-    back = "set teacher, model and distillation.hidden back to what the run had, or start a new run"
     if projections is None:
         if file.exists():
             raise UsageError(
-                f"{file} holds projections of hidden states, and none are trained now: the optimizer's state has their "
-                f"moments among the model's; {back}"
+                f"{file} holds projections of hidden states, but none are trained now, and the optimizer's state has "
+                f"their moments among the model's; {SET_BACK}"
             )
         return
     if not file.exists():
-        raise UsageError(f"{folder} has no {file.name}, and distillation.hidden trains projections; {back}")
+        raise UsageError(f"{folder} has no {file.name}, but distillation.hidden trains projections; {SET_BACK}")
     try:
         projections.load_state_dict(load_file(file))
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()[:200]
-        raise UsageError(f"{file} does not fit the projections that are trained now ({reason}); {back}") from error
+        why = str(error).splitlines()[-1].strip()[:200]
+        raise UsageError(f"{file} does not fit the projections that are trained now ({why}); {SET_BACK}") from error
 
 
 def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes], more: dict[str, str] | None = None) -> None:
-    """Streams CPU tensors in the safetensors format, with no second copy of them in memory. more: of its metadata.
+    """Stream CPU tensors in the safetensors format, without a second copy of them in memory.
 
-    The format: https://huggingface.co/docs/safetensors/index#format
+    more: metadata for the header. The format: https://huggingface.co/docs/safetensors/index#format
     """
-    # Without a format from_pretrained refuses the file.
+    # from_pretrained refuses a file without a format.
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(more or {})}}
     offset = 0
     for name, tensor in tensors.items():
@@ -295,20 +321,6 @@ def _on_cpu(tree: Any, *, copy: bool) -> Any:
 def _tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
             yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
-
-
-def _saves(value: Any) -> Callable[[IO[bytes]], None]:
-    return lambda file: torch.save(value, file)
-
-
-def _writes(text: str) -> Callable[[IO[bytes]], None]:
-    def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
-
-    return write

@@ -1,41 +1,40 @@
-"""What makes a checkpoint one to be trusted: size and hash of every file, taken from what was given to be written."""
+"""Manifest: the size and hash of every file of a checkpoint, taken of the bytes that were handed to the disk."""
 
 import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Self
 
+from pydantic import ValidationError, field_validator
+
 from forge.config.former_names import current_config
 from forge.errors import TrainingError
-from forge.run.files import write_atomically
+from forge.run.files import sha256_of, write_atomically
+from forge.run.records import Record, reason, record_of
 
-FORMAT = 3  # 1 knew of no adapters, and 2 of no shards; both are read as they were
+FORMAT = 3
 MANIFEST_FILE = "manifest.json"
 MODEL_FILES = ("model.safetensors", "config.json")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json")
-PROJECTIONS_FILE = "projections.safetensors"  # what is trained beside the model, in distillation only
+PROJECTIONS_FILE = "projections.safetensors"  # what distillation trains in addition to the model
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"  # not training_state.json, which marks a run directory
-READ_BYTES = 1 << 22
 
 
 class BadCheckpoint(Exception):
-    """A checkpoint that is not what its manifest says; the text is the reason, for the user."""
+    """A checkpoint that does not match its manifest; the text is the reason, for the user."""
 
 
-@dataclass(frozen=True)
-class StoredFile:
+class StoredFile(Record):
     bytes: int
     sha256: str  # hexadecimal
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """manifest.json: where the checkpoint stands, what made it, and its files."""
+class Manifest(Record):
+    """What manifest.json says: where in the run the checkpoint is, what wrote it, and its files."""
 
     format: int
     run_id: str
@@ -50,24 +49,30 @@ class Manifest:
     config: dict[str, Any]  # the effective one
     config_hash: str
     data_fingerprint: str
-    base: str | None  # the hash of the model that an adapter is trained on; None: all weights are here
+    base: str | None  # the hash of the model that an adapter is trained on; None: the checkpoint has all weights
     git_commit: str | None
     versions: dict[str, str]
     created_at: str
     files: dict[str, StoredFile]
+
+    @field_validator("config")
+    @classmethod
+    def _current_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return current_config(config)
 
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """The last file of a checkpoint, with a hash of its own."""
-        values = asdict(self)
+        """Write the manifest, which is the last file of a checkpoint, with a hash of its own."""
+        values = self.model_dump()
         write_atomically(folder / MANIFEST_FILE, json.dumps(values | {"digest": digest(values)}, indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Raises BadCheckpoint for a manifest that is missing, broken, edited, or of another format."""
+        """Read the manifest. Raises BadCheckpoint if it is missing, broken or edited, TrainingError if it is of
+        another format or cannot be read now."""
         try:
             values = json.loads((folder / MANIFEST_FILE).read_bytes())
         except FileNotFoundError:
@@ -77,70 +82,23 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise BadCheckpoint(f"its {MANIFEST_FILE} cannot be read ({error})") from None
         if not isinstance(values, dict) or values.pop("digest", None) != digest(values):
-            raise BadCheckpoint(f"its {MANIFEST_FILE} is not as it was written: its own hash does not fit it")
-        if values.get("format") == 1:
-            values |= {"format": FORMAT, "base": None}
-        if values.get("format") == 2:
-            values["format"] = FORMAT
+            raise BadCheckpoint(f"its {MANIFEST_FILE} was changed after it was written: its checksum does not match")
         if values.get("format") != FORMAT:
             raise TrainingError(
-                f"{folder} is of format {values.get('format')}, and this forge reads format {FORMAT}; use the forge "
-                f"that wrote it, or move it out of the run"
+                f"{folder} has format {values.get('format')}, but this forge reads only format {FORMAT}; use the forge "
+                "that wrote it, or move it out of the run"
             )
-        if set(values) != {field.name for field in fields(cls)}:
-            raise BadCheckpoint(f"its {MANIFEST_FILE} has other keys than this forge knows")
-        files = {name: StoredFile(**file) for name, file in values["files"].items()}
-        return cls(**(values | {"files": files, "config": current_config(values["config"])}))
-
-
-def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
-    """Raises BadCheckpoint, or TrainingError as verify does, where the files are not those that the manifest lists."""
-    weights, *beside = MODEL_FILES if manifest.base is None else ADAPTER_FILES
-    ranks = range(manifest.ranks)
-    states = {weights, OPTIMIZER_FILE}
-    if model_shard(0) in manifest.files:
-        states = {file(rank) for rank in ranks for file in (model_shard, optimizer_shard)}
-    required = {*states, *beside, STATE_FILE, *map(rng_file, ranks)}
-    if absent := sorted(required - set(manifest.files)):
-        raise BadCheckpoint(f"its {MANIFEST_FILE} names no {', '.join(absent)}")
-    for name, expected in manifest.files.items():
         try:
-            size = (folder / name).stat().st_size
-            if size != expected.bytes:
-                raise BadCheckpoint(f"{name} has {size} bytes instead of {expected.bytes}")
-            if hashes and sha256_of(folder / name) != expected.sha256:
-                raise BadCheckpoint(f"{name} is not as it was written: its hash differs")
-        except FileNotFoundError:
-            raise BadCheckpoint(f"{name} is missing") from None
-        except OSError as error:
-            raise _unreadable(folder / name, error) from None
-
-
-def model_shard(rank: int) -> str:
-    """The file with one rank's parts of the weights."""
-    return f"model-{rank:05d}.safetensors"
-
-
-def optimizer_shard(rank: int) -> str:
-    """The file with one rank's parts of the optimizer's moments."""
-    return f"optimizer-{rank:05d}.safetensors"
-
-
-def rng_file(rank: int) -> str:
-    """The file with one rank's random numbers."""
-    return f"rng-{rank:05d}.pt"
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            return record_of(cls, values)
+        except ValidationError as error:
+            raise BadCheckpoint(f"its {MANIFEST_FILE} is broken: {reason(error)}") from None
 
 
 def verify(folder: Path, run_id: str, *, hashes: bool = True) -> Manifest:
-    """The manifest, if the checkpoint is whole, of this run and of the step in its name; else raises BadCheckpoint.
+    """Return the manifest of a checkpoint that is complete, of this run, and of the step in its name.
 
-    hashes: reads every byte; without it only the sizes are compared. Raises TrainingError where nothing can be said of
-    it: it was written in another format, or the file system refuses to read it now.
+    hashes: read every byte; otherwise only compare sizes. Raises BadCheckpoint if it is not; TrainingError if that
+    cannot be decided: it has another format, or the file system does not let it be read now.
     """
     manifest = Manifest.read(folder)
     if manifest.run_id != run_id:
@@ -151,42 +109,81 @@ def verify(folder: Path, run_id: str, *, hashes: bool = True) -> Manifest:
     return manifest
 
 
-def _unreadable(path: Path, error: OSError) -> Exception:
-    """A medium that has lost the bytes makes the checkpoint bad; a server that is away, or a permission, does not."""
-    if error.errno in (errno.EIO, errno.ENOTDIR, errno.EISDIR):
-        return BadCheckpoint(f"{path.name} cannot be read ({error.strerror})")
-    return TrainingError(f"{path} cannot be read now ({error.strerror}); nothing was changed: resume again when it can")
+def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
+    """Raise BadCheckpoint if the files do not match the manifest, and TrainingError as verify does."""
+    if absent := sorted(_required(manifest) - set(manifest.files)):
+        raise BadCheckpoint(f"its {MANIFEST_FILE} does not list {', '.join(absent)}")
+    for name, expected in manifest.files.items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != expected.bytes:
+                raise BadCheckpoint(f"{name} has {size} bytes instead of {expected.bytes}")
+            if hashes and sha256_of(folder / name) != expected.sha256:
+                raise BadCheckpoint(f"{name} was changed after it was written: its hash does not match")
+        except FileNotFoundError:
+            raise BadCheckpoint(f"{name} is missing") from None
+        except OSError as error:
+            raise _unreadable(folder / name, error) from None
 
 
-def sha256_of(path: Path) -> str:
-    """The hash of a file's bytes as they can be read now."""
-    hashed = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            hashed.update(block)
-    return hashed.hexdigest()
+def model_shard(rank: int) -> str:
+    """Name the file with one rank's parts of the weights."""
+    return f"model-{rank:05d}.safetensors"
+
+
+def optimizer_shard(rank: int) -> str:
+    """Name the file with one rank's parts of the optimizer's moments."""
+    return f"optimizer-{rank:05d}.safetensors"
+
+
+def rng_file(rank: int) -> str:
+    """Name the file with the state of one rank's random number generators."""
+    return f"rng-{rank:05d}.pt"
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def store(path: Path, write: Callable[[IO[bytes]], None]) -> StoredFile:
-    """Writes a new file through to the disk, and tells size and hash of what was given to be written.
+    """Write a new file through to the disk; return the size and hash of what was handed to be written.
 
-    Not of what can be read back: a file system that lost bytes must not have its loss certified.
+    Not of what can be read back: a file system that lost bytes must not have the loss certified.
     """
     with open(path, "xb") as raw:
         file = _HashingFile(raw)
         try:
             write(file)  # type: ignore[arg-type]
-        except RuntimeError:  # torch's writer hides what the disk said behind an error of its own
+        except RuntimeError:  # torch's writer hides the disk's error behind its own
             if file.error is not None:
                 raise file.error from None
             raise
         raw.flush()
         os.fsync(raw.fileno())
-    return StoredFile(file.size, file.hashed.hexdigest())
+    return StoredFile(bytes=file.size, sha256=file.hashed.hexdigest())
+
+
+def _required(manifest: Manifest) -> set[str]:
+    weights, *small = MODEL_FILES if manifest.base is None else ADAPTER_FILES
+    ranks = range(manifest.ranks)
+    tensors = {weights, OPTIMIZER_FILE}
+    if model_shard(0) in manifest.files:
+        tensors = {file(rank) for rank in ranks for file in (model_shard, optimizer_shard)}
+    return {*tensors, *small, STATE_FILE, *map(rng_file, ranks)}
+
+
+def _unreadable(path: Path, error: OSError) -> Exception:
+    """Blame the checkpoint if the medium has lost the bytes, but not if a server is down or permission is denied."""
+    if error.errno in (errno.EIO, errno.ENOTDIR, errno.EISDIR):
+        return BadCheckpoint(f"{path.name} cannot be read ({error.strerror})")
+    return TrainingError(
+        f"{path} cannot be read now ({error.strerror}); nothing was changed, so resume again once it can be read"
+    )
 
 
 class _HashingFile:
-    """As much of a binary file as the writers need."""
+    """As much of a binary file as safetensors and torch need to write."""
 
     def __init__(self, raw: IO[bytes]):
         self.raw, self.size, self.hashed = raw, 0, hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Finds the checkpoint a run goes on from: the newest one that is what its manifest says. Bad ones are set aside."""
+"""Selection of the checkpoint to resume from: the newest one that matches its manifest. Bad ones are set aside."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ BAD_PREFIX, STAGING_PREFIX, TRASH_PREFIX = ".bad-", ".tmp-", ".trash-"
 
 
 def checkpoints(run: RunDirectory) -> list[Path]:
-    """All that are named as checkpoints, the one of the highest step first. No time stamp is asked: clocks jump."""
+    """Return the checkpoints of the run, highest step first. Time stamps are ignored, since clocks jump."""
     named = [
         path for path in run.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,17})", path.name)
     ]
@@ -31,11 +31,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def select(run: RunDirectory, state: TrainingState) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that verifies; None where the run never had one. By rank 0, under the run's lock.
+    """Return the newest checkpoint that verifies; None if the run never had one. On rank 0, under the run's lock.
 
-    The rename of a checkpoint is its commit, so that all of them are candidates; latest_checkpoint and
-    training_state.json may lag behind, and are only compared. Every bad one that is met is renamed and told of.
-    Raises TrainingError where the run had checkpoints and none is left that can be trusted.
+    Every checkpoint is a candidate, since its rename is its commit; latest_checkpoint and training_state.json may lag
+    behind. Bad ones on the way are renamed and logged. Raises TrainingError if the run had checkpoints but none is
+    usable.
     """
     hint = _hint(run)
     _refuse_foreign(run, state)
@@ -47,7 +47,7 @@ def select(run: RunDirectory, state: TrainingState) -> tuple[Path, Manifest] | N
             continue
         if hint != folder.name:
             logger.warning(
-                "latest_checkpoint %s; going on from %s, the newest that holds what its manifest says",
+                "latest_checkpoint %s; resuming from %s, the newest checkpoint that matches its manifest",
                 f"names {hint}" if hint else "is empty or missing",
                 folder.name,
             )
@@ -56,14 +56,14 @@ def select(run: RunDirectory, state: TrainingState) -> tuple[Path, Manifest] | N
     if bad or state.latest_checkpoint is not None:
         what = f"{', '.join(bad)} cannot be trusted" if bad else f"{state.latest_checkpoint} is gone"
         raise TrainingError(
-            f"no checkpoint of {run.path} can be gone on from: {what}. Put a whole checkpoint-N back there, or start "
-            f"anew under another --run_name"
+            f"no usable checkpoint in {run.path}: {what}; put a complete checkpoint-N back there, or start a new run "
+            "under another --run_name"
         )
     return None
 
 
 def _refuse_foreign(run: RunDirectory, state: TrainingState) -> None:
-    """Where all checkpoints are of one other run, it is the state that is foreign, and they are left alone."""
+    """Refuse a state that does not belong to the checkpoints, if all of those belong to one other run."""
     owners = set()
     for folder in checkpoints(run):
         try:
@@ -72,26 +72,26 @@ def _refuse_foreign(run: RunDirectory, state: TrainingState) -> None:
             continue
     if len(owners) == 1 and state.run_id not in owners:
         raise TrainingError(
-            f"{run.state_file} is of the run {state.run_id}, and all checkpoints beside it are of the run "
-            f"{owners.pop()}; put the state or the checkpoints back that belong together (nothing was changed)"
+            f"{run.state_file} belongs to the run {state.run_id}, but all checkpoints next to it belong to the run "
+            f"{owners.pop()}; restore a state and checkpoints that belong together (nothing was changed)"
         )
 
 
 def quarantine(run: RunDirectory, folder: Path, reason: str) -> None:
-    """Takes a bad checkpoint's name away, so that nothing ever loads it, and keeps it for whoever asks why."""
+    """Rename a bad checkpoint, so that nothing loads it, and keep it for inspection."""
     names = (f"{BAD_PREFIX}{folder.name}{'' if number == 1 else f'-{number}'}" for number in count(1))
     aside = next(run.path / name for name in names if not (run.path / name).exists())
     os.rename(folder, aside)
     sync_folder(run.path)
     if aside.is_dir():
         write_json(aside / "quarantine.json", {"reason": reason, "at": now()})
-    logger.error("%s is set aside as %s: %s", folder.name, aside.name, reason)
+    logger.error("%s was renamed to %s: %s", folder.name, aside.name, reason)
 
 
 def remove_leftovers(run: RunDirectory) -> None:
-    """What attempts before this one began to write, or to delete, and did not end. Under the run's lock."""
-    prefixes = (STAGING_PREFIX, TRASH_PREFIX)
-    for folder in [found for above in (run.path, run.samples) for name in prefixes for found in above.glob(f"{name}*")]:
+    """Delete what earlier attempts left half written or half deleted. Under the run's lock."""
+    parents, prefixes = (run.path, run.samples), (STAGING_PREFIX, TRASH_PREFIX)
+    for folder in [found for parent in parents for prefix in prefixes for found in parent.glob(f"{prefix}*")]:
         if folder.is_symlink():
             folder.unlink()
         else:

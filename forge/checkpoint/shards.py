@@ -1,10 +1,11 @@
-"""A training's weights and moments in parts: written by each rank for itself, read by any number of ranks.
+"""Sharded checkpoints: weights and moments that each rank writes for itself, read by any number of ranks.
 
-A part is a run of elements of one flattened tensor. Each rank's file says in its header where its parts begin, so that
-whoever reads them takes just what he needs, under whatever plan, and on however many ranks, they were written.
+A part is a range of elements of one flattened tensor. Each rank's file says in its header where its parts start, so a
+reader can fetch just the slices it needs, whatever the plan and the number of ranks at the time of the save.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,32 +21,36 @@ from forge.checkpoint.manifest import OPTIMIZER_FILE, PROJECTIONS_FILE, model_sh
 from forge.errors import TrainingError
 from forge.ranks.partitions import MOMENTS, Partitions, shape_of
 
-PROJECTIONS = "projections."  # before the names of what is trained beside the model
-STARTS, STEPS = "starts", "steps"  # in a shard's header: where its parts begin, and the optimizer's steps
+PROJECTIONS = "projections."  # prefix of the names of what is trained in addition to the model
+STARTS, STEPS = "starts", "steps"  # in a shard's header: where its parts start, and the optimizer's steps
 
 
 @dataclass(frozen=True)
 class Named:
-    """The tensors of a training by the names that its files give them."""
+    """The tensors of a training by their names in checkpoints."""
 
     trained: dict[str, nn.Parameter]  # in the optimizer's order
     constant: dict[str, Tensor]  # frozen weights and buffers
 
     @classmethod
     def of(
-        cls, tensors: Mapping[str, Tensor], model: nn.Module, beside: nn.Module | None, optimizer: Optimizer
+        cls, tensors: Mapping[str, Tensor], model: nn.Module, projections: nn.Module | None, optimizer: Optimizer
     ) -> Self:
-        """Before the model is sharded. tensors: the model's own, by name; beside: what else is trained."""
+        """Collect them before the model is sharded.
+
+        tensors: the model's own, by name; projections: what is trained in addition.
+        """
         parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}
         named: dict[str, Tensor] = {name: parameters.get(t.data_ptr(), t) for name, t in tensors.items()}
-        named |= {f"{PROJECTIONS}{name}": p for name, p in (beside.named_parameters() if beside is not None else ())}
+        if projections is not None:
+            named |= {f"{PROJECTIONS}{name}": parameter for name, parameter in projections.named_parameters()}
         names = {id(tensor): name for name, tensor in named.items()}
         trained = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
         return cls(trained, {name: tensor for name, tensor in named.items() if name not in trained})
 
 
 def shards(named: Named, partitions: Partitions) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-    """This rank's parts: of the weights, of the moments (as MOMENT/NAME), and the header of both files."""
+    """Return this rank's parts of the weights and of the moments (as MOMENT/NAME), and the header of both files."""
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
@@ -59,10 +64,10 @@ def shards(named: Named, partitions: Partitions) -> tuple[dict[str, Tensor], dic
 
 
 class SavedTensors:
-    """The weights and moments of a checkpoint, whole or in parts, read piece by piece."""
+    """The weights and moments of a checkpoint, sharded or not, read slice by slice."""
 
     def __init__(self, folder: Path, weights_file: str, order: list[str]):
-        """order: the names of what is trained, as the optimizer that saved them had them."""
+        """order: the names of what is trained, in the order of the optimizer that saved them."""
         self._folder, self._files = folder, ExitStack()
         self._sources: dict[str, list[tuple[int, int, Any, str]]] = {}  # start, end, file, name in it
         self.steps = 0
@@ -79,18 +84,20 @@ class SavedTensors:
         self._files.close()
 
     def weight(self, name: str, start: int, length: int) -> Tensor:
-        """(length,) of the flattened weight, on the CPU. Raises TrainingError where the checkpoint lacks any of it."""
+        """Return a slice of the flattened weight, (length,) on the CPU. Raises TrainingError if it is not all there."""
         return self._piece(name, start, length)
 
     def moment(self, moment: str, name: str, start: int, length: int) -> Tensor:
+        """Return the same slice of one of the weight's moments."""
         return self._piece(f"{moment}/{name}", start, length)
 
     def has_moments(self, name: str) -> bool:
-        """Not where no step has had a gradient for it: an optimizer that is not sharded makes none then."""
+        """False if no step had a gradient for the weight: an optimizer that is not sharded then has no moments."""
         return f"{MOMENTS[0]}/{name}" in self._sources
 
     @property
     def weights(self) -> list[str]:
+        """The names of the trained weights."""
         return [name for name in self._sources if not name.startswith(tuple(f"{moment}/" for moment in MOMENTS))]
 
     def _piece(self, name: str, start: int, length: int) -> Tensor:
@@ -100,7 +107,7 @@ class SavedTensors:
                 pieces.append(_elements(source, key, at - first, min(end, last) - first))
                 at = min(end, last)
         if at != end:
-            raise TrainingError(f"{self._folder} lacks elements {at} to {end} of {name}; it is of another model")
+            raise TrainingError(f"{self._folder} lacks elements {at} to {end} of {name}; it belongs to another model")
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _read_shards(self) -> None:
@@ -112,10 +119,10 @@ class SavedTensors:
                 starts, steps = json.loads(header[STARTS]), int(header[STEPS])
                 if rank and steps != self.steps:
                     raise TrainingError(
-                        f"{self._folder / file} is of optimizer step {steps}, and others of {self.steps}"
+                        f"{self._folder / file} was written at optimizer step {steps}, but other files at {self.steps}"
                     )
                 self.steps = steps
-                for key in opened.keys():  # noqa: SIM118 - no dict
+                for key in opened.keys():  # noqa: SIM118 - not a dict
                     name = key.split("/", 1)[1] if key.startswith(tuple(f"{moment}/" for moment in MOMENTS)) else key
                     if name not in starts:
                         self.constant[name] = opened.get_tensor(key)
@@ -125,18 +132,16 @@ class SavedTensors:
             rank += 1
 
     def _read_whole(self, weights_file: str, order: list[str]) -> None:
-        for file, before in ((weights_file, ""), (PROJECTIONS_FILE, PROJECTIONS)):
+        for file, prefix in ((weights_file, ""), (PROJECTIONS_FILE, PROJECTIONS)):
             if not (self._folder / file).exists():
                 continue
             opened = self._files.enter_context(safe_open(self._folder / file, "pt"))
-            for key in opened.keys():  # noqa: SIM118 - no dict
-                if f"{before}{key}" not in order:
-                    self.constant[f"{before}{key}"] = opened.get_tensor(key)
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                name = f"{prefix}{key}"
+                if name not in order:
+                    self.constant[name] = opened.get_tensor(key)
                     continue
-                size = 1
-                for side in opened.get_slice(key).get_shape():
-                    size *= side
-                self._sources[f"{before}{key}"] = [(0, size, opened, key)]
+                self._sources[name] = [(0, math.prod(opened.get_slice(key).get_shape()), opened, key)]
         states = torch.load(self._folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)
         for index, state in states["optimizer"]["state"].items():
             self.steps = int(state["step"])
@@ -146,13 +151,13 @@ class SavedTensors:
 
 
 def is_sharded(folder: Path) -> bool:
+    """True if each rank wrote its own part of the checkpoint."""
     return (folder / model_shard(0)).exists()
 
 
 @torch.no_grad()
 def load_parts(saved: SavedTensors, named: Named, partitions: Partitions) -> None:
-    """Puts a checkpoint's weights and moments into this rank's parts; the model computes with them once they are
-    published."""
+    """Load a checkpoint's weights and moments into this rank's parts; the model uses them once they are published."""
     partitions.begin(saved.steps)
     for name, parameter in named.trained.items():
         part = partitions.of(parameter)
@@ -165,12 +170,12 @@ def load_parts(saved: SavedTensors, named: Named, partitions: Partitions) -> Non
 
 
 def whole_tensors(saved: SavedTensors, named: Named) -> dict[str, Tensor]:
-    """All weights, as they are, of a training that is not sharded."""
+    """Return all weights, for a training that is not sharded."""
     return {name: _whole(saved, name, parameter) for name, parameter in named.trained.items()} | saved.constant
 
 
 def optimizer_state(saved: SavedTensors, named: Named, optimizer: Optimizer) -> dict[str, Any]:
-    """What optimizer.load_state_dict takes, for an optimizer that is not sharded."""
+    """Return what optimizer.load_state_dict takes, for an optimizer that is not sharded."""
     state: dict[int, Any] = {}
     for index, (name, parameter) in enumerate(named.trained.items()):
         if not saved.has_moments(name):
@@ -182,7 +187,7 @@ def optimizer_state(saved: SavedTensors, named: Named, optimizer: Optimizer) -> 
 
 def _whole(saved: SavedTensors, name: str, parameter: nn.Parameter) -> Tensor:
     shape = shape_of(parameter)
-    return saved.weight(name, 0, int(torch.tensor(shape).prod())).view(shape)
+    return saved.weight(name, 0, math.prod(shape)).view(shape)
 
 
 def _elements(source: Any, key: str, start: int, end: int) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from forge.cluster.launch import option_words
 from forge.errors import EXIT_USAGE
 
 if TYPE_CHECKING:
@@ -79,10 +80,13 @@ class Overrides:
 
     def arguments(self) -> list[str]:
         """The command line that says the same."""
-        valued = {"max_steps": self.max_steps, "epochs": self.epochs, "output_root": self.output_root}
-        arguments = [f"--set={setting}" for setting in self.settings]
-        arguments += [f"--{name}={value}" for name, value in valued.items() if value is not None]
-        return arguments + (["--debug"] if self.debug else [])
+        return option_words(
+            set=self.settings,
+            max_steps=self.max_steps,
+            epochs=self.epochs,
+            output_root=self.output_root,
+            debug=self.debug,
+        )
 
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,15 +173,13 @@ def positive(text: str) -> int:
 
 def training_arguments(args: argparse.Namespace) -> list[str]:
     """The command line of `forge train` that asks for what parsed arguments of it, or of `forge launch`, do."""
-    named = ("config", "resume", "run_name")
-    arguments = [f"--{name}={getattr(args, name)}" for name in named if getattr(args, name) is not None]
-    return [*arguments, *Overrides.of(args).arguments(), *resume_arguments(args)]
+    named = option_words(config=args.config, resume=args.resume, run_name=args.run_name)
+    return [*named, *Overrides.of(args).arguments(), *resume_arguments(args)]
 
 
 def resume_arguments(args: argparse.Namespace) -> list[str]:
     """The arguments of `forge train` that only a resume has, as they were given."""
-    allowed = [f"--allow-change={key}" for key in args.allow_change]
-    return allowed + (["--take-over"] if args.take_over else [])
+    return option_words(allow_change=args.allow_change, take_over=args.take_over)
 
 
 def _add_resume(parser: argparse._MutuallyExclusiveGroup) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from forge.cluster.launch import write_outcome
+from forge.cluster.processes import rank, world_size
 from forge.cluster.signals import StopRequest
 from forge.errors import (
     EXIT_COMPLETE,
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
     from forge.attempt.outcome import Result
 
 T = TypeVar("T")
-
-
-def rank() -> int:
-    """This process's rank, before it has joined the others."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def with_log(work: "Callable[[RunLog], T]") -> "tuple[int, T | None]":
@@ -74,7 +70,7 @@ def heard_signals() -> StopRequest:
     """Listen to stop signals from here on; until the end says otherwise, the outcome of this command is a failure."""
     stop = StopRequest()
     stop.listen()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if world_size() > 1 else "true")
     return stop
 
 

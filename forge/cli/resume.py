@@ -10,6 +10,7 @@ from forge.cli.console import print_error, print_table
 from forge.cli.runs import incomplete_under
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, ForgeError, UsageError
 from forge.run.directory import RunDirectory, complete_message, find_run
+from forge.run.metadata import read_metadata
 from forge.run.state import TrainingState
 
 if TYPE_CHECKING:
@@ -75,18 +76,7 @@ def _train_to_the_end(run: RunDirectory, args: argparse.Namespace, relay: "Signa
     overrides = Overrides.of(args)
     overrides.load(run.config_file)  # a wrong override is reported here, once, and not by every rank
     arguments = [f"--resume={run.path}", *overrides.arguments(), *resume_arguments(args)]
-    return run_training(arguments, args.processes or _ranks_of_last_attempt(run), relay=relay)
-
-
-def _ranks_of_last_attempt(run: RunDirectory) -> int:
-    from forge.run.files import read_json
-
-    attempts = read_json(run.metadata_file).get("attempts")
-    last = attempts[-1] if isinstance(attempts, list) and attempts else {"ranks": 1}
-    ranks = last.get("ranks") if isinstance(last, dict) else None
-    if not isinstance(ranks, int) or ranks < 1:
-        raise UsageError(f"{run.metadata_file} does not record the ranks of the last attempt; give --processes")
-    return ranks
+    return run_training(arguments, args.processes or read_metadata(run).attempts[-1].ranks, relay=relay)
 
 
 def _outcome(run: RunDirectory, code: int) -> str:

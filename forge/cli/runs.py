@@ -73,7 +73,15 @@ def incomplete_under(root: Path) -> list[tuple[RunDirectory, IncompleteRun]]:
             found += [(run, entry)] if entry is not None else []
             continue
         if not state.pipeline_complete:
-            known = IncompleteRun(state.run_id, run.path.absolute(), run.name, "", 0, state.created_at, state.stage)
+            known = IncompleteRun(
+                run_id=state.run_id,
+                path=run.path.absolute(),
+                name=run.name,
+                host="",
+                pid=0,
+                created_at=state.created_at,
+                stage=state.stage,
+            )
             found.append((run, entry or known))
     return found
 

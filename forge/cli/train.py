@@ -3,7 +3,6 @@
 import argparse
 import functools
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,8 @@ from forge.attempt.control import (
 )
 from forge.attempt.request import Request
 from forge.cli.arguments import Overrides, training_arguments
-from forge.cli.outcome import announce, heard_signals, print_summary, rank, with_log
+from forge.cli.outcome import announce, heard_signals, print_summary, with_log
+from forge.cluster.processes import rank, world_size
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.placing import config_name
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, ForgeError, Stopped, UsageError
@@ -108,7 +108,7 @@ def _train_control(run: RunDirectory, request: Request, stop: "StopRequest", log
     except Stopped as stopped:
         if control.state_file.is_file():  # it says itself how to resume it
             raise
-        resume = resume_command(run.path, int(os.environ.get("WORLD_SIZE", "1")))
+        resume = resume_command(run.path, world_size())
         raise Stopped(f"{stopped}; {run.path} is complete; train its control with `{resume}`") from None
     except ForgeError:
         logger.warning("the run %s is complete; what follows is about its control", run.path)

@@ -1,4 +1,4 @@
-"""Starts forge's training as a child process, on one rank or on many, and brings back its own exit code."""
+"""Launch: starts a training as a child process, on one rank or many, and returns forge's own exit code."""
 
 import ctypes
 import importlib.metadata
@@ -16,14 +16,14 @@ from typing import IO, Self
 
 import psutil
 
-from forge.cluster.signals import PARENT_VARIABLE, STOP_SIGNALS
+from forge.cluster.processes import OUTCOME, PARENT_VARIABLE
+from forge.cluster.signals import STOP_SIGNALS
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, UsageError
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 LAUNCHER = Path(__file__).resolve().with_name("launcher.py")
-OUTCOME = "FORGE_OUTCOME"  # the file that takes forge's exit code: accelerate's launcher returns 1 for every failure
-# What the surroundings may say of another start: a process alone would wait for ranks that nobody starts.
-OF_ANOTHER_START = (
+# Variables that may be left from another start: with them a single process would wait for ranks that nobody starts.
+FROM_ANOTHER_START = (
     OUTCOME,
     PARENT_VARIABLE,
     "RANK",
@@ -32,19 +32,20 @@ OF_ANOTHER_START = (
     "LOCAL_WORLD_SIZE",
     "TORCHELASTIC_RUN_ID",
 )
-HANDLED_BY_LAUNCHER = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # its own four, and those that would end it
-SAVE_TIMEOUT_S = 120  # the launcher kills ranks that take longer to stop; its own 30 s is short for a large checkpoint
+HANDLED_BY_LAUNCHER = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # its own four, and two that would kill it
+SAVE_TIMEOUT_S = 120  # then the launcher kills the ranks; its default of 30 s is short for a large checkpoint
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+HYPHENATED = ("allow_change", "take_over")  # the other flags of forge are written with underscores
 
 
 def training_command(arguments: Sequence[str], processes: int) -> tuple[list[str], dict[str, str]]:
-    """The command line and the whole environment that train with forge on this machine.
+    """Return the command line and the whole environment that train with forge on this machine.
 
-    arguments: those of `forge train`. Raises UsageError where there are GPUs, but fewer than processes.
+    arguments: those of `forge train`. Raises UsageError if there are GPUs, but fewer than processes.
     """
     if processes < 1:
         raise ValueError(f"{processes} processes cannot train")
-    environment = {name: value for name, value in os.environ.items() if name not in OF_ANOTHER_START}
+    environment = {name: value for name, value in os.environ.items() if name not in FROM_ANOTHER_START}
     environment[PARENT_VARIABLE] = str(os.getpid())
     on_cpu = _trains_on_cpu(environment)
     if on_cpu:
@@ -53,22 +54,22 @@ def training_command(arguments: Sequence[str], processes: int) -> tuple[list[str
         return [sys.executable, str(ENTRY), *arguments], environment
     if not on_cpu and (gpus := visible_gpus(environment)) < processes:
         raise UsageError(
-            f"{processes} processes need as many GPUs, and {gpus} can be seen here; give --processes {gpus}"
+            f"{processes} processes need as many GPUs, but only {gpus} are visible here; give --processes {gpus}"
         )
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     environment.setdefault("PET_SIGNALS_TO_HANDLE", HANDLED_BY_LAUNCHER)
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
     launcher = [sys.executable, str(LAUNCHER), "--multi_gpu", "--num_machines", "1"]
-    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]  # 0: a free one, sought as it is bound
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # only quiets it: the config says what counts
+    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]  # 0: any free one
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # only silences its warnings: the config decides
     return [*launcher, str(ENTRY), *arguments], environment
 
 
 class SignalRelay:
-    """While it is entered, TERM, INT, USR1 and USR2 are kept, and given to the child that runs.
+    """A context in which TERM, INT, USR1 and USR2 are passed on to the child that runs, or kept for the next one.
 
-    A second INT ends the child and all its processes at once: a launcher would make a TERM for its ranks of it, which
-    means "save first". Only the main thread can enter a relay.
+    A second INT kills the child and all its processes: a launcher would turn it into a TERM for its ranks, which means
+    "save first". Only the main thread can enter a relay.
     """
 
     def __init__(self) -> None:
@@ -87,7 +88,7 @@ class SignalRelay:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def wait(self, child: "subprocess.Popen[bytes]") -> int:
-        """The child's return code. Signals that came before the child existed are its first."""
+        """Wait for the child and return its code. A signal that came before the child existed is passed on first."""
         self._child = child
         if self.received:
             child.send_signal(self.received[-1])
@@ -109,18 +110,17 @@ class SignalRelay:
 def run_training(
     arguments: Sequence[str], processes: int, output: IO[bytes] | None = None, relay: SignalRelay | None = None
 ) -> int:
-    """Trains in a child process to its end and returns forge's exit code.
+    """Train in a child process and return forge's exit code.
 
-    output: takes what the child prints; None: the console. relay: one that is entered already, for several
-    trainings one after the other; one that has received a signal starts nothing more. If this process dies, by any
-    signal, the child is told to stop.
+    output: a file for what the child prints; None: the console. relay: one that is entered already, for several
+    trainings in a row; after a signal no more are started. If this process dies, by any signal, the child is stopped.
     """
     if relay is None:
         with SignalRelay() as own:
             return run_training(arguments, processes, output, own)
     command, environment = training_command(arguments, processes)
     if processes > _cores() and environment.get("ACCELERATE_USE_CPU") == "true":
-        print(f"warning: {processes} processes share {_cores()} CPU cores, and wait for each other", file=sys.stderr)
+        print(f"warning: {processes} processes share {_cores()} CPU cores and slow each other down", file=sys.stderr)
     if relay.received:
         return EXIT_STOPPED
     with tempfile.TemporaryDirectory(prefix="forge-") as folder:
@@ -131,8 +131,8 @@ def run_training(
             stdin=subprocess.DEVNULL,  # outside the terminal's foreground group, a read would suspend it
             stdout=output,
             stderr=output,
-            # A group of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once. A second
-            # one means "leave at once", and must be the user's.
+            # A group of its own: a Ctrl-C in the terminal reaches only this process, which passes it on once. A second
+            # one means "exit now" and must come from the user.
             process_group=0,
             preexec_fn=_EndWithParent(os.getpid()),
         )
@@ -140,20 +140,20 @@ def run_training(
         written = read_outcome(outcome)
     if written is not None:
         return written
-    # Nothing was written: forge did not come so far as to hear signals. Where one came, nothing was done, and nothing
-    # lost; the launcher says 1 then. Else it failed, and the launcher's own code tells no more than that.
+    # Nothing was written, so forge did not get far enough to handle signals. If one came, nothing was done and nothing
+    # is lost, though the launcher returns 1. Otherwise it failed, and a launcher's code says no more than that.
     if relay.received and (-returned in relay.received or (processes > 1 and returned == EXIT_FAILED)):
         return EXIT_STOPPED
     return returned if processes == 1 and returned >= 0 else EXIT_COMPLETE if returned == 0 else EXIT_FAILED
 
 
 def write_outcome(code: int) -> None:
-    """Leaves forge's exit code to the process that started it, if that wants to know.
+    """Write forge's exit code for the process that started it, if that asked for it.
 
-    On rank 0, as its last act; and as the first after it hears signals, so that one that is killed has failed.
+    On rank 0: at the end, and before that once signals are handled, so that a process that is killed counts as failed.
     """
     name = os.environ.get(OUTCOME)
-    if name is None or not Path(name).parent.is_dir():  # whoever asked has ended
+    if name is None or not Path(name).parent.is_dir():  # the process that asked has ended
         return
     temporary = Path(f"{name}.tmp")
     temporary.write_text(str(code))
@@ -161,15 +161,25 @@ def write_outcome(code: int) -> None:
 
 
 def read_outcome(path: Path) -> int | None:
-    """What write_outcome left there."""
+    """Return what write_outcome wrote there; None if nothing."""
     try:
         return int(path.read_text())
     except FileNotFoundError:
         return None
 
 
+def option_words(**options: object) -> list[str]:
+    """Return the words of a command line: `--name=value`, repeated for a list; a bare flag for True; none for None."""
+    words = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-') if name in HYPHENATED else name}"
+        values = value if isinstance(value, list | tuple) else [] if value is None or value is False else [value]
+        words += [flag if item is True else f"{flag}={item}" for item in values]
+    return words
+
+
 def visible_gpus(environment: dict[str, str]) -> int:
-    """How many GPUs torch would find, as far as can be told without loading it."""
+    """Count the GPUs that torch would find, as far as possible without importing it."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = [name.strip() for name in visible.split(",")]
@@ -184,19 +194,20 @@ def _trains_on_cpu(environment: dict[str, str]) -> bool:
 
 
 def _kill(pid: int) -> None:
-    """The process and all below it, the ranks in sessions of their own too."""
+    """Kill the process and all its descendants, including ranks in sessions of their own."""
     try:
         process = psutil.Process(pid)
-        below = process.children(recursive=True)
-        process.kill()  # first: a launcher would tell of its lost ranks
+        descendants = process.children(recursive=True)
+        process.kill()  # first, or a launcher would report its lost ranks
     except psutil.NoSuchProcess:
         return
-    for child in below:
+    for child in descendants:
         with suppress(psutil.NoSuchProcess):
             child.kill()
 
 
 def free_port() -> int:
+    """Return a port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -208,11 +219,11 @@ def _cores() -> int:
 
 
 class _EndWithParent:
-    """Runs in the child before it becomes forge: the kernel sends it TERM when its parent ends."""
+    """Called in the child before it becomes forge: makes the kernel send it TERM when its parent ends."""
 
     def __init__(self, parent: int):
         self.parent = parent
-        self.libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec little may be done
+        self.libc = ctypes.CDLL(None, use_errno=True)  # loaded here: little is allowed between fork and exec
 
     def __call__(self) -> None:
         self.libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A command with all the processes that it starts in turn: found wherever they are, and killed at once."""
+"""Processes: which rank this one is, and a command with all the processes that it starts, which are killed at once."""
 
 import os
 import secrets
@@ -13,19 +13,29 @@ from typing import Self
 
 import psutil
 
-from forge.cluster.launch import OUTCOME
-from forge.cluster.signals import PARENT_VARIABLE
 from forge.errors import ForgeError
 
-# In the environment of every process of one start: accelerate's launcher gives each rank a session of its own, and
-# an orphan has another parent, but both keep their environment.
+OUTCOME = "FORGE_OUTCOME"  # the file for forge's exit code: accelerate's launcher returns 1 for every failure
+PARENT_VARIABLE = "FORGE_PARENT"  # a pid; training ends when that process does. Set by commands that start a training.
+# Marks the processes of one start: accelerate's launcher gives each rank its own session, and an orphan gets another
+# parent, but both keep their environment.
 MARK = "FORGE_STARTED_BY"
 POLL_S = 0.05
 KILL_TIMEOUT_S = 60.0
 
 
+def rank() -> int:
+    """Return the rank of this process, as its launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of ranks, as the launcher set it; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Processes:
-    """One start of a command, in a session of its own: a Ctrl-C at the terminal does not reach it."""
+    """A command in a session of its own, which a Ctrl-C at the terminal does not reach, with all that it starts."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str]):
         self._mark = secrets.token_hex(8)
@@ -52,12 +62,12 @@ class Processes:
 
     @property
     def exit_code(self) -> int | None:
-        """Of the command itself; None while it runs."""
+        """The exit code of the command itself; None while it runs."""
         return self._leader.poll()
 
     @property
     def forge_exit_code(self) -> int | None:
-        """What forge itself ended with: the launcher's code is 1 whatever that was. None while the command runs."""
+        """The exit code of forge itself, where a launcher returns 1 for every failure. None while the command runs."""
         if self.exit_code is not None and self._outcome_file.is_file():
             return int(self._outcome_file.read_text())
         return self.exit_code
@@ -67,16 +77,16 @@ class Processes:
         return Path(self._outcome.name) / "outcome"
 
     def output(self) -> str:
-        """All that the processes have printed so far."""
+        """Return all that the processes have printed so far."""
         size = os.fstat(self._output.fileno()).st_size
         return os.pread(self._output.fileno(), size, 0).decode(errors="replace")
 
     def learn(self) -> None:
-        """Looks for the processes now, so that a kill needs no search. Takes milliseconds."""
+        """Find the processes now, so that a later kill needs no search. Takes milliseconds."""
         self._known = self._alive()
 
     def kill_rank(self, rank: int) -> bool:
-        """SIGKILL to one rank alone. False where no such rank is known: see learn()."""
+        """Send SIGKILL to one rank only. False if learn() has not found it."""
         for process in self._known:
             with suppress(psutil.Error):
                 if process.ppid() == self._leader.pid and process.environ().get("RANK") == str(rank):
@@ -85,13 +95,13 @@ class Processes:
         return False
 
     def kill_launcher(self) -> None:
-        """SIGKILL to the command itself alone; what it started is told nothing."""
+        """Send SIGKILL to the command only, and no signal to what it started."""
         self._leader.kill()
 
     def kill_all(self) -> None:
-        """SIGKILL to every process, and to those that they start meanwhile; returns when all are gone.
+        """Send SIGKILL to every process and to those they start meanwhile; return when all are gone.
 
-        Raises ForgeError where the system does not end one: it may wait for a disk or a network that is gone.
+        Raises ForgeError if one does not end: it may be waiting for a disk or a network that is gone.
         """
         with suppress(ProcessLookupError):
             if self._leader.poll() is None:
@@ -102,7 +112,9 @@ class Processes:
         deadline = time.monotonic() + KILL_TIMEOUT_S
         while alive := self._alive():
             if time.monotonic() > deadline:
-                raise ForgeError(f"process {alive[0].pid} was killed and does not end; see what it waits for")
+                raise ForgeError(
+                    f"process {alive[0].pid} was killed but does not end; it may be waiting for a disk or a network"
+                )
             for process in alive:
                 with suppress(psutil.Error):
                     process.kill()
@@ -110,7 +122,7 @@ class Processes:
         self._leader.wait()
 
     def ended_within(self, timeout_s: float) -> bool:
-        """Waits until no process is left; False if some are after timeout_s."""
+        """Wait until no process is left; False if some are left after timeout_s."""
         deadline = time.monotonic() + timeout_s
         while self._leader.poll() is None or self._alive():
             if time.monotonic() > deadline:
@@ -121,7 +133,7 @@ class Processes:
     def _alive(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):  # of other users, or ended since; a zombie has no environment
+            with suppress(psutil.Error, OSError):  # other users' processes, or ended since; a zombie has no environment
                 if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found

@@ -1,4 +1,4 @@
-"""Turns signals, and the death of the launcher, into a wish to stop that the run grants where it can be resumed."""
+"""StopRequest: turns signals, and the death of the launcher, into a request to stop where the run can be resumed."""
 
 import os
 import signal
@@ -10,83 +10,83 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from forge.cluster.processes import PARENT_VARIABLE, rank
 from forge.errors import EXIT_FAILED, Stopped
 
 T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-PARENT_VARIABLE = "FORGE_PARENT"  # the pid that must live on; set by the commands of forge that start a training
-# A launcher passes a Ctrl-C on to ranks that the terminal has sent it to already: within this time it is the same one.
+# A launcher passes a Ctrl-C on to ranks that got it from the terminal already: within this time it is the same one.
 SAME_INTERRUPT_S = 1.0
-# What a rank without a launcher gets to commit a checkpoint: as long as the launcher itself gives before it kills.
+# The time to commit a checkpoint after the launcher has died; as long as it would wait itself before it kills.
 ORPHAN_GRACE_S = 30.0
 WATCH_EVERY_S = 0.5
 
 
 class StopRequest:
-    """What this process was asked; the handler only notes it, unless the work at hand may be broken off anywhere."""
+    """What this process was asked to do. The handler only records it, unless the current work may be interrupted."""
 
     def __init__(self) -> None:
-        self.reason: str | None = None  # such as SIGTERM; None: nothing asks for a stop
+        self.reason: str | None = None  # such as SIGTERM; None: no stop was requested
         self._interrupted_at: float | None = None
-        self._breakable = False
+        self._interruptible = False
 
     def listen(self) -> None:
-        """Handles the stop signals from here on, and watches the launcher if there is one. On the main thread."""
+        """Handle the stop signals from now on, and watch the launcher if there is one. On the main thread."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
         if watched := _watched_processes():
             threading.Thread(target=self._watch, args=(watched,), name="parent watch", daemon=True).start()
 
     def breaks(self, work: Callable[[], T]) -> T:
-        """Does long work that leaves nothing half-made: within it, a signal raises Stopped at once.
+        """Do long work during which a signal raises Stopped immediately.
 
-        There must be no collective in it: the other ranks would be left waiting.
+        The work must leave nothing half done, and contain no collective: the other ranks would be left waiting.
         """
-        self._breakable = True
+        self._interruptible = True
         try:
             result = None if self.reason is not None else work()
         finally:
-            self._breakable = False
-        if self.reason is not None:  # it came before, or a library took the exception for one of its own
+            self._interruptible = False
+        if self.reason is not None:  # it came before, or a library swallowed the exception
             raise stopped_early(self.reason)
         return result  # type: ignore[return-value]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # No log and no print here: the signal may have come within one, and their locks and buffers are not re-entrant.
+        # No logging or print here: the signal may have come during one, and their locks and buffers are not re-entrant.
         if number == signal.SIGINT:
             moment = time.monotonic()
             if self._interrupted_at is not None and moment - self._interrupted_at > SAME_INTERRUPT_S:
-                os.write(2, b"\nforge: a second Ctrl-C; left at once, without a checkpoint of this step\n")
+                os.write(2, b"\nforge: second Ctrl-C; exiting immediately, without a checkpoint of this step\n")
                 os._exit(EXIT_FAILED)
             self._interrupted_at = self._interrupted_at or moment
         if self.reason is None:
             self.reason = signal.Signals(number).name
-            if os.environ.get("RANK", "0") == "0":
-                words = f"forge: {self.reason} received; stopping where the run can go on (a second Ctrl-C: at once)\n"
+            if rank() == 0:
+                words = f"forge: {self.reason} received; stopping at the next checkpoint (Ctrl-C again to exit now)\n"
                 with suppress(OSError):  # a closed console
                     os.write(2, words.encode())
-        if self._breakable:
-            self._breakable = False
+        if self._interruptible:
+            self._interruptible = False
             raise stopped_early(self.reason)
 
     def _watch(self, processes: dict[int, str]) -> None:
         while all(started and _start_of(pid) == started for pid, started in processes.items()):
             time.sleep(WATCH_EVERY_S)
         self.reason = self.reason or "the death of its launcher"
-        os.kill(os.getpid(), signal.SIGTERM)  # wakes the main thread out of a wait, and breaks off what is breakable
+        os.kill(os.getpid(), signal.SIGTERM)  # wakes the main thread from a wait, and interrupts interruptible work
         time.sleep(ORPHAN_GRACE_S)
-        os.write(2, b"\nforge: the launcher is gone and no checkpoint could be committed in time; left\n")
+        os.write(2, b"\nforge: the launcher is gone and no checkpoint was committed in time; exiting\n")
         os._exit(EXIT_FAILED)
 
 
 def stopped_early(reason: str) -> Stopped:
-    """What to raise while data and model are prepared."""
+    """Return what to raise while data and model are prepared."""
     return Stopped(f"stopped by {reason} before the first stage; start it again with the same command")
 
 
 def parent_command() -> str:
-    """The command line of the parent process; empty where it cannot be read."""
+    """Return the command line of the parent process; empty if it cannot be read."""
     try:
         return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -94,9 +94,11 @@ def parent_command() -> str:
 
 
 def in_loader_worker(_: int) -> None:
-    """A loader's worker outlives no parent, and leaves the signals to it: one sent to the whole group must not take
-    the rows away from a run that is about to commit. A TERM, by which multiprocessing ends what is left over, ends it
-    too, but only after the time that a stop may take."""
+    """Prepare a worker of a data loader: it ignores signals and ends with its parent.
+
+    A signal to the whole process group must not take the rows away from a run that is about to commit. A TERM, with
+    which multiprocessing ends its children, ends the worker only after the time that a stop may take.
+    """
     ends_at: list[float] = []
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -112,9 +114,9 @@ def in_loader_worker(_: int) -> None:
 
 
 def _watched_processes() -> dict[int, str]:
-    """pid and start of the processes whose death must end this one: the command or the launcher that started it.
+    """Return pid and start of the processes whose death must end this one: the command or launcher that started it.
 
-    A shell is none: a run started with nohup lives on when its terminal is closed.
+    A shell is not one of them: a run started with nohup keeps running when its terminal is closed.
     """
     named = os.environ.get(PARENT_VARIABLE, "")
     pids = [int(named)] if named.isdigit() and int(named) != os.getpid() else []
@@ -124,7 +126,7 @@ def _watched_processes() -> dict[int, str]:
 
 
 def _start_of(pid: int) -> str:
-    """The clock tick a process was started at, which tells it from a later one of its number; empty: it has ended."""
+    """Return the clock tick at which a process started, in case its pid is reused; empty if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -20,7 +20,8 @@ from transformers.utils import (
 from forge.config.placing import config_name
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json
+from forge.run.files import read_json, sha256_of
+from forge.run.metadata import read_metadata
 from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"  # a folder with this file is an adapter
 BASE_FILE = "base.json"  # next to an adapter: what it was trained on
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-READ_BYTES = 1 << 22
 RUN_DEPTH = 3  # the deepest model of a run is in RUN/final/merged
 
 
@@ -163,18 +163,18 @@ def _line_of(role: str, weights: WeightFiles) -> list[dict[str, Any]]:
     if run is None:
         return []
     try:
-        metadata, state = read_json(run.metadata_file), TrainingState.load(run.state_file)
+        metadata, state = read_metadata(run), TrainingState.load(run.state_file)
         own = {
             "role": role,
-            "run_id": metadata["run_id"],
+            "run_id": metadata.run_id,
             "name": run.name,
             "path": str(run.path.absolute()),
-            "config": str(config_name(Path(metadata["config_file"]))),
+            "config": str(config_name(metadata.config_file)),
             "weights_sha256": weights.sha256,
             "steps": _steps(folder, state),
         }
-        return [*metadata.get("lineage", []), own]
-    except (UsageError, KeyError, TypeError) as error:  # a run that was copied in part can still be trained on
+        return [*(ancestor.model_dump() for ancestor in metadata.lineage), own]
+    except UsageError as error:  # a run that was copied in part can still be trained on
         logger.warning("the ancestors of the run %s are unknown (%s)", run.path, error)
         return []
 
@@ -196,11 +196,7 @@ def _sha256(file: Path) -> str:
     blob = file.resolve()
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name  # the hub's cache names a large file by its SHA-256
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(file)
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -4,17 +4,19 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from rich.table import Table
 
 from forge.checkpoint.manifest import BadCheckpoint, Manifest
 from forge.config.loader import LoadedConfig
-from forge.proof.findings import BitComparison, Difference, Record
+from forge.proof.findings import BitComparison, Difference
 from forge.proof.watch import Watch
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json, write_atomically, write_json
-from forge.run.provenance import provenance
+from forge.run.files import write_atomically, write_json
+from forge.run.metadata import read_metadata
+from forge.run.provenance import GitFacts, provenance
+from forge.run.records import Record
 from forge.run.state import now
 
 CERTIFICATE = "resume_certificate.json"
@@ -69,7 +71,7 @@ class Certificate(Record):
     format: int
     verdict: Literal["identical", "different"]
     created_at: str
-    command: list[str]
+    command: str
     config: str
     config_hash: str | None  # None: the unbroken run has no valid checkpoint
     overrides: list[str]
@@ -84,7 +86,7 @@ class Certificate(Record):
     difference: RunDifference | None  # the first one
     differences: list[RunDifference]
     versions: dict[str, str | None]
-    git: dict[str, Any]
+    git: GitFacts
     machine: Machine
     seconds: dict[str, float]
 
@@ -132,7 +134,7 @@ def conclusion(proof: Proof) -> str:
     found = proof.difference
     if found is None:
         return f"identical: every bit is the unbroken run's {proof.circumstances}"
-    device = read_json(proof.unbroken.metadata_file)["world"].get("device", "cpu")
+    device = read_metadata(proof.unbroken).world.device
     hint = ""
     if found.part != "resume" and device != "cpu" and not proof.loaded.config.training.deterministic:
         hint = (
@@ -155,7 +157,7 @@ def write_certificate(proof: Proof) -> list[str]:
 
 def certificate_of(proof: Proof) -> Certificate:
     """Return what the proof has found, and the circumstances that a reader needs to repeat it."""
-    facts, world = provenance(None, sys.orig_argv), read_json(proof.unbroken.metadata_file)["world"]
+    facts, world = provenance(None, sys.orig_argv), read_metadata(proof.unbroken).world
     compared = list(zip(proof.killed, proof.comparisons, strict=True))
     differences = [
         RunDifference(run=run.name, **part.difference.model_dump())
@@ -167,7 +169,7 @@ def certificate_of(proof: Proof) -> Certificate:
         format=FORMAT,
         verdict="different" if differences else "identical",
         created_at=now(),
-        command=facts["command"],
+        command=facts.command,
         config=str(proof.loaded.file),
         config_hash=_config_hash(proof.unbroken),
         overrides=proof.overrides,
@@ -181,16 +183,16 @@ def certificate_of(proof: Proof) -> Certificate:
         compared={run.name: {part.name: part.counts for part in comparison.parts} for run, comparison in compared},
         difference=differences[0] if differences else None,
         differences=differences,
-        versions={"forge": facts["forge_version"], "python": facts["python_version"], **facts["packages"]},
-        git=facts["git"],
+        versions={"forge": facts.forge_version, "python": facts.python_version, **facts.packages},
+        git=facts.git,
         machine=Machine(
-            host=facts["host"],
-            platform=facts["platform"],
-            device=world["device"],
-            mixed_precision=world["mixed_precision"],
+            host=facts.host,
+            platform=facts.platform,
+            device=world.device,
+            mixed_precision=world.mixed_precision,
             cpus=os.cpu_count(),
             omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
-            cuda_visible_devices=facts["cuda_visible_devices"],
+            cuda_visible_devices=facts.cuda_visible_devices,
         ),
         seconds=proof.seconds,
     )

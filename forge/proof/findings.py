@@ -3,13 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
-
-class Record(BaseModel):
-    """A part of the certificate, which is checked when it is made and when it is read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+from forge.run.records import Record
 
 
 class Difference(Record):

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from forge.attempt.control import wants_control
-from forge.cluster.launch import SAVE_TIMEOUT_S, training_command
+from forge.cluster.launch import SAVE_TIMEOUT_S, option_words, training_command
 from forge.cluster.processes import Processes
 from forge.config.loader import load_config
 from forge.config.placing import config_name
@@ -70,8 +70,7 @@ class Procedure:
         named = {"max_steps": args.max_steps, "epochs": args.epochs, "output_root": args.output_root}
         self.loaded = load_config(Path(args.config), args.set, **named)
         self.config = self.loaded.config
-        self.arguments = ["--config", args.config, *(word for text in args.set for word in ("--set", text))]
-        self.arguments += [word for name, value in named.items() if value is not None for word in (f"--{name}", value)]
+        self.arguments = option_words(config=args.config, set=args.set, **named)
         self.place = Path(self.config.output_root) / config_name(self.loaded.file)
         self.stamp = start_name()
         check_writable(Path(self.config.output_root))
@@ -133,8 +132,7 @@ class Procedure:
 
     def _new(self, run: RunDirectory) -> list[str]:
         """Return the arguments of a new run."""
-        overrides = [word for text in self.proof.overrides for word in ("--set", text)]
-        return [*self.arguments, *overrides, "--run_name", run.name]
+        return [*self.arguments, *option_words(set=self.proof.overrides, run_name=run.name)]
 
     def _unbroken_run(self) -> None:
         run = self.proof.unbroken
@@ -208,7 +206,7 @@ class Procedure:
                 return [*missed, *waiting], failure
             self.proof.kills.append(kill)
             self._say(kill.line(self.kills))
-            arguments = ["--resume", str(run.path)]
+            arguments = option_words(resume=run.path)
 
     def _compare(self, failure: str | None) -> None:
         from forge.proof.compare import compare_bits  # imports torch, which a wrong command line need not wait for

@@ -1,4 +1,4 @@
-"""DeepSpeed: the ranks joined under the plans of a config, and what a sharded model needs from those who use it."""
+"""DeepSpeed: joins the ranks under the plans of a config, prepares models, and gathers sharded weights."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ from forge.cluster.launch import free_port
 from forge.config.plans import filled, read_plan
 from forge.config.schema import Config
 from forge.errors import UsageError
-from forge.ranks.agreement import build_accelerator, check_started_ranks, resolve_precision, trains_on_cpu
+from forge.ranks.accelerator import build_accelerator, check_started_ranks, resolve_precision, trains_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ STUDENT, TEACHER = "student", "teacher"
 
 
 def accelerator_of(config: Config) -> Accelerator:
-    """Joins the ranks as the config wants the models sharded. Raises UsageError as build_accelerator does."""
+    """Join the ranks, with the models sharded as the config says. Raises UsageError as build_accelerator does."""
     training = config.training
     options: dict[str, Any] = {}
     if config.deepspeed.student is not None:
@@ -37,49 +37,54 @@ def accelerator_of(config: Config) -> Accelerator:
     found = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic, **options)
     _load_whole()
     if config.deepspeed.student is not None:
-        logger.info("DeepSpeed: %s", ", ".join(f"{name} {_told(plan)}" for name, plan in plans_of(found).items()))
+        logger.info("DeepSpeed: %s", ", ".join(f"{name} {_describe(plan)}" for name, plan in plans_of(found).items()))
     return found
 
 
 def prepare(accelerator: Accelerator, student: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
-    """Both as training uses them, on their device. optimizer: of the student's parameters."""
+    """Return both as training uses them, on their device. optimizer: of the student's parameters."""
     plans = plans_of(accelerator)
     if _stage(plans.get(STUDENT)) == 3:
         _partition(student, plans[STUDENT], accelerator.device)
     prepared, optimizer = accelerator.prepare(student, optimizer)
-    _tell(student)
+    _register_gathering(student)
     return prepared, optimizer
 
 
 def prepare_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
-    """A frozen model spread over the ranks by the teacher's plan, for forwards alone."""
+    """Return a frozen model that is sharded over the ranks by the teacher's plan, for forward passes only."""
     with _plan_of_teacher(accelerator):
         _partition(teacher, plans_of(accelerator)[TEACHER], accelerator.device)
         engine = accelerator.prepare(teacher)
-    # accelerate holds what it has prepared, to save it; a teacher is no part of any checkpoint.
+    # accelerate keeps what it has prepared, to save it; a teacher is not part of a checkpoint.
     accelerator._models.remove(engine)
-    accelerator.deepspeed_engine_wrapped = None  # backward is the student's, which is prepared next
-    _tell(teacher)
+    accelerator.deepspeed_engine_wrapped = None  # backward belongs to the student, which is prepared next
+    _register_gathering(teacher)
     return engine
 
 
 def bare(prepared: nn.Module) -> Any:
-    """The module that was prepared. accelerate's unwrap_model imports DeepSpeed to tell, which takes seconds."""
+    """Return the module that was prepared. accelerate's unwrap_model would import DeepSpeed, which takes seconds."""
     return getattr(prepared, "module", prepared)
 
 
 def clip_grad_norm(accelerator: Accelerator, student: nn.Module, max_norm: float | None) -> Tensor:
-    """The norm of the step's gradients, before they are clipped to max_norm: () on the device. DeepSpeed has clipped by
-    its plan, in backward."""
+    """Clip the gradients to max_norm and return their norm before that, () float32 on the device.
+
+    DeepSpeed has clipped them in backward, as its plan says.
+    """
     if not plans_of(accelerator):
         return accelerator.clip_grad_norm_(student.parameters(), max_norm or float("inf"))
-    norm = accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()  # a number, where it is not finite
+    norm = accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()  # a plain number if it is not finite
     return torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
 
 
 def weights_to_round(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Before they are prepared: copies, in host memory, of those that a plan in bfloat16 would round before its
-    optimizer takes its float32 weights from them."""
+    """Return copies, in host memory, of the weights that the plan would round before the optimizer copies them.
+
+    A plan in bfloat16 rounds the model first and takes the optimizer's float32 weights from that. Call this before
+    `prepare`.
+    """
     plan = plans_of(accelerator).get(STUDENT)
     if plan is None or not plan["bf16"]["enabled"]:
         return []
@@ -87,15 +92,15 @@ def weights_to_round(accelerator: Accelerator, parameters: Iterable[nn.Parameter
 
 
 def device_to_build_on(accelerator: Accelerator) -> torch.device:
-    """Where a student waits until it is prepared: under ZeRO-3 in host memory, for it may be larger than a device."""
+    """Return where a student is built: under ZeRO-3 in host memory, since it may not fit on a device."""
     stage = _stage(plans_of(accelerator).get(STUDENT))
     return torch.device("cpu") if stage == 3 else accelerator.device
 
 
 def plans_of(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
-    """DeepSpeed's configs as they were given to it, by model; empty without it."""
+    """Return the configs that DeepSpeed was given, by model; empty without DeepSpeed."""
     plugins = accelerator.state.deepspeed_plugins or {}
-    # accelerate's own way of never printing is an infinite number of steps, which is no JSON.
+    # accelerate disables printing with an infinite number of steps, which is not JSON.
     return {
         name: {key: value for key, value in plugin.hf_ds_config.config.items() if key != "steps_per_print"}
         for name, plugin in plugins.items()
@@ -103,7 +108,7 @@ def plans_of(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Does each rank hold a part of it only (ZeRO-3)?"""
+    """True if each rank holds only a part of it (ZeRO-3)."""
     return hasattr(parameter, "ds_id")
 
 
@@ -113,8 +118,10 @@ def any_partitioned(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered(tensors: Sequence[Tensor], *, modified: bool = False) -> Iterator[None]:
-    """Inside, every rank has these weights whole, to be read; with modified, those that rank 0 leaves count then. On
-    every rank at once."""
+    """Make these weights whole on every rank inside the context; entered on every rank at once.
+
+    modified: what rank 0 writes into them is kept.
+    """
     parts = [tensor for tensor in tensors if is_partitioned(tensor)]
     if not parts:
         yield
@@ -126,19 +133,21 @@ def gathered(tensors: Sequence[Tensor], *, modified: bool = False) -> Iterator[N
 
 
 class Gathering(nn.Module):
-    """Runs what reads weights outside their own module's forward: as a forward of this module, so that whoever shards
-    weights gathers them for it, forwards and backwards."""
+    """Runs work that reads weights outside their own module's forward.
+
+    The work is a forward of this module, so that sharded weights are gathered for it, forward and backward.
+    """
 
     def __init__(self, *parameters: nn.Parameter | None):
-        """parameters: which `work` reads, of other modules."""
+        """parameters: those of other modules that the work reads."""
         super().__init__()
         self._read = [parameter for parameter in parameters if parameter is not None]
 
     def forward(self, work: Callable[[], Any]) -> Any:
         return work()
 
-    def tell(self) -> None:
-        """After the model was partitioned."""
+    def register(self) -> None:
+        """Register the weights, after the model was partitioned."""
         for parameter in filter(is_partitioned, self._read):
             from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
@@ -147,7 +156,7 @@ class Gathering(nn.Module):
 
 @contextmanager
 def _plan_of_teacher(accelerator: Accelerator) -> Iterator[None]:
-    """What is prepared inside is sharded by the teacher's plan."""
+    """Shard what is prepared inside the context by the teacher's plan."""
     accelerator.state.select_deepspeed_plugin(TEACHER)
     try:
         yield
@@ -157,38 +166,38 @@ def _plan_of_teacher(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _refuse_plans_of_the_launcher() -> None:
-    """accelerate takes plans from the environment too, where its own config file was made with one."""
+    """Raise UsageError if accelerate would take a plan from the environment, where its config file may have put one."""
     plans = {"ACCELERATE_USE_DEEPSPEED": "zero2", "ACCELERATE_USE_FSDP": "zero3"}
     for variable, plan in plans.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise UsageError(
-                f"{variable} is set: accelerate's launcher, or its config file, asks for a plan, and forge's config "
-                f"decides that; set deepspeed.student: {plan}, and launch with `forge launch`, or with "
+                f"{variable} is set: accelerate's launcher, or its config file, asks for a plan, but forge's config "
+                f"decides that; set deepspeed.student: {plan}, and start with `forge launch` or "
                 "`accelerate launch --multi_gpu`"
             )
 
 
-def _tell(module: nn.Module) -> None:
+def _register_gathering(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, Gathering):
-            part.tell()
+            part.register()
 
 
 def _import_deepspeed() -> None:
-    """Without what it tells of itself meanwhile: it tries the compiler, whose command setuptools logs as the root."""
+    """Import DeepSpeed without its logs: it tries the compiler, whose command setuptools logs to the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it is compiled first, for minutes
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would compile for minutes
     finally:
         logging.disable(before)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # about names that DeepSpeed uses
 
 
-def _told(plan: dict[str, Any]) -> str:
+def _describe(plan: dict[str, Any]) -> str:
     zero = plan["zero_optimization"]
     offloaded = [what for what in ("optimizer", "param") if zero.get(f"offload_{what}", {}).get("device") == "cpu"]
     return f"ZeRO-{zero['stage']}" + (f" with {' and '.join(offloaded)} on the host" if offloaded else "")
@@ -199,15 +208,17 @@ def _stage(plan: dict[str, Any] | None) -> int:
 
 
 def _load_whole() -> None:
-    """from_pretrained must not shard what it reads, as it does once a plan of stage 3 is selected: forge looks at a
-    model, and changes it, before that is done."""
+    """Let from_pretrained load whole models: with a plan of stage 3 selected it would shard what it reads.
+
+    forge inspects and changes a model before it is sharded.
+    """
     unset_hf_deepspeed_config()
 
 
 def _partition(module: nn.Module, plan: dict[str, Any], device: torch.device) -> None:
-    """Leaves each rank its part of every weight; only one weight at a time is whole on the device.
+    """Leave each rank its part of every weight; only one weight at a time is whole on the device.
 
-    DeepSpeed would do so itself, with all of the model on the device before.
+    DeepSpeed would do this itself, but with the whole model on the device first.
     """
     from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -219,32 +230,34 @@ def _partition(module: nn.Module, plan: dict[str, Any], device: torch.device) ->
 
 
 def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """In place. Not the buffers: with its frequencies rounded to bfloat16, a rotary embedding turns late tokens by a
-    third of a radian."""
+    """Round the parameters in place, but not the buffers.
+
+    With frequencies rounded to bfloat16, a rotary embedding would rotate late tokens by a third of a radian.
+    """
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
 def _deepspeed(config: Config) -> dict[str, Any]:
-    """Options of the Accelerator. Changes the environment into the one that DeepSpeed expects."""
+    """Return options for the Accelerator. Sets the environment variables that DeepSpeed expects."""
     training, plans = config.training, {STUDENT: config.deepspeed.student}
     if config.teacher.placement == "zero3" and config.wants_teacher:
         plans[TEACHER] = config.deepspeed.teacher
     check_started_ranks()
-    # The control of a run: its ranks and plans are those of the run.
+    # A control run: it has the ranks and plans of its run.
     if AcceleratorState._shared_state.get("deepspeed_plugins"):
         AcceleratorState().select_deepspeed_plugin(STUDENT)
         return {}
     bf16 = resolve_precision(training.mixed_precision) == "bf16"
     backend = None
     if trains_on_cpu():
-        # ACCELERATE_USE_CPU would keep accelerate from DeepSpeed, which has a word of its own for it.
+        # With ACCELERATE_USE_CPU accelerate ignores DeepSpeed, which has its own variable for the CPU.
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
         backend = "gloo"
     _import_deepspeed()
-    if "LOCAL_RANK" not in os.environ:  # DeepSpeed knows no process that is alone
+    if "LOCAL_RANK" not in os.environ:  # DeepSpeed does not support a process without a launcher
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = int(os.environ["WORLD_SIZE"])

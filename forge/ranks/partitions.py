@@ -1,7 +1,7 @@
-"""Which part of each trained weight this rank keeps under ZeRO, with the moments of the optimizer that belong to it.
+"""Partitions: the part of each trained weight that this rank has under ZeRO, with its optimizer moments.
 
-DeepSpeed keeps, for every group of parameters, one flat float32 tensor on each rank: its part of the weights. The
-optimizer's moments are as long. Where a parameter lies in it, DeepSpeed knows since it was prepared.
+For every group of parameters DeepSpeed has one flat float32 tensor on each rank, its part of the weights, and moments
+of the same length. Once prepared, DeepSpeed knows the position of each parameter in it.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 @dataclass(frozen=True)
 class Part:
-    """Of one parameter, as float32 views of what the optimizer computes with: writing into them changes it."""
+    """A part of one parameter, as float32 views of the optimizer's tensors: writing to them changes those."""
 
-    start: int  # of the flattened parameter
-    weight: Tensor  # (n,)
-    moments: dict[str, Tensor]  # (n,) each; empty before the first step
+    start: int  # in the flattened parameter
+    weight: Tensor  # (n,) float32
+    moments: dict[str, Tensor]  # (n,) float32 each; empty before the first step
 
 
 class Partitions:
-    """The parts that this rank has of the parameters of an optimizer of DeepSpeed's."""
+    """This rank's parts of the parameters of a DeepSpeed optimizer."""
 
     def __init__(self, optimizer: Any):
-        """optimizer: as accelerate has prepared it."""
+        """optimizer: as prepared by accelerate."""
         self._zero = optimizer.optimizer
         self._stage_3 = hasattr(self._zero, "fp32_partitioned_groups_flat")
 
     def of(self, parameter: Any) -> Part | None:
-        """None where all of it is other ranks'."""
+        """Return this rank's part of a parameter; None if it has none."""
         flat, offset, start, length = self._place(parameter)
         if not length:
             return None
@@ -44,20 +44,20 @@ class Partitions:
 
     @property
     def steps(self) -> int:
-        """How many the optimizer has taken, which its bias correction goes by."""
+        """The number of steps that the optimizer has taken, on which its bias correction depends."""
         return max((int(state["step"]) for state in self._zero.optimizer.state.values() if "step" in state), default=0)
 
     def begin(self, steps: int) -> None:
-        """Makes room for the moments, at zero, as if so many steps had been taken; 0: as before the first one."""
+        """Create moments of zero, as if that many steps had been taken; with 0, none, as before the first step."""
         state = self._zero.optimizer.state
         state.clear()
-        for flat in self._flat if steps else ():  # also where all of it is padding
+        for flat in self._flat if steps else ():  # even if all of it is padding
             step = torch.tensor(float(steps), device=flat.device)
             state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
 
     @torch.no_grad()
     def set_weights(self, weights: Sequence[tuple[Any, Tensor]]) -> None:
-        """The float32 weights that the optimizer starts from. weights: parameters, and what they are, whole."""
+        """Set the float32 weights that the optimizer starts from. weights: parameters with their whole values."""
         for parameter, whole in weights:
             part = self.of(parameter)
             if part is not None:
@@ -65,7 +65,7 @@ class Partitions:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """The model computes with the weights as they are in the parts now. On every rank at once."""
+        """Make the model use the weights that are in the parts now. Called on every rank at once."""
         zero = self._zero
         if not self._stage_3:
             zero.update_lp_params()
@@ -76,7 +76,7 @@ class Partitions:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def _place(self, parameter: Any) -> tuple[Any, int, int, int]:
-        """The flat tensor that has this rank's part, where in it, from where on in the parameter, and its length."""
+        """Return the flat tensor with the part, the offset in it, the start in the parameter, and its length."""
         zero = self._zero
         if is_partitioned(parameter):
             group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
@@ -91,18 +91,18 @@ class Partitions:
 
     @property
     def _flat(self) -> list[Tensor]:
-        """This rank's float32 weights, a tensor for each group: of stage 3, of stages 1 and 2, of stage 1 in bf16."""
+        """This rank's float32 weights, one tensor per group, under the name that the stage (and bf16) gives them."""
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
         return next(list(getattr(self._zero, name)) for name in names if hasattr(self._zero, name))
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
-    """Of the whole parameter, also where this rank has a part."""
+    """Return the shape of the whole parameter, even if this rank has only a part."""
     return tuple(parameter.ds_shape) if is_partitioned(parameter) else tuple(parameter.shape)
 
 
 def whole_float32(parameter: Any) -> Tensor:
-    """A trained parameter as the optimizer has it, in float32, on the device of every rank. On every rank at once."""
+    """Return a trained parameter, whole, in float32, on every rank's device. Called on every rank at once."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     found: Tensor = safe_get_full_fp32_param(parameter)

@@ -11,8 +11,9 @@ from accelerate.utils import release_memory
 
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.schema import Config
-from forge.ranks.agreement import StopVote, on_every_rank, on_rank_0, rank_0_first
+from forge.ranks.agreement import on_every_rank, on_rank_0, rank_0_first
 from forge.ranks.deepspeed import accelerator_of
+from forge.ranks.stop_vote import StopVote
 
 T = TypeVar("T")
 

@@ -118,8 +118,8 @@ def _about(run: RunFigures) -> tuple[str, ...]:
     splits = splits_of(final)
     counts = [f"{split} {final[name]:g}" for split in splits if (name := f"{split}/rows") in final]
     return (
-        str(run.metadata["task"].get("type")),
-        str(run.metadata["data"]["fingerprint"])[:12],  # of rows and tokenizer
+        run.metadata.task.type,
+        run.metadata.data.fingerprint[:12],  # of rows and tokenizer
         str(run.config.get("evaluation.max_rows")).replace("None", "null"),
         ", ".join(sorted(splits)),
         ", ".join(sorted(counts)),
@@ -287,7 +287,7 @@ def _notes(groups: Sequence[Group], lines: Sequence[Line]) -> list[str]:
         fewer = [name for name, cell in line.cells.items() if cell.seeds < len(group.runs)]
         if fewer:
             notes.append(f"{group.label}: some seeds lack {', '.join(fewer)}")
-        places = {(run.metadata["world"].get("device"), run.metadata["world"].get("ranks")) for run in group.runs}
+        places = {(run.metadata.world.device, run.metadata.world.ranks) for run in group.runs}
         if len(places) > 1:
             notes.append(f"{group.label}: the time per step is from runs on different devices or numbers of ranks")
     if any(line.kind == "gap closed" for line in lines):
@@ -313,7 +313,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                         "path": str(run.run.path),
                         "run_id": run.state.run_id,
                         "seed": run.seed,
-                        "git_commit": run.metadata["attempts"][-1]["git"]["commit"],
+                        "git_commit": run.metadata.attempts[-1].git.commit,
                         "seconds_per_step": _plain(run.seconds_per_step),
                         "evaluations": {
                             stage: {name: _plain(value) for name, value in numbers.items()}

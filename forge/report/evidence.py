@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from forge.config.former_names import current_headline
 from forge.report.figures import gap_closed, read_config, read_evaluations, shown_metrics
 from forge.report.table import ABSENT, markdown, number
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json
+from forge.run.metadata import read_metadata
 
 UNTRAINED, SFT, KD, TEACHER = "untrained", "SFT", "KD", "teacher"
 GAP_CLOSED = "gap closed"
@@ -60,7 +59,7 @@ def evidence(run: RunDirectory, control: RunDirectory | None = None) -> Evidence
     if control is not None:
         found[SFT] = read_evaluations(control).get("final")
     evaluations = {name: numbers for name in (UNTRAINED, SFT, KD, TEACHER) if (numbers := found.get(name))}
-    headline = current_headline(read_json(run.metadata_file)["task"]["headline"])
+    headline = read_metadata(run).task.headline
     metrics = shown_metrics(list(evaluations.values()), headline)
     against = SFT if control is not None else UNTRAINED
     gaps = _gaps(metrics, headline, *(evaluations.get(name) for name in (against, trained, TEACHER)))

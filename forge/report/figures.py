@@ -11,12 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from forge.config.explain import effective, flattened
-from forge.config.former_names import current_config, current_headline
+from forge.config.former_names import current_config
 from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json
+from forge.run.metadata import RunMetadata, read_metadata
 from forge.run.metrics import read_metrics
 from forge.run.state import TrainingState
 
@@ -32,7 +32,7 @@ class RunFigures:
 
     run: RunDirectory
     state: TrainingState
-    metadata: dict[str, Any]
+    metadata: RunMetadata
     config: dict[str, Any]  # the effective one, by dotted key
     evaluations: dict[str, dict[str, float]]  # the last one of each stage: baseline, final, teacher
     seconds_per_step: float | None  # None if no report has it
@@ -47,23 +47,23 @@ class RunFigures:
 
     @property
     def headline(self) -> list[str]:
-        return current_headline(self.metadata["task"]["headline"])
+        return self.metadata.task.headline
 
     @property
     def config_name(self) -> Path:
-        return config_name(Path(self.metadata["config_file"]))
+        return config_name(self.metadata.config_file)
 
 
 def read_figures(run: RunDirectory) -> RunFigures:
     """Read what a comparison needs of a run. Raises UsageError, which names the file, if one is missing or broken."""
-    metadata, state = read_json(run.metadata_file), TrainingState.load(run.state_file)
+    metadata, state = read_metadata(run), TrainingState.load(run.state_file)
     rows = read_metrics(run.metrics_file)
     try:
-        sizes = state.step_sizes or [[0, metadata["world"]["rows_per_step"]]]
+        sizes = state.step_sizes or [[0, metadata.world.rows_per_step]]
         figures = RunFigures(
             run, state, metadata, read_config(run), evaluations_of(rows), seconds_per_step(rows, sizes)
         )
-        _ = figures.seed, figures.alpha, figures.headline, figures.config_name, metadata["data"]["fingerprint"]
+        _ = figures.seed, figures.alpha
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{run.path} lacks what a comparison needs ({type(error).__name__}: {error}); is it a run of this version "

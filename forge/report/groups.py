@@ -78,9 +78,8 @@ def counted_config(run: RunFigures) -> dict[str, Any]:
     """
     config = {key: value for key, value in run.config.items() if counts(key) and key not in LENGTHS}
     config["training.max_steps"] = run.state.step
-    world = run.metadata["world"]
-    config["training.batch_size"] = world["rows_per_step"]
-    config["training.mixed_precision"] = world.get("mixed_precision", config.get("training.mixed_precision"))
+    config["training.batch_size"] = run.metadata.world.rows_per_step
+    config["training.mixed_precision"] = run.metadata.world.mixed_precision
     return config
 
 

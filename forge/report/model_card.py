@@ -10,6 +10,7 @@ from forge.config.former_names import current_headline
 from forge.config.schema import Config
 from forge.model.layers import KeptLayers
 from forge.model.origin import short
+from forge.run.metadata import Ancestor, Merged, ModelFacts, RunMetadata, TaskFacts
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 # For a base that is tied, below an adapter that changes one of the two: merged, it would change the other too.
@@ -21,7 +22,7 @@ PARTED = (
 
 
 def model_card(
-    metadata: dict[str, Any],
+    metadata: RunMetadata,
     steps: int,
     config: Config,
     before: dict[str, Any],
@@ -33,50 +34,50 @@ def model_card(
     metadata: the run's run_metadata.json. before and after: evaluations, empty where none was made. evidence_table:
     where the run has a teacher to be compared with, what stands in their place.
     """
-    model, data, task, attempt = metadata["model"], metadata["data"], metadata["task"], metadata["attempts"][-1]
-    git = attempt["git"]
-    code = f"commit {git['commit']}{' with changes' if git['dirty'] else ''}" if git["commit"] else "no git commit"
+    model, data, task, attempt = metadata.model, metadata.data, metadata.task, metadata.attempts[-1]
+    git = attempt.git
+    code = f"commit {git.commit}{' with changes' if git.dirty else ''}" if git.commit else "no git commit"
     # A hub id, which the hub links to; a local path says nothing to anybody else.
-    hub_id = model["location"] is not None and not model["location"].startswith("/")
+    hub_id = model.location is not None and not model.location.startswith("/")
     front = {
-        "library_name": "peft" if model["adapter"] else "transformers",
-        "pipeline_tag": task["pipeline_tag"],
+        "library_name": "peft" if model.adapter else "transformers",
+        "pipeline_tag": task.pipeline_tag,
         "tags": ["forge"],
-        **({"base_model": model["location"]} if hub_id else {}),
+        **({"base_model": model.location} if hub_id else {}),
     }
     lines = "\n".join(
-        f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, current_headline(task["headline"]))
+        f"| {name} | {a} | {b} |" for name, a, b in compare(before, after, current_headline(task.headline))
     )
     numbers = f"| | before | after |\n|---|---|---|\n{lines}" if lines else "It was not evaluated."
     numbers = numbers if evidence_table is None else evidence_table or "It was not evaluated."
-    labels = f"- Labels: {', '.join(model['labels'])}\n" if model["labels"] else ""
+    labels = f"- Labels: {', '.join(model.labels)}\n" if model.labels else ""
     learned = _layers(model) + _distillation(metadata, config) + _adapter(model)
     sampled = any(name.endswith("/rows_of") for name in {**before, **after})
     note = "\nEvaluated on a sample of the rows (evaluation.max_rows), not on all of them.\n" if sampled else ""
     note = note if evidence_table is None else ""  # the table has its own
-    rows_read = f"{data['rows']['train']:,}" if "train" in data["rows"] else "a stream of unknown length"
+    rows_read = f"{data.rows['train']:,}" if "train" in data.rows else "a stream of unknown length"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {metadata["name"]}
+# {metadata.name}
 
-{task["title"]} trained with forge: {model["source"]}, on {data["description"]}.
+{task.title} trained with forge: {model.source}, on {data.description}.
 
 {numbers}
 {note}
-{labels}{learned}- Parameters: {model["parameters"]:,}; training rows: {rows_read}; optimizer steps: {steps:,}
-- Data fingerprint (SHA-256 of the rows): `{data["fingerprint"]}`
-- Run id: `{metadata["run_id"]}`; code: {code}
-- Versions: {", ".join(f"{name} {attempt['packages'][name]}" for name in PACKAGES)}
+{labels}{learned}- Parameters: {model.parameters:,}; training rows: {rows_read}; optimizer steps: {steps:,}
+- Data fingerprint (SHA-256 of the rows): `{data.fingerprint}`
+- Run id: `{metadata.run_id}`; code: {code}
+- Versions: {", ".join(f"{name} {attempt.packages[name]}" for name in PACKAGES)}
 
-{_lineage(metadata["lineage"])}## Use
+{_lineage(metadata.lineage)}## Use
 
-{_use(model, task, metadata.get("merged"))}
+{_use(model, task, metadata.merged)}
 
 ## Made with
 
-    {attempt["command"]}
+    {attempt.command}
 
 ```yaml
 {to_yaml(config).strip()}
@@ -94,62 +95,62 @@ def compare(before: dict[str, Any], after: dict[str, Any], headline: Sequence[st
     return [(name, text(before.get(name)), text(after.get(name))) for name in names]
 
 
-def _layers(model: dict[str, Any]) -> str:
+def _layers(model: ModelFacts) -> str:
     """A line on the layers that a student was begun with; empty where it has all of its source."""
-    if not model.get("kept_layers"):  # a run of an older forge tells nothing of them
+    if not model.kept_layers:  # a run of an older forge tells nothing of them
         return ""
-    kept = KeptLayers(model["kept_layers"], model["layers_of"])
-    return f"- Begun with {kept} of {model['source']}, renumbered from 0, and with its other weights\n"
+    kept = KeptLayers(model.kept_layers, model.layers_of)
+    return f"- Begun with {kept} of {model.source}, renumbered from 0, and with its other weights\n"
 
 
-def _distillation(metadata: dict[str, Any], config: Config) -> str:
+def _distillation(metadata: RunMetadata, config: Config) -> str:
     """Lines on the teacher and the loss; empty where nothing was learned from a teacher."""
-    taught, loss = metadata.get("teacher"), config.distillation
+    taught, loss = metadata.teacher, config.distillation
     if loss.alpha == 0 or not taught:
         return ""
     of_divergence = {"jsd": f" (beta {loss.beta:g})"}
     of_divergence |= dict.fromkeys(("skew_kl", "skew_reverse_kl"), f" (lambda {loss.skew:g})")
     terms = "".join(f" + {name} term" for name in ("hidden", "relations") if getattr(loss, name) is not None)
-    control = metadata.get("control")
+    control = metadata.control
     return (
-        f"- Teacher: {taught['source']}, weights `{short(taught['weights_sha256'])}`, {config.teacher.placement}\n"
+        f"- Teacher: {taught.source}, weights `{short(taught.weights_sha256)}`, {config.teacher.placement}\n"
         f"- Loss: (1 - alpha) * CE + alpha * T^2 * D(teacher || student){terms}; "
         f"alpha {loss.alpha:g}, T {loss.temperature:g}, D {loss.divergence}{of_divergence.get(loss.divergence, '')}\n"
-        + (f"- Control (alpha 0, as many steps, the same seed): run `{control['run_id']}`\n" if control else "")
+        + (f"- Control (alpha 0, as many steps, the same seed): run `{control.run_id}`\n" if control else "")
     )
 
 
-def _adapter(model: dict[str, Any]) -> str:
+def _adapter(model: ModelFacts) -> str:
     """A line on a LoRA adapter; empty where all weights were trained."""
-    adapter = model["adapter"]
+    adapter = model.adapter
     if not adapter:
         return ""
-    in_full = f", and {', '.join(adapter['trained_in_full'])} in full" if adapter["trained_in_full"] else ""
+    in_full = f", and {', '.join(adapter.trained_in_full)} in full" if adapter.trained_in_full else ""
     return (
-        f"- LoRA adapter of rank {adapter['rank']} (alpha {adapter['alpha']:g}){in_full}: "
-        f"{model['trained_parameters']:,} parameters were trained\n"
-        f"- Base: {model['location']}, weights `{short(model['location_sha256'])}` (base.json has all of the hash)\n"
+        f"- LoRA adapter of rank {adapter.rank} (alpha {adapter.alpha:g}){in_full}: "
+        f"{model.trained_parameters:,} parameters were trained\n"
+        f"- Base: {model.location}, weights `{short(model.location_sha256)}` (base.json has all of the hash)\n"
     )
 
 
-def _lineage(ancestors: list[dict[str, Any]]) -> str:
+def _lineage(ancestors: list[Ancestor]) -> str:
     """The runs before this one, the oldest first."""
     if not ancestors:
         return ""
     lines = "\n".join(
-        f"{number}. {run['name']} ({run['config']}, run `{run['run_id']}`): {run['steps']:,} steps, as {run['role']}"
+        f"{number}. {run.name} ({run.config}, run `{run.run_id}`): {run.steps:,} steps, as {run.role}"
         for number, run in enumerate(ancestors, start=1)
     )
     return f"## Comes from\n\n{lines}\n\n"
 
 
-def _use(model: dict[str, Any], task: dict[str, Any], merged: dict[str, Any] | None) -> str:
+def _use(model: ModelFacts, task: TaskFacts, merged: Merged | None) -> str:
     """How to load it, in Python, and to use it where the task says how."""
-    usage = ["", *task["usage"]] if "usage" in task else []
-    auto, processing, here = task["auto_model"], task["auto_processing"], '"PATH OF THIS FOLDER"'
+    usage = ["", *task.usage] if task.usage else []
+    auto, processing, here = task.auto_model, task.auto_processing, '"PATH OF THIS FOLDER"'
     variable = processing.removeprefix("Auto").lower()
     load = f"{variable} = {processing}.from_pretrained({here})"
-    if not model["adapter"]:
+    if not model.adapter:
         return _python(
             f"from transformers import {auto}, {processing}",
             "",
@@ -157,18 +158,18 @@ def _use(model: dict[str, Any], task: dict[str, Any], merged: dict[str, Any] | N
             load,
             *usage,
         )
-    below = model["adapters"][:-1] if model["adapter"]["continues"] else model["adapters"]
-    revision = model["commit"] or model["revision"]
+    below = model.adapters[:-1] if model.adapter.continues else model.adapters
+    revision = model.commit or model.revision
     pinned = f', revision="{revision}"' if revision else ""
     steps = [
         f"config = AutoConfig.from_pretrained({here})  # as it was trained, with the labels if there are any",
-        f'model = {auto}.from_pretrained("{model["location"]}"{pinned}, config=config)',
-        *(PARTED if model["untied"] else ()),
-        *(f'model = PeftModel.from_pretrained(model, "{item["location"]}").merge_and_unload()' for item in below),
+        f'model = {auto}.from_pretrained("{model.location}"{pinned}, config=config)',
+        *(PARTED if model.untied else ()),
+        *(f'model = PeftModel.from_pretrained(model, "{item.location}").merge_and_unload()' for item in below),
         f"model = PeftModel.from_pretrained(model, {here})",
     ]
     text = _python(
-        *(["from torch import nn"] if model["untied"] else []),
+        *(["from torch import nn"] if model.untied else []),
         "from peft import PeftModel",
         f"from transformers import AutoConfig, {auto}, {processing}",
         "",
@@ -178,7 +179,7 @@ def _use(model: dict[str, Any], task: dict[str, Any], merged: dict[str, Any] | N
     )
     if merged is None:
         return text
-    return f"{text}\n\nOr without peft: `{auto}.from_pretrained` of the folder `merged`, in {merged['dtype']}."
+    return f"{text}\n\nOr without peft: `{auto}.from_pretrained` of the folder `merged`, in {merged.dtype}."
 
 
 def _python(*lines: str) -> str:

@@ -1,4 +1,4 @@
-"""Gives each run a directory of its own, names the files in it, and finds it again."""
+"""RunDirectory: the files of a run; creates the directories of runs and finds them again."""
 
 import difflib
 import errno
@@ -15,13 +15,15 @@ from pathlib import Path
 from forge.errors import UsageError
 from forge.run.state import TrainingState
 
-PROBE_BYTES = 1 << 20  # small against any checkpoint, too large for a disk that is full but for a few blocks
+PROBE_BYTES = 1 << 20  # small beside any checkpoint, but too large for a disk with a few free blocks
 NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "._-+=")
-STATE_FILE = "training_state.json"  # the folder that holds it is a run directory
+STATE_FILE = "training_state.json"  # a folder that holds it is a run directory
 
 
 @dataclass(frozen=True)
 class RunDirectory:
+    """The directory of one run, with the names of the files in it."""
+
     path: Path
 
     @property
@@ -77,20 +79,20 @@ class RunDirectory:
 
 
 def check_writable(output_root: Path) -> None:
-    """Fails before any work is done where a run could not be written. Creates nothing and leaves nothing behind."""
+    """Raise UsageError if no run could be written to the output root. Creates nothing and leaves nothing behind."""
     existing = output_root
     try:
         while not existing.exists():
             if existing.is_symlink():
-                raise UsageError(f"output root {output_root}: {existing} is a broken link; repair or remove it")
+                raise UsageError(f"output root {output_root}: {existing} is a broken link; fix or remove it")
             existing = existing.parent
         if not existing.is_dir():
             raise UsageError(
                 f"output root {output_root}: {existing} is a file, not a folder; give another --output_root"
             )
-        # On Linux a TemporaryFile has no name: even a kill at this instant leaves nothing.
+        # On Linux a TemporaryFile has no name, so even a kill leaves nothing behind.
         with tempfile.TemporaryFile(dir=existing, buffering=0) as probe:
-            remaining = os.urandom(PROBE_BYTES)  # random: a file system that compresses would store zeros in no space
+            remaining = os.urandom(PROBE_BYTES)  # random, because a compressing file system stores zeros in no space
             while remaining:
                 remaining = remaining[probe.write(remaining) :]
             os.fsync(probe.fileno())
@@ -108,9 +110,9 @@ def check_writable(output_root: Path) -> None:
 
 
 def create_run_directory(output_root: Path, config_name: Path, run_name: str | None) -> RunDirectory:
-    """Makes <output_root>/<config_name>/<run_name>/, which nobody else gets; with no name, one of the time of day."""
+    """Create <output_root>/<config_name>/<run_name>/ for this process alone; None names it by the time of the start."""
     if config_name.is_absolute() or ".." in config_name.parts:
-        raise ValueError(f"{config_name} must be a path below configs/")
+        raise ValueError(f"{config_name} must be a path inside configs/")
     if run_name is not None:
         check_run_name(output_root, config_name, run_name)
     parent = output_root / config_name
@@ -125,10 +127,10 @@ def create_run_directory(output_root: Path, config_name: Path, run_name: str | N
 
 
 def check_run_name(output_root: Path, config_name: Path, run_name: str) -> None:
-    """Raises UsageError for a name that cannot be used, or is taken; another process may still take it after this."""
+    """Raise UsageError for a name that is not allowed or is taken. Another process may still take it afterwards."""
     if not valid_run_name(run_name):
         raise UsageError(
-            f"run name {run_name!r} is not allowed: use letters, digits and . _ - + = only, and begin with none of . -"
+            f"run name {run_name!r} is not allowed: use letters, digits and . _ - + =, and do not start with . or -"
         )
     run = RunDirectory(output_root / config_name / run_name)
     if run.path.exists():
@@ -136,17 +138,17 @@ def check_run_name(output_root: Path, config_name: Path, run_name: str) -> None:
 
 
 def complete_message(run: RunDirectory) -> str:
-    """What a resume says of a run that has nothing left to do."""
+    """Return what a resume reports of a run that has nothing left to do."""
     return f"{run.path} is complete; its model is in {run.final}"
 
 
 def valid_run_name(name: str) -> bool:
-    """May it be one folder's name on every system, on every command line, with no quotes?"""
+    """True if the name works as a folder on every system and on a command line without quotes."""
     return bool(name) and name[0] not in ".-" and NAME_CHARACTERS.issuperset(name)
 
 
 def find_run(output_root: Path, run: str) -> RunDirectory:
-    """RUN of the command line: the path of a run directory, or the name of the only run so called below output_root."""
+    """Find the RUN of a command line: the path of a run directory, or a name that one run in the output root has."""
     if run and _is_run(Path(run)):
         return RunDirectory(Path(run))
     runs = find_runs(output_root)
@@ -155,21 +157,21 @@ def find_run(output_root: Path, run: str) -> RunDirectory:
         return named[0]
     if named:
         paths = "".join(f"\n  {found.path}" for found in named)
-        raise UsageError(f"{len(named)} runs below {output_root} are named {run}; give the path of one:{paths}")
+        raise UsageError(f"{len(named)} runs in {output_root} are named {run}; give the path of one:{paths}")
     if run and Path(run).is_dir():
-        raise UsageError(f"{run} is no run directory: it holds no {STATE_FILE}; `forge runs` lists the runs")
+        raise UsageError(f"{run} is not a run directory: it has no {STATE_FILE}; `forge runs` lists the runs")
     near = difflib.get_close_matches(run, [found.name for found in runs], n=1)
     hint = f"did you mean {near[0]}?" if near else "`forge runs` lists the runs"
-    raise UsageError(f"no run named {run!r} below {output_root}, and no run directory of that path; {hint}")
+    raise UsageError(f"no run in {output_root} is named {run!r}, and no run directory has that path; {hint}")
 
 
 def find_runs(output_root: Path) -> list[RunDirectory]:
-    """Every run below output_root, the oldest first."""
+    """Return every run in the output root, oldest first."""
     runs = []
     for folder, subfolders, files in os.walk(output_root):
         if STATE_FILE in files:
             runs.append(RunDirectory(Path(folder)))
-            subfolders.clear()  # no run lies within a run; its checkpoints may hold thousands of files
+            subfolders.clear()  # a run contains no runs, but its checkpoints may hold thousands of files
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
     return sorted(runs, key=lambda run: (_started_s(run), run.path))
 
@@ -177,7 +179,7 @@ def find_runs(output_root: Path) -> list[RunDirectory]:
 def _create_named(parent: Path, run_name: str) -> RunDirectory:
     run = RunDirectory(parent / run_name)
     try:
-        run.path.mkdir()  # the only test for existence that two processes cannot both pass
+        run.path.mkdir()  # unlike a test for existence, only one process can pass this
     except FileExistsError:
         raise UsageError(_taken(run)) from None
     return run
@@ -196,18 +198,18 @@ def _create_timed(parent: Path) -> RunDirectory:
 
 
 def start_name() -> str:
-    """Local time, as on the user's clock: 2026-11-23_00-45-12."""
+    """Return the local time as a name: 2026-11-23_00-45-12."""
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _taken(run: RunDirectory) -> str:
     if not _is_run(run.path):
-        why = f"it holds no {STATE_FILE}; another process may be creating it"
-        return f"{run.path} exists and is no run directory ({why}): choose another --run_name, or remove it"
+        why = f"it has no {STATE_FILE}; another process may be creating it"
+        return f"{run.path} exists but is not a run directory ({why}): choose another --run_name, or remove it"
     if TrainingState.load(run.state_file).pipeline_complete:
         return f"run {run.path} exists and is complete: choose another --run_name, such as {_free_name(run)}"
     return (
-        f"run {run.path} exists: go on with `python forge.py --resume {shlex.quote(str(run.path))}`, "
+        f"run {run.path} exists: resume it with `python forge.py --resume {shlex.quote(str(run.path))}`, "
         f"or choose another --run_name, such as {_free_name(run)}"
     )
 
@@ -218,12 +220,12 @@ def _free_name(run: RunDirectory) -> str:
 
 
 def _refuse_run_above(output_root: Path, parent: Path) -> None:
-    """A config named like a run (x.yaml with the run y, and x/y.yaml) would put a run where find_runs does not look."""
+    """Refuse a config named like a run (x.yaml has the run y, and x/y.yaml exists): find_runs looks into no run."""
     for folder in (parent, *parent.parents):
         if folder == output_root:
             return
         if _is_run(folder):
-            raise UsageError(f"{parent} lies inside the run {folder}; give another --output_root")
+            raise UsageError(f"{parent} is inside the run {folder}; give another --output_root")
 
 
 def _is_run(path: Path) -> bool:

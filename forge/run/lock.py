@@ -1,19 +1,20 @@
-"""Gives a run one writer: a lock held for the life of an attempt, and a number that a later attempt outdates."""
+"""RunLock: makes sure that a run has one writer, by a file lock and by a number that grows with each attempt."""
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import re
 import secrets
 import socket
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from forge.errors import Superseded, UsageError
 from forge.run.directory import RunDirectory
 from forge.run.files import sync_folder, write_json
+from forge.run.records import OpenRecord
 from forge.run.state import now
 
 logger = logging.getLogger(__name__)
@@ -21,12 +22,32 @@ logger = logging.getLogger(__name__)
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems
 
 
-class RunLock:
-    """Two guards, since each has a hole. The lock keeps a second process out, but not where the file system keeps no
-    locks, and not after a take-over. The number cannot keep anybody out, but whoever is outdated learns of it before
-    he commits. It is never a job id of a scheduler: the same one can be given out twice.
+class Holder(OpenRecord):
+    """What the lock file says of the process that holds the run."""
 
-    A POSIX lock and not flock's: a forked loader worker would hold the latter on after its parent has died.
+    attempt: int
+    pid: int
+    host: str
+    since: str
+
+
+class AttemptFile(OpenRecord):
+    """What attempts/N.json says of an attempt; the name alone decides which one is the latest."""
+
+    attempt: int
+    host: str
+    pid: int
+    started_at: str
+
+
+class RunLock:
+    """Two guards, since neither is enough alone.
+
+    The lock keeps a second process out, but not if the file system has no locks, and not after a take-over. The number
+    keeps nobody out, but a stale writer finds out before it commits. It is not the job id of a scheduler, which can be
+    reused.
+
+    The lock is POSIX, not flock: a forked loader worker would keep the latter after its parent has died.
     """
 
     def __init__(self, run: RunDirectory):
@@ -35,10 +56,10 @@ class RunLock:
         self.attempt = 0
 
     def take(self, *, take_over: bool = False, after: int = 0) -> int:
-        """Locks the run and gives this attempt's number, above `after` and that of every attempt before.
+        """Lock the run and return the number of this attempt, above `after` and that of every earlier attempt.
 
-        Raises UsageError while another process holds the run, and where the run cannot be written.
-        take_over: the other is known to be frozen, or its host to be dead: it is locked out, and its number outdated.
+        take_over: lock the present holder out, which is known to be frozen, or on a dead host. Raises UsageError if
+        another process holds the run, or if the run cannot be written.
         """
         try:
             self._take(take_over, after)
@@ -54,24 +75,27 @@ class RunLock:
             self.attempt = _new_attempt(self._run, after)
             if _is_at(self._descriptor, self._run.lock_file):
                 break
-            self.release()  # another take-over came between: the run is its, unless it is done already
-        holder = {"attempt": self.attempt, "pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+            self.release()  # another take-over came first and has the run, unless it has ended by now
+        holder = Holder(attempt=self.attempt, pid=os.getpid(), host=socket.gethostname(), since=now())
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
+        os.pwrite(self._descriptor, holder.model_dump_json().encode() + b"\n", 0)
 
     def check(self) -> None:
-        """Before every write into the run. Raises Superseded where a later attempt has taken over."""
+        """Call before every write into the run. Raises Superseded if a later attempt has taken over."""
         latest = _latest_attempt(self._run)
-        if latest < self.attempt:  # whoever comes now could be given this attempt's own number
-            raise Superseded(f"{self._run.attempts / f'{self.attempt}.json'} is gone; this attempt writes nothing more")
+        if latest < self.attempt:  # the next attempt could be given this one's number
+            raise Superseded(
+                f"{self._run.attempts / f'{self.attempt}.json'} is gone, so another attempt may have started; this one "
+                "stops without writing anything more"
+            )
         if latest > self.attempt:
             raise Superseded(
-                f"attempt {latest} has taken over {self._run.path}; this one, attempt {self.attempt}, ends and writes "
-                f"nothing more into it"
+                f"attempt {latest} has taken over {self._run.path}; attempt {self.attempt} stops without writing "
+                "anything more"
             )
 
     def release(self) -> None:
-        """Lets others take the run; the end of the process does the same."""
+        """Let others take the run; the end of the process does the same."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -85,7 +109,7 @@ def _locked(run: RunDirectory) -> int:
         except OSError as error:
             if error.errno in NO_LOCKS_HERE:
                 logger.warning(
-                    "%s: no locks on this file system (%s); only the number of the attempt guards the run",
+                    "%s: no locks on this file system (%s); only the number of the attempt keeps a second writer out",
                     run.path,
                     error.strerror,
                 )
@@ -97,23 +121,23 @@ def _locked(run: RunDirectory) -> int:
             raise
         if _is_at(descriptor, run.lock_file):
             return descriptor
-        os.close(descriptor)  # a take-over put another file in its place meanwhile
+        os.close(descriptor)  # a take-over has replaced the file
 
 
 def _held(run: RunDirectory, holder: bytes) -> str:
     try:
-        values: dict[str, Any] = json.loads(holder)
-        who = f"process {values['pid']} on {values['host']} (attempt {values['attempt']}, since {values['since']})"
-    except (ValueError, KeyError, TypeError):  # it has just taken the lock, and not yet said who it is
+        known = Holder.model_validate_json(holder)
+        who = f"process {known.pid} on {known.host} (attempt {known.attempt}, since {known.since})"
+    except ValidationError:  # it has only just taken the lock
         who = "another process"
     return (
-        f"the run {run.path} is being trained by {who}; wait for it, or end it first; if it is frozen, or its host "
-        f"is dead, add --take-over"
+        f"the run {run.path} is being trained by {who}; wait for it or end it; if it is frozen, or its host is dead, "
+        "add --take-over"
     )
 
 
 def _replace(lock_file: Path) -> None:
-    """The holder keeps its lock, on a file that no longer has a name."""
+    """Put a new lock file in place; the holder keeps its lock on a file that no longer has a name."""
     temporary = lock_file.with_name(f"{lock_file.name}-{secrets.token_hex(6)}")
     temporary.touch()
     os.replace(temporary, lock_file)
@@ -135,7 +159,8 @@ def _new_attempt(run: RunDirectory, after: int) -> int:
             os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         except FileExistsError:
             continue
-        write_json(file, {"attempt": number, "host": socket.gethostname(), "pid": os.getpid(), "started_at": now()})
+        facts = AttemptFile(attempt=number, host=socket.gethostname(), pid=os.getpid(), started_at=now())
+        write_json(file, facts.model_dump())
         sync_folder(run.path)
         return number
 

@@ -1,4 +1,4 @@
-"""Gives output.log all that the console shows, from the first line to the last words of a crash in native code."""
+"""RunLog: copies everything that the console shows into output.log, even the last words of a crash in native code."""
 
 import atexit
 import faulthandler
@@ -19,38 +19,40 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
-# Libraries that bring console handlers of their own, or that talk much: below WARNING they reach only the file.
+# Libraries with console handlers of their own, or with a lot to say: below WARNING they go to the file only.
 LIBRARIES = (
     *("transformers", "datasets", "accelerate", "torch", "peft", "trl", "DeepSpeed", "wandb", "huggingface_hub"),
     *("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "asyncio"),
 )
-# Exec'd by sh: signals of SLURM to the whole job, and a closed console, must not end the tee before the run has ended.
+# Exec'd by sh: neither signals from SLURM to the whole job nor a closed console may end the tee before the run.
 TEE = 'trap "" HUP INT TERM PIPE USR1 USR2; exec "$0" -a "$1"'
 DRAIN_TIMEOUT_S = 5.0  # for a file system that hangs
-TEE_TIMEOUT_S = 0.5  # a drained tee ends at once, unless a child of ours (the service of W&B) holds its pipe
+TEE_TIMEOUT_S = 0.5  # a drained tee ends at once, unless a child process (such as the W&B service) holds its pipe
 
 logger = logging.getLogger(__name__)
 
 
 def start_logging(rank: int) -> "RunLog":
-    """The first call of the training entry. Until `open`, the log's lines are kept in memory; rank 0 alone tells all,
-    the others warn."""
+    """Start the log, as the first thing a training does; until `open`, its lines are kept in memory.
+
+    Rank 0 logs everything, other ranks only warnings.
+    """
     return RunLog(rank)
 
 
 class RunLog:
-    """The root logger's two handlers, and what stands between file descriptors 1 and 2 and the console."""
+    """The two handlers of the root logger, and the tees between file descriptors 1 and 2 and the console."""
 
     def __init__(self, rank: int):
         console_stream = os.fdopen(_original_stderr(), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
-        #: For the progress bar, so that bar and log lines do not write across each other. Give `redirect_stdout=False,
-        #: redirect_stderr=False` to rich's Live and Progress: else prints go round the descriptors, past output.log.
+        #: For the progress bar, which must not overlap with log lines. Give `redirect_stdout=False,
+        #: redirect_stderr=False` to rich's Live and Progress, or prints bypass the descriptors and output.log.
         self.console = Console(file=console_stream, stderr=True)
         prefix = f"[rank {rank}] " if rank > 0 else ""
         self._to_console = _console_handler(self.console, prefix)
         self._to_file: logging.StreamHandler[Any] = logging.StreamHandler(
             io.StringIO()
-        )  # the memory, until the file is there
+        )  # memory, until the file exists
         self._to_file.setFormatter(
             logging.Formatter(f"%(asctime)s {prefix}%(levelname)-7s %(name)s: %(message)s")  # 2026-11-23 00:45:12,123
         )
@@ -66,7 +68,7 @@ class RunLog:
         faulthandler.enable(sys.__stderr__ or 2)  # by number: it follows descriptor 2 into the file
 
     def adopt_library_loggers(self) -> None:
-        """Lets the libraries speak through the root logger. Once more after their import: some set up handlers then."""
+        """Send the libraries' logs through the root logger. Called again after imports, which set up some handlers."""
         existing = [
             name for name in logging.root.manager.loggerDict if name.startswith(tuple(f"{n}." for n in LIBRARIES))
         ]
@@ -75,18 +77,20 @@ class RunLog:
             own = [handler for handler in library.handlers if _writes_to_console(handler)]
             for handler in own:
                 library.removeHandler(handler)
-            if own or "." not in name:  # torch silences some of its children on purpose
+            if own or "." not in name:  # torch silences some of its loggers on purpose
                 library.propagate = True
 
     def open(self, path: Path) -> None:
-        """From here on all goes to the file as well: the lines kept so far, the log, and whatever is written to file
-        descriptors 1 and 2 by print, by a traceback or by native code. Several processes may share the file."""
+        """Copy everything to the file from now on: kept lines, the log, and all output to file descriptors 1 and 2.
+
+        That includes prints, tracebacks and native code. Several processes may share the file.
+        """
         path = path.absolute()
-        # No buffer of our own and O_APPEND: each record is one write, so that the lines of two ranks stay whole.
+        # Unbuffered and O_APPEND: each record is one write, so the lines of two ranks do not mix.
         file = io.TextIOWrapper(
             io.FileIO(path, "a"), encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True
         )
-        self._to_file.acquire()  # no line of another thread between the kept ones and the next
+        self._to_file.acquire()  # no line of another thread may come between the kept ones and the next
         try:
             kept = self._to_file.setStream(file)
             file.write(kept.getvalue() if isinstance(kept, io.StringIO) else "")
@@ -95,7 +99,7 @@ class RunLog:
         self._redirect(path)
 
     def close(self) -> None:
-        """Gives the descriptors back and waits for the last lines to be written. A second call does nothing."""
+        """Restore the descriptors and wait until the last lines are written. A second call does nothing."""
         atexit.unregister(self.close)
         self._close_tees()
         for handler in (self._to_console, self._to_file):
@@ -114,23 +118,23 @@ class RunLog:
             os.dup2(original, descriptor)
             os.close(original)
         for _, _, child in self._tees:
-            with suppress(subprocess.TimeoutExpired):  # not killed: whoever holds its pipe may still have to say
+            with suppress(subprocess.TimeoutExpired):  # not killed: a process that holds its pipe may still write
                 child.wait(TEE_TIMEOUT_S)
         self._tees.clear()
 
     def _redirect(self, path: Path) -> None:
         tee = shutil.which("tee")
         if tee is None:
-            logger.warning("there is no `tee` on the PATH: %s gets the log, but no prints and no crashes", path)
+            logger.warning("no `tee` on the PATH: %s gets the log, but not prints and crashes", path)
             return
         _flush_streams()
         for descriptor in (1, 2):
             try:
                 original = os.dup(descriptor)
-            except OSError:  # closed by who started us: nothing is to be seen there
+            except OSError:  # closed by the process that started us: nothing to copy
                 continue
             end, entry = os.pipe()
-            # A process, not a thread: it writes our last words after we are gone. In a session of its own, so that
+            # A process, not a thread: it writes our last output after we are gone. In a session of its own, so that
             # Ctrl-C does not reach it; it ends with the pipe, however we end.
             child = subprocess.Popen(
                 ["/bin/sh", "-c", TEE, tee, str(path)],
@@ -144,19 +148,19 @@ class RunLog:
             os.close(entry)
             self._tees.append((descriptor, original, child))
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # into a pipe, Python keeps 8 KiB back: lost in a crash
+            sys.stdout.reconfigure(line_buffering=True)  # Python buffers 8 KiB for a pipe, which a crash would lose
         atexit.register(self.close)
 
 
 def _original_stderr() -> int:
     try:
         return os.dup(2)
-    except OSError:  # closed by whoever started us: the file is all there is
+    except OSError:  # closed by the process that started us: only the file is left
         return os.open(os.devnull, os.O_WRONLY)
 
 
 class _PlainHandler(logging.StreamHandler[Any]):
-    """Falls silent when nobody reads the console any more, as behind `| head`; the file goes on."""
+    """Stops writing when nobody reads the console any more, as with `| head`; the file continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -166,7 +170,7 @@ class _PlainHandler(logging.StreamHandler[Any]):
 
 
 class _PlainFormatter(logging.Formatter):
-    """12:34:56 message, with the level only where it matters."""
+    """Formats as `12:34:56 message`, with the level from WARNING on."""
 
     def __init__(self, prefix: str):
         plain = f"%(asctime)s {prefix}%(message)s"
@@ -179,7 +183,7 @@ class _PlainFormatter(logging.Formatter):
 
 def _for_the_console(record: logging.LogRecord) -> bool:
     if record.name == "huggingface_hub.utils._http":
-        return record.levelno >= logging.ERROR  # a line for each of twenty retries, and then the error is said anyway
+        return record.levelno >= logging.ERROR  # twenty retries, each with a line; the error at the end is enough
     return record.levelno >= logging.WARNING or record.name.split(".")[0] not in LIBRARIES
 
 
@@ -191,7 +195,7 @@ def _console_handler(console: Console, prefix: str) -> logging.Handler:
             show_path=False,
             omit_repeated_times=False,
             log_time_format="%H:%M:%S",
-            highlighter=NullHighlighter(),  # a log line is text; its colour is the level's
+            highlighter=NullHighlighter(),  # only the level is coloured, not parts of the message
         )
         handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     else:
@@ -202,7 +206,7 @@ def _console_handler(console: Console, prefix: str) -> logging.Handler:
 
 
 def _writes_to_console(handler: logging.Handler) -> bool:
-    # The exact type: a FileHandler is a StreamHandler too, and torch's handler of traces is a subclass.
+    # The exact type: FileHandler and torch's trace handler are subclasses.
     return type(handler) is logging.StreamHandler and handler.stream in (
         *(sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__),
     )
@@ -215,5 +219,5 @@ def _unread_bytes(pipe: int) -> int:
 def _flush_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            with suppress(OSError, ValueError):  # a closed console is no reason to stop
+            with suppress(OSError, ValueError):  # a closed console is not a reason to stop
                 stream.flush()

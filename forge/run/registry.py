@@ -1,22 +1,22 @@
-"""Knows the unfinished runs below an output root by one small file for each: no lock, no shared database."""
+"""The registry of unfinished runs: one small file for each in the output root, without a lock or a shared database."""
 
-import json
 import logging
 import os
 import socket
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory, valid_run_name
 from forge.run.files import write_json
+from forge.run.records import Record, read_record
 from forge.run.state import Stage, TrainingState, now
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class IncompleteRun:
+class IncompleteRun(Record):
+    """The registry's entry of an unfinished run."""
+
     run_id: str
     path: Path  # absolute
     name: str
@@ -27,45 +27,48 @@ class IncompleteRun:
 
 
 def register(output_root: Path, run: RunDirectory, run_id: str, stage: Stage) -> None:
-    """At the start of every attempt, by rank 0: the entry then names this host and process."""
+    """Write the entry at the start of an attempt, on rank 0; it names this host and process."""
     file = _entry_file(output_root, run_id)
-    created_at = now()
-    if file.exists():
-        known = _read(file)
-        created_at = known.created_at if known else created_at
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _write(
-        file,
-        IncompleteRun(run_id, run.path.absolute(), run.name, socket.gethostname(), os.getpid(), created_at, stage),
+    known = _read(file) if file.exists() else None
+    entry = IncompleteRun(
+        run_id=run_id,
+        path=run.path.absolute(),
+        name=run.name,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        created_at=known.created_at if known else now(),
+        stage=stage,
     )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, entry.model_dump())
 
 
 def update(output_root: Path, run_id: str, stage: Stage) -> None:
-    """The run has come to another stage. A vanished entry is a warning: it is no reason to stop training."""
+    """Note that the run has entered another stage. An entry that vanished is a warning, and no reason to stop."""
     file = _entry_file(output_root, run_id)
     known = _read(file)
     if known is not None:
-        _write(file, IncompleteRun(**{**asdict(known), "stage": stage}))
+        write_json(file, known.model_copy(update={"stage": stage}).model_dump())
 
 
 def is_alive(run: IncompleteRun) -> bool | None:
-    """Is the process that registered last still there, at work or frozen? None: it ran on another host."""
+    """True if the process that registered last still exists, running or frozen; None if it ran on another host."""
     if run.host != socket.gethostname():
         return None
     try:
         command = Path(f"/proc/{run.pid}/cmdline").read_bytes()
     except OSError:
         return False
-    return b"forge" in command  # else the number was given to another program since
+    return b"forge" in command  # otherwise another program has been given the pid since
 
 
 def unregister(output_root: Path, run_id: str) -> None:
-    """The run is complete."""
+    """Remove the entry of a run that is complete."""
     _entry_file(output_root, run_id).unlink(missing_ok=True)
 
 
 def incomplete_runs(output_root: Path) -> list[IncompleteRun]:
-    """The oldest first. Only reads: a stale or broken entry is warned of and left out, its file stays."""
+    """Return the entries, oldest first. Stale and broken ones are skipped with a warning; their files stay."""
     runs = []
     for file in sorted((output_root / ".incomplete").glob("[!.]*.json")):
         run = _read(file)
@@ -75,7 +78,7 @@ def incomplete_runs(output_root: Path) -> list[IncompleteRun]:
         if stale is None:
             runs.append(run)
         else:
-            logger.warning("stale entry, left out: the run %s %s; %s may be removed", run.path, stale, file)
+            logger.warning("skipping a stale entry: the run %s %s; %s can be removed", run.path, stale, file)
     return sorted(runs, key=lambda run: (run.created_at, run.run_id))
 
 
@@ -85,24 +88,11 @@ def _entry_file(output_root: Path, run_id: str) -> Path:
     return output_root / ".incomplete" / f"{run_id}.json"
 
 
-def _write(file: Path, run: IncompleteRun) -> None:
-    write_json(file, asdict(run))
-
-
 def _read(file: Path) -> IncompleteRun | None:
     try:
-        values = json.loads(file.read_bytes())
-        return IncompleteRun(
-            run_id=str(values["run_id"]),
-            path=Path(values["path"]),
-            name=str(values["name"]),
-            host=str(values["host"]),
-            pid=int(values["pid"]),
-            created_at=str(values["created_at"]),
-            stage=Stage(values["stage"]),
-        )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        logger.warning("entry of an incomplete run %s cannot be read (%s: %s)", file, type(error).__name__, error)
+        return read_record(IncompleteRun, file, "resume the run by its path, or remove the file")
+    except UsageError as error:
+        logger.warning("skipping the entry of an incomplete run: %s", error)
         return None
 
 

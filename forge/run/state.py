@@ -1,20 +1,26 @@
-"""Keeps training_state.json: the stage a run has reached, and the numbers that a resume and `forge runs` need."""
+"""TrainingState: the stage that a run has reached and the numbers that a resume and `forge runs` need."""
 
-import json
 import secrets
-from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Self
+
+from pydantic import ConfigDict, Field, field_validator
 
 from forge.config.former_names import current_metric
 from forge.errors import UsageError
-from forge.run.files import Guard, write_json
+from forge.run.files import Guard, unguarded, write_json
+from forge.run.records import Record, read_record
+
+ADVICE = (
+    "the newest checkpoint's state.json has a copy under the key `state`: restore it from there, or start a new run "
+    "under another name"
+)
 
 
 class Stage(StrEnum):
-    """The stages of a run in their order."""
+    """The stages of a run, in order."""
 
     SETUP = "setup"
     BASELINE_EVALUATION = "baseline_evaluation"
@@ -29,17 +35,33 @@ class Stage(StrEnum):
 
 
 def now() -> str:
-    """UTC, ISO 8601, whole seconds: the form of every time that forge writes to a file."""
+    """Return the time in UTC as ISO 8601 with whole seconds: the form of every time that forge writes to a file."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def new_run_id() -> str:
-    """Names a run for ever, also when its directory is moved; serves as the W&B id and as a file name."""
+    """Return a permanent id for a run, which stays when its directory moves; also the W&B id and a file name."""
     return secrets.token_hex(6)
 
 
-@dataclass
-class TrainingState:
+class BestEvaluation(Record):
+    """The best evaluation so far, by one of its metrics."""
+
+    name: str
+    value: float | int
+    step: int
+
+    @field_validator("name")
+    @classmethod
+    def _current_name(cls, name: str) -> str:
+        return current_metric(name)
+
+
+class TrainingState(Record):
+    """What training_state.json holds. Training changes it in place; it is checked when it is read."""
+
+    model_config = ConfigDict(frozen=False)
+
     run_id: str
     stage: Stage = Stage.SETUP  # the one the run is in
     pipeline_complete: bool = False
@@ -48,75 +70,36 @@ class TrainingState:
     epoch: float = 0.0
     samples: int = 0  # rows trained on, over all ranks and epochs
     tokens: int = 0  # likewise
-    step_sizes: list = field(default_factory=list)  # [first step, rows of each step from there on]
-    evaluated_step: int = 0  # of the last evaluation during training that was finished
+    step_sizes: list[list[int]] = Field(default_factory=list)  # [first step, rows of each step from there on]
+    evaluated_step: int = 0  # of the last evaluation that was finished during training
     latest_checkpoint: str | None = None  # its folder's name, as in checkpoint-500
-    best_metric: dict | None = None  # {"name", "value", "step"}
-    kept_best: int | None = None  # the step of the best one that a checkpoint holds
+    best_metric: BestEvaluation | None = None
+    kept_best: int | None = None  # the step of the best evaluation that has a checkpoint
     attempts: int = 0
     preemptions: int = 0  # attempts that ended on a signal
-    error: str | None = None  # the sentence the last attempt ended with, if it failed
-    created_at: str = field(default_factory=now)
-    updated_at: str = field(default_factory=now)
+    error: str | None = None  # why the last attempt failed, if it did
+    created_at: str = Field(default_factory=now)
+    updated_at: str = Field(default_factory=now)
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _current_stage(cls, stage: object) -> object:
+        """Read a control run that forge 0.1.0 trained inside its run, after all else was done, as complete."""
+        return Stage.COMPLETE if stage == "control" else stage
 
     def reached(self, stage: Stage) -> bool:
-        """Has the run come to this stage, or beyond it?"""
+        """True if the run is in this stage or a later one."""
         return self.stage.order >= stage.order
 
-    def save(self, path: Path, guard: Guard | None = None) -> None:
-        """guard: raises where this process may no longer write."""
+    def save(self, path: Path, guard: Guard = unguarded) -> None:
+        """Write the file with the current time. The guard raises if this process may no longer write."""
         self.updated_at = now()
-        write_json(path, asdict(self), *(() if guard is None else (guard,)))
+        write_json(path, self.model_dump(), guard)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads the file back; a UsageError names it where it is missing, broken or from a newer forge."""
-        return cls.from_values(_read_object(path), path)
-
-    @classmethod
-    def from_values(cls, values: dict[str, Any], path: Path) -> Self:
-        """Checks what asdict gave, read from path; raises UsageError like load."""
-        known = {item.name for item in fields(cls)}
-        newer = [key for key in values if key not in known]
-        if newer:
-            raise UsageError(
-                f"{path} was written by a newer forge: this one does not know {', '.join(newer)}; update forge to use "
-                f"this run"
-            )
-        hints = get_type_hints(cls)
-        values = {key: _checked(path, key, value, hints[key]) for key, value in values.items()}
-        if "run_id" not in values or "stage" not in values:
-            raise UsageError(f"{path} is broken: it names no run_id or no stage; start the run anew under another name")
-        if best := values.get("best_metric"):
-            values["best_metric"] = {**best, "name": current_metric(best["name"])}
-        return cls(**values)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); is its folder a run directory?") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f'{path} is broken, it is not JSON ({error}); the newest checkpoint\'s state.json holds it below "state": '
-            f"put that back, or start the run anew under another name"
-        ) from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is broken: it holds no JSON object; start the run anew under another name")
-    return value
-
-
-def _checked(path: Path, key: str, value: Any, hint: Any) -> Any:
-    if hint is Stage:
-        if value == "control":  # forge 0.1.0: everything is done but the twin, which is a run of its own now
-            return Stage.COMPLETE
-        if value in list(Stage):
-            return Stage(value)
-        raise UsageError(f"{path} is broken: stage {value!r} is none of {', '.join(Stage)}")
-    if hint is float and type(value) is int:  # 3 for 3.0, by hand
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        expected = getattr(hint, "__name__", hint)
-        raise UsageError(f"{path} is broken: {key} must be {expected}, not {value!r}")
-    return value
+        """Read the file. Raises UsageError, which names it, if it is missing, broken or from a newer forge."""
+        state = read_record(cls, path, ADVICE)
+        if "stage" not in state.model_fields_set:  # a new state starts in setup, a file must say where it is
+            raise UsageError(f"{path} is broken: stage is missing; {ADVICE}")
+        return state

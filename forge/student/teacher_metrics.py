@@ -22,8 +22,9 @@ from forge.config.schema import Config
 from forge.data.batches import Batch, with_teacher_inputs
 from forge.errors import Stopped, TrainingError
 from forge.model.origin import Origin
-from forge.ranks.agreement import StopVote, on_rank_0
+from forge.ranks.agreement import on_rank_0
 from forge.ranks.deepspeed import gathered
+from forge.ranks.stop_vote import StopVote
 from forge.run.files import write_atomically
 from forge.run.state import now
 from forge.student.evaluation import evaluate

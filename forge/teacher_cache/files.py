@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from forge.data.batches import FILLER
 from forge.errors import UsageError
-from forge.run.files import sync_folder, write_atomically, write_json
+from forge.run.files import sha256_of, sync_folder, write_atomically, write_json
 from forge.run.lock import NO_LOCKS_HERE
 from forge.teacher_cache.key import ContentKey
 
@@ -234,10 +234,8 @@ def damage(folder: Path, record: ShardRecord, *, sizes_only: bool = False) -> st
         size = file.stat().st_size
         if size != record.bytes:
             return f"{file} is damaged: it has {size} bytes, but {record.bytes} were written"
-        if not sizes_only:
-            with open(file, "rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != record.sha256:
-                    return f"{file} is damaged: its bytes are not those that were written"
+        if not sizes_only and sha256_of(file) != record.sha256:
+            return f"{file} is damaged: its bytes are not those that were written"
     except OSError as error:
         return f"{file} cannot be read ({error.strerror})"
     return None

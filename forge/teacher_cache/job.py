@@ -18,7 +18,9 @@ from forge.errors import Stopped, TrainingError, UnreadableRows, UsageError
 from forge.model.load import LoadedModel
 from forge.model.origin import Origin
 from forge.model.source import load_model_config, with_run_paths
-from forge.ranks.agreement import StopVote, build_accelerator, gather_values, on_every_rank, on_rank_0, rank_0_first
+from forge.ranks.accelerator import build_accelerator
+from forge.ranks.agreement import gather_values, on_every_rank, on_rank_0, rank_0_first
+from forge.ranks.stop_vote import StopVote
 from forge.run.directory import check_writable
 from forge.run.state import now
 from forge.task.classification import Classification

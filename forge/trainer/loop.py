@@ -26,7 +26,8 @@ from forge.model.head import LinearHead, find_head
 from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
 from forge.model.weights import trained_weights
-from forge.ranks.agreement import on_every_rank, on_rank_0, rank_seed
+from forge.ranks.accelerator import rank_seed
+from forge.ranks.agreement import on_every_rank, on_rank_0
 from forge.ranks.deepspeed import clip_grad_norm, device_to_build_on, plans_of, prepare, weights_to_round
 from forge.ranks.partitions import Partitions
 from forge.run.state import Stage

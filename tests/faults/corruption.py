@@ -230,7 +230,7 @@ def _fall_back(donors: Donors, damage: Damage, seed: int, *, really: bool) -> Tr
             done = damage(folder, random_, donors)
         if really:
             problem, ended = donors.scene.finish(donors.shape, root)
-            if problem is None and "checkpoint-4 is set aside" not in ended.text:
+            if problem is None and "checkpoint-4 was renamed to .bad-" not in ended.text:
                 problem = "the log says nothing of it"
         else:
             problem = _selected(folder, "checkpoint-2") or _selected(folder, "checkpoint-2")

@@ -42,7 +42,7 @@ def install() -> None:
         return (found[0], Manifest.read(found[0])) if found else None
 
     commit._write = write
-    commit.Checkpoints._name = name
+    commit.Checkpoints._rename = name
     commit.Checkpoints._outdated = lambda self, state: []
     beginning.select = choose
 

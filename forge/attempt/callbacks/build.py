@@ -11,8 +11,8 @@ from forge.attempt.callbacks.wandb import WandbTracker
 from forge.config.explain import effective
 from forge.config.schema import Config
 from forge.run.directory import RunDirectory
-from forge.run.files import read_json
 from forge.run.log import RunLog
+from forge.run.metadata import read_metadata
 from forge.run.state import TrainingState
 
 
@@ -23,6 +23,6 @@ def build_callbacks(
     callbacks: list[Callback] = [MetricsFile(run), ConsoleReport(log.console), SamplesFolder(run)]
     callbacks.append(PeakMetrics(run, headline))  # after MetricsFile, whose rows it reads
     if config.tracking.wandb is not None:
-        contents = {**effective(config), "run_metadata": read_json(run.metadata_file)}
+        contents = {**effective(config), "run_metadata": read_metadata(run).model_dump(mode="json", exclude_unset=True)}
         callbacks.append(WandbTracker(config.tracking.wandb, run, state, contents))
     return callbacks
