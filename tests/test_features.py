@@ -43,7 +43,7 @@ from forge.config.teacher_schema import DistillationConfig
 from forge.data.batches import FILLER, with_positions
 from forge.errors import ConfigError, UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.attention import attention_modules, listening, width_of
+from forge.model.attention import attention_modules, capture_outputs, width_of
 from forge.proof.compare import compare_bits
 from forge.run.files import read_json, read_json_lines
 from forge.student.feature_terms import Features, build_features, layer_map
@@ -370,9 +370,9 @@ def test_queries_keys_and_values_are_found_by_their_names(name: str) -> None:
     assert modules["queries"] == query
     assert attention_modules(model, 1, "student") == {k: v.replace(".1.", ".0.") for k, v in modules.items()}
     assert [width_of(model, module) for module in modules.values()] == [16, 16, 16]
-    with torch.no_grad(), listening(model, modules) as heard:
+    with torch.no_grad(), capture_outputs(model, modules) as captured:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    assert {kind: tuple(vectors.shape) for kind, vectors in heard.items()} == dict.fromkeys(modules, (3, 7, 16))
+    assert {kind: tuple(vectors.shape) for kind, vectors in captured.items()} == dict.fromkeys(modules, (3, 7, 16))
     assert all(not model.get_submodule(module)._forward_hooks for module in modules.values())
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from forge.losses.kd_settings import EQUAL, TAIL_FLOOR, Inputs, Needs, Outputs, Settings
+from forge.losses.products import gradient_dtype
 
 
 def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int) -> Outputs:
@@ -61,12 +62,9 @@ def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int)
             d_bias += gradient.sum(0)
 
     bias_dtype = work if inputs.bias is None else inputs.bias.dtype
-    return Outputs(ce_sum, kl_sum, d_hidden, d_head.to(stored(inputs.head.dtype)), d_bias.to(stored(bias_dtype)))
-
-
-def stored(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a summed gradient waits for backward: float16 would overflow before it is normalised."""
-    return torch.float32 if dtype == torch.float16 else dtype
+    return Outputs(
+        ce_sum, kl_sum, d_hidden, d_head.to(gradient_dtype(inputs.head.dtype)), d_bias.to(gradient_dtype(bias_dtype))
+    )
 
 
 def head_logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float) -> tuple[Tensor, Tensor | float | None]:

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from forge.losses import kd_kernels
 from forge.losses.kd_settings import TAIL_FLOOR, Chunks, Inputs, Needs, Outputs, Settings, row_pitch
-from forge.losses.linear_kd_plain import stored
+from forge.losses.products import gradient_dtype
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Measured on an H100: with eight warps and four stages these tiles reach cuBLAS's speed; 128 x 128 gives 15 % less.
@@ -36,7 +36,7 @@ def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Ch
     one_pass = chunks.wide >= N
     sums = torch.zeros(2, N, dtype=torch.float32, device=device)
     d_hidden = torch.empty(inputs.hidden.shape if needs.hidden else 0, dtype=inputs.dtype, device=device)
-    d_head_dtype = stored(head_dtype) if one_pass else torch.float32
+    d_head_dtype = gradient_dtype(head_dtype) if one_pass else torch.float32
     d_head = torch.empty(inputs.head.shape if needs.head else 0, dtype=d_head_dtype, device=device)
     d_bias = torch.zeros(V if needs.bias else 0, dtype=torch.float32, device=device)
     # dW is written last when there is one pass, so its memory can hold logits until then.
@@ -52,8 +52,8 @@ def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Ch
         del d_logits
 
     del buffers  # before the cast asks for memory
-    d_head = d_head.to(stored(head_dtype))
-    d_bias = d_bias if inputs.bias is None else d_bias.to(stored(inputs.bias.dtype))
+    d_head = d_head.to(gradient_dtype(head_dtype))
+    d_bias = d_bias if inputs.bias is None else d_bias.to(gradient_dtype(inputs.bias.dtype))
     ce_sum, kl_sum = sums.sum(1)
     return Outputs(ce_sum, kl_sum.clone(), d_hidden.to(hidden_dtype), d_head, d_bias)
 
@@ -158,7 +158,7 @@ def refusal_of_difference(inputs: Inputs, settings: Settings) -> str | None:
     if inputs.dtype != torch.bfloat16 or inputs.teacher_dtype != torch.bfloat16:
         return "both models must be in bfloat16"
     if inputs.bias is not None or inputs.teacher_bias is not None or settings.softcap or settings.teacher_softcap:
-        return "a bias or a softcap stands between hidden states and logits"
+        return "a bias or a softcap comes between hidden states and logits"
     if settings.logit_scale == 0.0:
         return "logit_scale is 0"
     if not INTERPRETED and torch.cuda.get_device_capability(inputs.hidden.device) < (9, 0):
