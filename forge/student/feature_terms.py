@@ -43,8 +43,11 @@ class Features(nn.Module):
         projections: nn.ModuleDict,
         attention: Mapping[str, str],
     ):
-        """pairs: from a student's layer to the teacher's layer that it is matched to. projections: by projection_name, for
-        pairs of different widths. attention: for each kind of vector, the student's module that computes it."""
+        """Build the terms of a config.
+
+        pairs: from a student's layer to the teacher's layer that it is matched to. projections: by projection_name, for
+        pairs of different widths. attention: for each kind of vector, the student's module that computes it.
+        """
         super().__init__()
         self.config, self.pairs, self.attention = config, dict(pairs), dict(attention)
         self.projections = projections
