@@ -1,4 +1,4 @@
-"""The loss of a student is the model's own, with its head fused or not; its predictions are the likeliest labels."""
+"""The loss of a student is the model's own, with its head fused or not; its predictions are the argmax labels."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -91,9 +91,9 @@ def test_a_fused_head_gives_the_loss_gradients_and_predictions_of_whole_logits(n
         torch.testing.assert_close(other.grad, one.grad, rtol=2e-5, atol=1e-6, msg=key)
     plain.eval(), fused.eval()
     with torch.no_grad():
-        likeliest, other_likeliest = plain(given)["predictions"], fused(given)["predictions"]
-    assert other_likeliest.shape == (3, 9)
-    assert likeliest.flatten()[counted].tolist() == other_likeliest.flatten()[counted].tolist()
+        found, others = plain(given)["predictions"], fused(given)["predictions"]
+    assert others.shape == (3, 9)
+    assert found.flatten()[counted].tolist() == others.flatten()[counted].tolist()
 
 
 def test_a_head_that_is_more_than_a_matrix_is_not_fused() -> None:
@@ -137,7 +137,7 @@ def test_a_head_with_a_bias_counts_it() -> None:
     assert fused["loss_sum"].item() == pytest.approx(plain["loss_sum"].item(), rel=1e-6)
 
 
-def test_the_likeliest_token_does_not_depend_on_mixed_precision() -> None:
+def test_the_argmax_does_not_depend_on_mixed_precision() -> None:
     """Among 20,000 logits in bf16 many are equal."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 20_000, bias=False)
