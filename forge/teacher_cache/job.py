@@ -171,7 +171,7 @@ def _loader(
 def _plan(config: Config, task: Task, hidden_columns: int) -> list[Shard]:
     """Return the shards of the training rows and of each validation split; the same for everyone who asks."""
     shards = []
-    columns = task.label_columns
+    columns = task.logit_columns
     label_bytes = 4 * columns if keeps_whole_logits(task) else 6 * min(config.teacher.top_k, columns) + 8
     for split, rows in splits_of(task).items():
         lengths = np.asarray(rows["length"][:])

@@ -66,7 +66,7 @@ def keeps_whole_logits(task: Task) -> bool:
 
     A language model's loss takes a top k anyway.
     """
-    return not task.has_language_head and task.label_columns <= WHOLE_LOGITS_COLUMNS
+    return not task.has_language_head and task.logit_columns <= WHOLE_LOGITS_COLUMNS
 
 
 def _config_text(origin: Origin) -> str:

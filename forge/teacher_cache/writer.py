@@ -50,7 +50,7 @@ class CacheWriter:
                 f"{len(self._widths) - 1}, counted from 1; 0 is the embeddings' output"
             )
         self._whole = keeps_whole_logits(task)
-        self._columns = columns if self._whole else min(task.label_columns, columns)
+        self._columns = columns if self._whole else min(task.logit_columns, columns)
         k = min(config.teacher.top_k, self._columns)
         of_top_k = {"log_probs": ("float16", k), "indices": (index_dtype(self._columns), k), "tails": ("float32", 2)}
         self._arrays = {"logits": ("float32", columns)} if self._whole else of_top_k  # dtype and columns of each
