@@ -64,8 +64,8 @@ def _inert_of_task(config: Config) -> Found:
         reason = "a stream is read by the training process"
         yield from _each("training.num_workers", reason, "task.dataset.streaming")
     if not task.loss_from_hidden_states:
-        keys = [f"training.loss.{name}" for name in LossConfig.model_fields]
-        yield from _each(keys, f"task.type is {task.type}, whose loss is computed from logits", "task.type")
+        loss_keys = [f"training.loss.{name}" for name in LossConfig.model_fields]
+        yield from _each(loss_keys, f"task.type is {task.type}, whose loss is computed from logits", "task.type")
 
 
 def _inert_of_model(config: Config) -> Found:
@@ -130,8 +130,8 @@ def _all_inert_of_teacher(config: Config) -> Found:
     if divergence not in ("skew_kl", "skew_reverse_kl"):
         yield from _each("distillation.skew", f"distillation.divergence is {divergence}", "distillation.divergence")
     if teacher.placement != "cached":
-        keys = "teacher.cache distillation.missing_mass"  # teacher.top_k also has an effect on `forge cache-teacher`
-        yield from _each(keys, f"teacher.placement is {teacher.placement}", "teacher.placement")
+        only_cached = "teacher.cache distillation.missing_mass"  # teacher.top_k also counts for `forge cache-teacher`
+        yield from _each(only_cached, f"teacher.placement is {teacher.placement}", "teacher.placement")
     if teacher.placement != "zero3":
         yield from _each("deepspeed.teacher", f"teacher.placement is {teacher.placement}", "teacher.placement")
     labels = config.task.label_count

@@ -73,7 +73,7 @@ class _GivenGradients(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
             scaled_gradient(gradient, d_value, dtype)

@@ -288,7 +288,7 @@ def _no_memory(model: nn.Module, form: Form) -> Iterator[FakeTensorMode]:
 
     with FakeTensorMode() as mode:
         weights = torch.float32 if form.weights == 4 else torch.bfloat16
-        originals = []  # held, so that no id is given twice
+        originals: list[Tensor] = []  # held, so that no id is given twice
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

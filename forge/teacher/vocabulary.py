@@ -100,7 +100,7 @@ def _teacher_tokenizer(config: Config, task: Task) -> PreTrainedTokenizerBase:
         raise UsageError(f"{error}; the teacher's tokens are compared with the student's: {way_out}") from error
     if isinstance(processing, ProcessorMixin):
         _warn_of_images(task.processing, processing)
-        return processing.tokenizer  # type: ignore[no-any-return]
+        return processing.tokenizer
     tokenizer_hash(processing)  # raises for a slow one
     return processing
 
