@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,6 +33,7 @@ from exact_loss import IGNORE, exact_loss, relative_error
 from torch import Tensor
 from torch.nn import functional
 
+from forge.losses.kd_arguments import Computing, Formula, HeadInput, TopK
 from forge.losses.linear_kd import linear_kd
 
 ALPHA, TEMPERATURE = 0.5, 2.0
@@ -155,14 +157,18 @@ def rows(x: dict[str, Tensor], exact: Exact, device: torch.device, floors: dict[
     None for a floor."""
     T, half, same = TEMPERATURE, exact.half, "forward_kl"
     frozen = {**x, "student_head": x["student_head"].detach()}
-    student = {name: x[name] for name in ("student_hidden", "student_head", "labels")}
+    whole = HeadInput(x["teacher_hidden"], x["teacher_head"])
 
-    def ours(tensors: dict[str, Tensor] = x, alpha: float = ALPHA, **options: object) -> Callable[[], Tensor]:
-        return lambda: linear_kd(**tensors, alpha=alpha, temperature=T, **options)[0]  # type: ignore[arg-type]
-
-    def top_k_call() -> Callable[[], Tensor]:
-        log_q, indices = exact.top_k
-        return ours(student, teacher_log_probs=log_q, teacher_indices=indices)
+    def ours(
+        tensors: dict[str, Tensor] = x,
+        divergence: str = "forward_kl",
+        alpha: float = ALPHA,
+        teacher: HeadInput | TopK | None = whole,
+        **options: Any,
+    ) -> Callable[[], Tensor]:
+        student = HeadInput(tensors["student_hidden"], tensors["student_head"])
+        formula, computing = Formula(alpha, T, divergence, skew=0.5), Computing(**options)
+        return lambda: linear_kd(student, teacher, tensors["labels"], formula, computing).loss_mean
 
     listed: list[Row] = [
         ("floor: four products, one chunk", "both", "", lambda: floors["both"]),
@@ -175,14 +181,14 @@ def rows(x: dict[str, Tensor], exact: Exact, device: torch.device, floors: dict[
         ("forge, low_memory", "both", same, lambda: ours(low_memory=True)),
         ("forge, jsd", "other", "jsd", lambda: ours(divergence="jsd")),
         ("forge, reverse_kl", "other", "reverse_kl", lambda: ours(divergence="reverse_kl")),
-        ("forge, skew_kl", "other", "skew_kl", lambda: ours(divergence="skew_kl", skew=0.5)),
-        ("forge, skew_reverse_kl", "other", "skew_reverse_kl", lambda: ours(divergence="skew_reverse_kl", skew=0.5)),
+        ("forge, skew_kl", "other", "skew_kl", lambda: ours(divergence="skew_kl")),
+        ("forge, skew_reverse_kl", "other", "skew_reverse_kl", lambda: ours(divergence="skew_reverse_kl")),
         ("forge, tvd", "other", "tvd", lambda: ours(divergence="tvd")),
         ("forge, 50 % ignored rows, compact", "half", "half", lambda: ours(half, compact=True)),
         ("forge, 50 % ignored rows, as they are", "half", "half", lambda: ours(half)),
         ("forge, frozen head", "frozen", same, lambda: ours(frozen)),
-        ("forge, top-64 teacher", "ce", "top k", top_k_call),
-        ("forge, alpha = 0 (CE alone)", "ce", "ce", lambda: ours(student, alpha=0.0)),
+        ("forge, top-64 teacher", "ce", "top k", lambda: ours(teacher=TopK(*exact.top_k))),
+        ("forge, alpha = 0 (CE alone)", "ce", "ce", lambda: ours(alpha=0.0, teacher=None)),
         ("eager, logits materialised", "both", same, lambda: lambda: materialised(x)),
     ]
     if device.type == "cuda":

@@ -19,6 +19,7 @@ import torch
 from exact_loss import exact_loss, relative_error
 from torch import Tensor
 
+from forge.losses.kd_arguments import Computing, Formula, HeadInput
 from forge.losses.linear_kd import linear_kd
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1, "tvd": 0.0}
@@ -80,18 +81,16 @@ def relative_errors(
     _, divergence_sum, *exact = exact_loss(tensors, 1.0, temperature, divergence, share)
     hidden = tensors["student_hidden"].detach().requires_grad_()
     head = tensors["student_head"].detach().requires_grad_()
-    loss, parts = linear_kd(
-        **{**tensors, "student_hidden": hidden, "student_head": head},
-        alpha=1.0,
-        temperature=temperature,
-        divergence=divergence,
-        beta=share,
-        skew=share,
-        precision=precision,
+    kd = linear_kd(
+        HeadInput(hidden, head),
+        HeadInput(tensors["teacher_hidden"], tensors["teacher_head"]),
+        tensors["labels"],
+        Formula(1.0, temperature, divergence, beta=share, skew=share),
+        Computing(precision),
     )
-    loss.backward()
+    kd.loss_mean.backward()
     found = [relative_error(x.grad, true) for x, true in zip((hidden, head), exact, strict=True)]
-    return [abs(parts.kl_sum.item() - divergence_sum) / divergence_sum, *found]
+    return [abs(kd.divergence_sum.item() - divergence_sum) / divergence_sum, *found]
 
 
 if __name__ == "__main__":

@@ -15,14 +15,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from forge.api import Run, load_config, load_run, resume, train
+    from forge.losses.kd_arguments import Computing, Formula, HeadInput, KDLoss, TopK
     from forge.losses.linear_kd import linear_kd
     from forge.losses.logits_kd import logits_kd
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "linear_kd", "load_config", "load_run", "logits_kd", "resume", "train"]
+__all__ = [
+    "Computing",
+    "Formula",
+    "HeadInput",
+    "KDLoss",
+    "Run",
+    "TopK",
+    "__version__",
+    "linear_kd",
+    "load_config",
+    "load_run",
+    "logits_kd",
+    "resume",
+    "train",
+]
 
 _HOMES = {
     **dict.fromkeys(("Run", "load_config", "load_run", "resume", "train"), "forge.api"),
+    **dict.fromkeys(("Computing", "Formula", "HeadInput", "KDLoss", "TopK"), "forge.losses.kd_arguments"),
     "linear_kd": "forge.losses.linear_kd",
     "logits_kd": "forge.losses.logits_kd",
 }

@@ -1,4 +1,4 @@
-"""Writes run directories as forge leaves them behind, with numbers of the test's own choice and nothing trained."""
+"""Writes run directories as forge leaves them, with numbers that a test chooses, without training."""
 
 import copy
 import json

@@ -47,7 +47,7 @@ def weights(trainer: Any) -> list[float]:
 def watch_teacher(trainer: Any) -> list[int]:
     """What becomes of it: the elements of the teacher's weights that are whole on this rank, as each module begins."""
     live: list[int] = []
-    model = trainer.teacher.model if hasattr(trainer, "teacher") else None
+    model = trainer.teacher.model if trainer.teacher is not None else None
 
     def look(*_: Any) -> None:
         assert model is not None
@@ -60,10 +60,10 @@ def watch_teacher(trainer: Any) -> list[int]:
 
 
 def held(trainer: Any) -> int:
-    teacher = getattr(trainer, "teacher", None)
+    teacher = trainer.teacher
     if teacher is None:
         return 0
-    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in teacher.model.parameters())
+    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in teacher.parameters())
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_more_or_fewer_adapters_than_it_was_trained_on_are_refused(
 def test_model_base_replaces_everything_under_the_adapter(
     base: Path, adapter: Path, stack: tuple[Path, torch.Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also where the adapter below is deleted: its copy, or the two in one model."""
+    """Also if the earlier adapter is gone: its copy, or base and adapter merged into one model."""
     top, expected = stack
     read(path=str(adapter)).model.save_pretrained(tmp_path / "merged")
     shutil.move(adapter, tmp_path / "moved")
@@ -247,7 +247,7 @@ def test_model_base_replaces_everything_under_the_adapter(
         torch.testing.assert_close(logits(read(**keys).model), expected)
         origin_of(model_source(ModelConfig(**keys), "model"), "model")
         assert ("model.base is set" in caplog.text) == (place == "merged")
-    # The two in one model are not what it was trained on, and on them the adapter below would be applied again.
+    # The merged model is not what it was trained on, and the earlier adapter would be applied to it again.
     with pytest.raises(UsageError, match=r"model.path to the adapter and model.base"):
         model_source(ModelConfig(path=str(tmp_path / "merged"), adapter=str(top)), "model")
     shutil.copytree(tmp_path / "moved", adapter)
@@ -399,7 +399,7 @@ def test_other_kinds_of_adapters_are_refused(base: Path, tmp_path: Path) -> None
 def test_a_classifier_has_the_head_and_the_labels_of_its_adapter(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The base has neither: the head is in the adapter, and the names in the config beside it."""
+    """The base has neither: the head is in the adapter, and the names are in the config next to it."""
     folder = tmp_path / "adapter"
     expected = write_adapter(
         classifier(tiny_model), tiny_model, folder, target_modules=["query"], modules_to_save=["classifier"]

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from forge.config.schema import CausalLmTask
+from forge.config.task_schema import CausalLmTask
 from forge.errors import UsageError
 from forge.task.causal_lm.bpe import train_bpe
 from forge.task.causal_lm.chat import CHATML, BadRow, ChatTemplate, check_roles, load_template

@@ -162,7 +162,7 @@ def test_a_stop_commits_the_step_it_comes_at_and_a_resume_ends_the_same(build_tr
     more, resumed_weights = trajectory(resumed)
     assert before + more == losses
     assert resumed_weights == weights
-    assert resumed.callbacks.evaluations == [("training", 5)]  # made up for
+    assert resumed.attempt.callbacks.evaluations == [("training", 5)]  # made up for
     assert resumed.state.tokens == unbroken.state.tokens > 1000
 
 
@@ -172,16 +172,16 @@ def test_a_restored_trainer_ends_where_the_unbroken_one_does(asynchronous: str, 
     settings = ("model.dropout=0.1", "checkpoint.every_steps=2", "checkpoint.keep_last=3")
     unbroken = build_trainer(*settings, f"checkpoint.asynchronous={asynchronous}")
     _, weights = trajectory(unbroken)
-    assert [step for step, _ in unbroken.callbacks.saves] == [2, 4, 6]
-    assert sorted(path.name for path in unbroken.run.path.glob("checkpoint-*")) == [
+    assert [step for step, _ in unbroken.attempt.callbacks.saves] == [2, 4, 6]
+    assert sorted(path.name for path in unbroken.attempt.run.path.glob("checkpoint-*")) == [
         *("checkpoint-2", "checkpoint-4", "checkpoint-6")
     ]
 
     resumed = build_trainer(*settings)
-    resumed.restore(unbroken.run.path / "checkpoint-4")
+    resumed.restore(unbroken.attempt.run.path / "checkpoint-4")
     assert resumed.state.step == 4
     losses, resumed_weights = trajectory(resumed)
-    assert losses == [report["loss"] for report in unbroken.callbacks.reports[4:]]
+    assert losses == [report["loss"] for report in unbroken.attempt.callbacks.reports[4:]]
     assert resumed_weights == weights
 
 
@@ -374,7 +374,7 @@ def test_the_best_metric_and_the_evaluations_that_were_made_are_restored(build_t
     assert resumed.state.best_metric == BestEvaluation(name="matched/accuracy", value=0.9, step=2)
     assert (resumed.state.kept_best, resumed.state.evaluated_step) == (2, 4)
     resumed.train()
-    assert resumed.callbacks.evaluations == []  # that of step 4 is made, that of step 6 follows at once
+    assert resumed.attempt.callbacks.evaluations == []  # that of step 4 is made, that of step 6 follows at once
 
 
 def test_an_existing_checkpoint_is_never_replaced(build_trainer: Build, caplog: pytest.LogCaptureFixture) -> None:

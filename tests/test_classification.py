@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
-from forge.config.schema import ClassificationTask
+from forge.config.task_schema import ClassificationTask
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.task import classification

@@ -144,7 +144,7 @@ def test_runs_that_differ_only_in_seed_and_paths_are_one_group(tmp_path: Path) -
 def test_a_label_says_what_differs_and_no_more(options: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a", of(accuracy=0.8)), write_run(tmp_path / "b", of(accuracy=0.8), **options)]
     groups, legend = group_runs([read_figures(run) for run in runs])
-    wide = max(map(len, expected)) > 48  # names cannot stand for them: both come from one config
+    wide = max(map(len, expected)) > 48  # not replaced by names: both come from one config
     assert ([group.label for group in groups], legend, wide) == (expected, [], "model.dropout" in expected[0])
 
 
@@ -268,7 +268,7 @@ def test_a_broken_run_is_named(broken: Any, sentence: str, tmp_path: Path) -> No
 def test_the_paired_difference_is_over_the_common_seeds(tmp_path: Path) -> None:
     sft = three(tmp_path, "sft", [0.80, 0.82, 0.84, 0.10])
     kd = three(tmp_path, "kd", [0.83, 0.85, 0.84], settings=KD)
-    comparison = compare_runs([*kd, *sft])  # the distilled one comes first in the difference, whatever the order
+    comparison = compare_runs([*kd, *sft])  # the difference is distilled minus control, in any order
     by_metric = {item.metric: item for item in comparison.paired}
     assert list(by_metric) == ["validation/ce", ACCURACY]
     found = by_metric[ACCURACY]
@@ -326,7 +326,7 @@ def test_the_gap_is_closed_from_the_control_to_the_teacher(tmp_path: Path) -> No
     cells = line_of(comparison, "gap closed").cells
     # accuracy (0.84 - 0.82) / (0.90 - 0.82); ce (0.16 - 0.18) / (0.10 - 0.18)
     assert (cells[ACCURACY].mean, cells["validation/ce"].mean) == pytest.approx((0.25, 0.25), rel=1e-9)
-    assert line_of(comparison, "teacher").cells[ACCURACY].half_width is None  # one model, whatever the seed
+    assert line_of(comparison, "teacher").cells[ACCURACY].half_width is None  # one model, whichever seed
     assert printed(comparison).count("25 %") == 2
 
 
@@ -458,7 +458,7 @@ def test_seconds_per_step_weigh_reports_by_their_steps() -> None:
         {"step": 10, "rows_per_second": 32.0},  # 10 steps of 1 s
         {"step": 10, "stage": "training", "v/ce": 1.0},
         {"step": 40, "rows_per_second": 64.0},  # 30 steps of half a second
-        {"step": 45, "rows_per_second": "inf"},  # tells nothing
+        {"step": 45, "rows_per_second": "inf"},  # not counted
     ]
     assert seconds_per_step(rows, [[0, 32]]) == pytest.approx((10 + 15) / 40)
     # From step 20 on a step has twice the rows: 10 of half a second, 20 of a whole one.

@@ -8,10 +8,9 @@ import pytest
 import yaml
 
 from forge.config.changes import RULES, Change, Kind, allowances, changes, check_changes
-from forge.config.explain import effective, to_yaml
+from forge.config.explain import effective, to_yaml, with_absolute_paths
 from forge.config.hints import all_keys
 from forge.config.loader import LoadedConfig, load_config
-from forge.config.placing import located
 from forge.errors import ConfigError
 
 WHOLE = """\
@@ -75,7 +74,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_config_that_is_the_same_has_no_changes() -> None:
     assert found() == []
-    Path("again.yaml").write_text(to_yaml(located(load().config)))  # as a run's own config.yaml
+    Path("again.yaml").write_text(to_yaml(with_absolute_paths(load().config)))  # as a run's own config.yaml
     again = load_config(Path("again.yaml")).config
     assert changes(recorded(load()), again, rows_per_step_old=64, rows_per_step_new=64) == []
     assert check_changes([], []) == []
@@ -140,7 +139,7 @@ def test_of_how_a_loss_is_computed_the_precision_alone_has_a_meaning() -> None:
         Path("lm.yaml").write_text("task: {type: causal_lm, dataset: {path: data}}\nmodel: {path: m}\n")
         return load_config(Path("lm.yaml"), settings)
 
-    old = effective(located(lm().config))
+    old = effective(with_absolute_paths(lm().config))
     kinds = {}
     for setting in ("memory_budget_gib=2", "low_memory=true", "precision=bf16"):
         new = lm(f"training.loss.{setting}").config
@@ -419,7 +418,7 @@ class TestAnotherForge:
 )
 def test_overrides_of_a_runs_own_config_take_the_place_of_what_it_says(overrides: dict[str, Any]) -> None:
     """No override of an alternative is called without effect, or given twice."""
-    Path("config.yaml").write_text(to_yaml(located(load().config)))
+    Path("config.yaml").write_text(to_yaml(with_absolute_paths(load().config)))
     loaded = load_config(Path("config.yaml"), overrides.pop("settings", ()), **overrides)
     assert loaded.notices == []
     assert yaml.safe_load(to_yaml(loaded.config)) == effective(loaded.config)
@@ -432,7 +431,7 @@ def load(*settings: str, text: str = WHOLE, **flags: str) -> LoadedConfig:
 
 def recorded(loaded: LoadedConfig) -> dict[str, Any]:
     """As a manifest has it: through JSON."""
-    return json.loads(json.dumps(effective(located(loaded.config))))
+    return json.loads(json.dumps(effective(with_absolute_paths(loaded.config))))
 
 
 def judge(old: LoadedConfig, new: LoadedConfig, rows_old: int = 64, rows_new: int = 64) -> list[Change]:

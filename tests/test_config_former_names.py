@@ -9,11 +9,10 @@ import yaml
 
 from forge.checkpoint.manifest import FORMAT, MANIFEST_FILE, Manifest, StoredFile, digest
 from forge.config.changes import changes
-from forge.config.explain import effective
+from forge.config.explain import effective, with_absolute_paths
 from forge.config.former_names import KEYS, current_config, current_keys, current_metric, current_metrics
 from forge.config.hints import all_keys
 from forge.config.loader import load_config
-from forge.config.placing import located
 from forge.errors import ConfigError
 from forge.report.figures import read_config
 from forge.run.directory import RunDirectory
@@ -139,7 +138,7 @@ def test_a_report_reads_an_older_runs_config() -> None:
 
 def test_a_checkpoint_of_an_older_run_shows_no_change() -> None:
     """The names differ, the values do not; the manifest's own checksum holds for what was written."""
-    config = located(load_config(write(CURRENT)).config)
+    config = with_absolute_paths(load_config(write(CURRENT)).config)
     recorded = effective(config)
     recorded["evaluation"] = yaml.safe_load(FORMER)["evaluation"] | {
         key: value for key, value in recorded["evaluation"].items() if key not in ("max_rows", "shown_texts")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import forge.data.demo.lines as module
 import forge.data.rows as rows_module
-from forge.config.schema import DatasetConfig
+from forge.config.task_schema import DatasetConfig
 from forge.data.demo.lines import HELD_OUT, LEXICON, Draw, Look, demo_lines, render
 
 HELD_OUT_WORDS = {word[1:] for word in LEXICON.split() if word.startswith(HELD_OUT)}

@@ -6,7 +6,8 @@ import torch
 from loss_oracle import DIVERGENCES, SMOOTH
 from torch import Tensor
 
-from forge.losses.checks import check_settings
+from forge.losses.checks import check_formula
+from forge.losses.kd_arguments import Formula
 from forge.losses.kd_settings import EQUAL, Settings, teacher_share
 from forge.losses.linear_kd_plain import divergence_rows, sparse_rows
 
@@ -239,5 +240,5 @@ def test_the_tail_never_says_more_than_all_of_the_teacher_and_tends_to_it() -> N
 @pytest.mark.parametrize("parameter", [-0.1, 1.0, 1.5, float("nan")])
 @pytest.mark.parametrize("name", ["skew_kl", "skew_reverse_kl", "jsd"])
 def test_a_share_outside_its_range_is_refused(name: str, parameter: float) -> None:
-    with pytest.raises(ValueError, match=f"of {name} must lie"):
-        check_settings(settings(name, parameter))
+    with pytest.raises(ValueError, match=f"of {name} must be in .*, got {parameter}"):
+        check_formula(Formula(divergence=name, beta=parameter, skew=parameter))

@@ -19,8 +19,12 @@ def test_an_older_run_is_read_with_the_names_of_today(tmp_path: Path) -> None:
     former = {"validation/loss": 1.1, "validation/accuracy": 0.3, "validation/correct/loss": 7}
     run = write_run(tmp_path / "kd", of(loss=0.5, accuracy=0.8), baseline=former, headline=["loss", "accuracy"])
     found = evidence(run)
-    assert found.rows["untrained"] == {"validation/ce": 1.1, "validation/accuracy": 0.3, "validation/correct/loss": 7}
-    assert found.rows["SFT"]["validation/ce"] == 0.5
+    assert found.evaluations["untrained"] == {
+        "validation/ce": 1.1,
+        "validation/accuracy": 0.3,
+        "validation/correct/loss": 7,
+    }
+    assert found.evaluations["SFT"]["validation/ce"] == 0.5
     assert found.metrics[:2] == ["validation/ce", "validation/accuracy"]
     figures = read_figures(run)
     assert figures.headline == ["ce", "accuracy"]

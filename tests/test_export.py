@@ -295,7 +295,7 @@ def test_all_weights_are_exported_in_the_dtype_asked_for(tied: bool, tmp_path: P
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     export_model(model, tmp_path / "half", "bfloat16")
     assert dtypes_in(tmp_path / "half") == {"BF16"}
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half")  # in the dtype that its config tells
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half")  # in the dtype of its config
     assert loaded.dtype == torch.bfloat16
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     for name, tensor in loaded.state_dict().items():
@@ -346,9 +346,9 @@ def test_an_upload_makes_a_private_repository(tmp_path: Path) -> None:
 def test_a_failed_upload_is_logged_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert not push_to_hub(tmp_path, "me/model", FakeHub(ConnectionError("no route\nto the hub")))
-    told = "\n".join(record.message for record in caplog.records)
-    assert "could not be uploaded to me/model (ConnectionError: no route to the hub)" in told
-    assert f"hf upload me/model {tmp_path}" in told
+    logged = "\n".join(record.message for record in caplog.records)
+    assert "could not be uploaded to me/model (ConnectionError: no route to the hub)" in logged
+    assert f"hf upload me/model {tmp_path}" in logged
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 
 
@@ -367,7 +367,7 @@ def test_an_impossible_repository_name_is_refused_at_the_start(name: str) -> Non
 
 
 def test_the_very_commit_of_a_hub_model_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its branch has by then: in the adapter's config, in the card, and where the base is read anew."""
+    """In the adapter's config, in the card and when the base is read again, whatever the branch has by then."""
     base = write_llama(tmp_path / "base")
     model = llama(base)
     write_adapter(model, base, tmp_path / "adapter")

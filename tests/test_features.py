@@ -43,7 +43,7 @@ from forge.config.teacher_schema import DistillationConfig
 from forge.data.batches import FILLER, with_positions
 from forge.errors import ConfigError, UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.attention import attention_modules, listening, width_of
+from forge.model.attention import attention_modules, capture_outputs, width_of
 from forge.proof.compare import compare_bits
 from forge.run.files import read_json, read_json_lines
 from forge.student.feature_terms import Features, build_features, layer_map
@@ -370,9 +370,9 @@ def test_queries_keys_and_values_are_found_by_their_names(name: str) -> None:
     assert modules["queries"] == query
     assert attention_modules(model, 1, "student") == {k: v.replace(".1.", ".0.") for k, v in modules.items()}
     assert [width_of(model, module) for module in modules.values()] == [16, 16, 16]
-    with torch.no_grad(), listening(model, modules) as heard:
+    with torch.no_grad(), capture_outputs(model, modules) as captured:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    assert {kind: tuple(vectors.shape) for kind, vectors in heard.items()} == dict.fromkeys(modules, (3, 7, 16))
+    assert {kind: tuple(vectors.shape) for kind, vectors in captured.items()} == dict.fromkeys(modules, (3, 7, 16))
     assert all(not model.get_submodule(module)._forward_hooks for module in modules.values())
 
 
@@ -484,7 +484,7 @@ def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
     begun = projections_of(whole)
     losses, weights = trajectory(whole)
     assert set(begun) == {"0_to_0.weight", "1_to_2.weight", "2_to_3.weight"}
-    reports = whole.callbacks.reports
+    reports = whole.attempt.callbacks.reports
     for report in reports:
         assert min(report["hidden"], report["relation"]) > 0
         parts = 0.5 * report["ce"] + 0.5 * 4 * report["divergence"] + 0.5 * report["hidden"] + 2 * report["relation"]
@@ -498,7 +498,8 @@ def test_a_step_is_the_same_however_it_is_split(build: Build) -> None:
         assert split_losses == pytest.approx(losses, rel=1e-5)
         assert split_weights == pytest.approx(weights, abs=1e-5)
         for key in ("hidden", "relation"):
-            assert [r[key] for r in split.callbacks.reports] == pytest.approx([r[key] for r in reports], rel=1e-4)
+            own = [report[key] for report in split.attempt.callbacks.reports]
+            assert own == pytest.approx([report[key] for report in reports], rel=1e-4)
         for name, weight in projections_of(split).items():
             torch.testing.assert_close(weight, ended[name], rtol=0, atol=1e-5)
 
@@ -517,7 +518,7 @@ def test_a_restored_training_ends_with_the_same_projections(settings: tuple[str,
     unbroken = build(*settings)
     losses, weights = trajectory(unbroken)
     ended = projections_of(unbroken)
-    folder = unbroken.run.path / "checkpoint-2"
+    folder = unbroken.attempt.run.path / "checkpoint-2"
     assert "projections.safetensors" in read_json(folder / "manifest.json")["files"]
 
     resumed = build(*settings)

@@ -130,7 +130,7 @@ def test_a_distilled_language_model_takes_the_same_steps_with_and_without_kernel
         return sums["loss_sum"].item(), {name: p.grad.clone() for name, p in student.named_parameters()}
 
     loss, gradients = step()
-    monkeypatch.setattr("forge.losses.linear_kd.refusal_of_kernels", lambda device, dtype: "a test forbids them")
+    monkeypatch.setattr("forge.losses.products.refusal_of_kernels", lambda device, dtype: "a test forbids them")
     plain_loss, plain_gradients = step()
     tolerance = 1e-3 if precision == "no" else 2e-2
     assert loss == pytest.approx(plain_loss, rel=tolerance)

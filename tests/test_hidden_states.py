@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forge.losses.hidden_states import hidden_state_loss
+from forge.losses.feature_losses import hidden_state_loss
 
 CASES = [(kind, per) for kind in ("mse", "cosine") for per in ("row", "position")]
 

@@ -17,7 +17,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-from forge.config.schema import ImageConfig, LoraConfig, ModelConfig, TrainingConfig
+from forge.config.schema import LoraConfig, ModelConfig, TrainingConfig
+from forge.config.task_schema import ImageConfig
 from forge.data.batches import FILLER, row_loader
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE

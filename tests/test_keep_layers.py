@@ -31,9 +31,8 @@ from transformers import (
 )
 
 from forge.config.changes import Kind, changes
-from forge.config.explain import effective
+from forge.config.explain import effective, with_absolute_paths
 from forge.config.loader import load_config
-from forge.config.placing import located
 from forge.config.schema import ModelConfig
 from forge.errors import ConfigError, UsageError
 from forge.model.adapter import TIED_IN_BASE
@@ -267,7 +266,7 @@ def test_adapters_are_merged_before_layers_are_cut(source_of: Callable[..., Any]
 
     torch.testing.assert_close(logits("llama", student.model), by_hand("llama", merged, [1, 3]))
     assert (logits("llama", student.model) - by_hand("llama", source, [1, 3])).abs().max() > 0.01
-    assert student.facts()["untied"]  # the adapter changes the head alone, so the two were parted
+    assert student.facts()["untied"]  # the adapter changes only the head, so the two were untied
     assert not student.model.config.tie_word_embeddings
     assert student.facts()["adapter"] is None
 
@@ -375,7 +374,7 @@ def test_a_model_from_scratch_has_no_layers_to_keep(tmp_path: Path, monkeypatch:
 def test_other_layers_change_the_meaning_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(f"{WHOLE}model: {{path: m, keep_layers: [0, 3]}}\n")
-    old = effective(located(load_config(Path("c.yaml")).config))
+    old = effective(with_absolute_paths(load_config(Path("c.yaml")).config))
     assert old["model"]["keep_layers"] == [0, 3]
     other = load_config(Path("c.yaml"), ["model.keep_layers=[0, 2]"]).config
     (change,) = changes(old, other, rows_per_step_old=8, rows_per_step_new=8)
@@ -396,8 +395,8 @@ def test_a_resumed_run_ends_bit_identical_and_the_next_starts_from_it(
     whole = forge(*new, "--run_name", "whole")
     assert whole.returncode == 0, whole.stderr
     assert f"model: layers 0 and 3 of 4 of {folder}" in whole.stderr
-    told = read_json(runs / "whole" / "run_metadata.json")["model"]
-    assert (told["kept_layers"], told["layers_of"], told["source"]) == ([0, 3], 4, str(folder))
+    recorded = read_json(runs / "whole" / "run_metadata.json")["model"]
+    assert (recorded["kept_layers"], recorded["layers_of"], recorded["source"]) == ([0, 3], 4, str(folder))
     assert f"- Begun with layers 0 and 3 of 4 of {folder}" in (runs / "whole" / "final" / "README.md").read_text()
 
     assert ended_at("step 3/40", signal.SIGTERM, *new, "--run_name", "broken") == 75

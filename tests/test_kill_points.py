@@ -48,6 +48,14 @@ def test_the_timings_are_what_was_seen() -> None:
     assert Timings().stage_s(Stage.EXPORT) == Timings().save_s() == Timings().until_training_s() == 0.0
 
 
+def test_a_save_takes_the_median_of_those_seen() -> None:
+    seen = Timings()
+    for start, seconds in ((10.0, 0.1), (20.0, 5.0), (30.0, 0.3)):
+        seen.add(snapshot(Stage.TRAINING, staging=int(start)), start)
+        seen.add(snapshot(Stage.TRAINING), start + seconds)
+    assert seen.save_s() == pytest.approx(0.3)
+
+
 def test_ten_kills_take_every_enumerated_point_and_the_rest_at_random() -> None:
     kills = plan_kills(10, 1, 400, 0, baseline=True, final=True)
 

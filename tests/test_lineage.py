@@ -1,4 +1,4 @@
-"""Runs on runs by their names, through the true command: a model, an adapter on it, one on that, and what they tell."""
+"""Runs that start from runs, through the true command: a model, an adapter on it, one on that, and their records."""
 
 import json
 import shutil
@@ -92,7 +92,7 @@ def test_every_run_records_the_hash_of_what_it_started_from(runs: SimpleNamespac
     stacked, continued = (metadata(run)["model"] for run in (runs.stacked, runs.on))
     assert stacked["weights_sha256"] == continued["weights_sha256"] != base  # both start from base and adapter
     assert stacked["base_sha256"] == stacked["weights_sha256"]
-    assert continued["base_sha256"] == base  # the adapter that is trained lies on the base alone
+    assert continued["base_sha256"] == base  # the continued adapter is applied to the base alone
     assert model["trained_parameters"] < model["parameters"] / 4
     assert metadata(runs.whole)["model"]["adapter"] is None
 
@@ -136,7 +136,9 @@ def test_the_card_names_the_base_the_lineage_and_how_to_load(runs: SimpleNamespa
     card = (runs.stacked / "final" / "README.md").read_text()
     assert "library_name: peft" in card
     assert "- LoRA adapter of rank 3 (alpha 32): " in card
-    own = hash_of_files(weight_files(runs.full / "final"))[:12]  # and not of all that lies below the adapter
+    own = hash_of_files(weight_files(runs.full / "final"))[
+        :12
+    ]  # of the base, not of everything that the adapter was trained on
     assert f"- Base: {runs.full / 'final'}, weights `{own}` (base.json has all of the hash)" in card
     assert f"1. full (nli/tiny, run `{metadata(runs.full)['run_id']}`): 2 steps, as base" in card
     assert "2. adapter (nli/tiny, run `" in card
@@ -145,14 +147,14 @@ def test_the_card_names_the_base_the_lineage_and_how_to_load(runs: SimpleNamespa
         card.partition("```python\n")[2].partition("```")[0].replace("PATH OF THIS FOLDER", str(runs.stacked / "final"))
     )
     scope: dict = {}
-    exec(code, scope)  # what the card tells its readers to run
+    exec(code, scope)  # what the card shows its readers
     expected = logits(model_of(runs.stacked / "final" / "merged"))
     torch.testing.assert_close(logits(scope["model"]), expected, rtol=1e-4, atol=1e-4)
     assert "library_name: transformers" in (runs.whole / "final" / "README.md").read_text()
 
 
 def test_a_resumed_adapter_finds_its_base_changed(runs: SimpleNamespace, tmp_path: Path) -> None:
-    """A run that is not complete, whose base was trained anew meanwhile."""
+    """A run that is not complete, whose base was trained again meanwhile."""
     outputs = tmp_path / "outputs"
     base = tmp_path / "base"
     shutil.copytree(runs.full / "final", base)
@@ -177,7 +179,7 @@ def test_a_resumed_adapter_finds_its_base_changed(runs: SimpleNamespace, tmp_pat
 
 
 def test_a_run_without_a_checkpoint_finds_its_base_changed(runs: SimpleNamespace, tmp_path: Path) -> None:
-    """It would begin anew, from other weights than the run's metadata tell."""
+    """It would start again, from other weights than its metadata records."""
     base = tmp_path / "base"
     shutil.copytree(runs.full / "final", base)
     words = [word for setting in QUICK for word in ("--set", setting)]
@@ -204,7 +206,7 @@ def test_a_run_without_a_checkpoint_finds_its_base_changed(runs: SimpleNamespace
 
 def test_a_run_is_never_its_own_model(runs: SimpleNamespace, tmp_path: Path) -> None:
     """A name that was a model's when the run began stays that, although the run has it by now; and a second export
-    tells nothing of the merge that the first had made."""
+    does not mention the merge of the first."""
     run = tmp_path / "outputs" / "nli" / "tiny" / "adapter"
     shutil.copytree(runs.adapter, run)
     state = read_json(run / "training_state.json")
@@ -234,7 +236,7 @@ def test_nothing_leaves_the_machine_in_debug(runs: SimpleNamespace) -> None:
 def test_a_folder_that_no_run_made_has_no_lineage(
     tiny_model: Path, runs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(runs.full)  # a hub id is no folder, wherever forge is started
+    monkeypatch.chdir(runs.full)  # a hub id is not a folder, wherever forge is started
     assert lineage(None) == []
     assert lineage(Origin(WeightFiles(name="m", location=str(tiny_model)))) == []
     assert lineage(Origin(WeightFiles(name="org/name", location="org/name"))) == []

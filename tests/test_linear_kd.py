@@ -9,12 +9,12 @@ from pathlib import Path
 import loss_oracle
 import pytest
 import torch
+from kd_calls import flat_linear_kd
 from loss_oracle import DIVERGENCES, IGNORE
 from torch import Tensor
 from torch.nn import functional
 
 from forge.losses.kd_settings import Chunks
-from forge.losses.linear_kd import linear_kd
 
 
 def problem(
@@ -98,13 +98,13 @@ def top_k(tensors: dict[str, Tensor], k: int, temperature: float) -> tuple[Tenso
 @pytest.mark.parametrize(("divergence", "mix"), DIVERGENCES)
 def test_loss_and_gradients_equal_float64(divergence: str, mix: float, temperature: float) -> None:
     x = cast(problem(), torch.float32)
-    loss, parts = linear_kd(**x, alpha=0.3, temperature=temperature, divergence=divergence, beta=mix, skew=mix)
+    loss, parts = flat_linear_kd(**x, alpha=0.3, temperature=temperature, divergence=divergence, beta=mix, skew=mix)
     expected, ce, kl, expected_gradients = oracle(x, 0.3, temperature, divergence, mix)
 
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert parts.ce_sum.item() == pytest.approx(ce, rel=1e-5)
-    assert parts.kl_sum.item() == pytest.approx(kl, rel=1e-5)
+    assert parts.divergence_sum.item() == pytest.approx(kl, rel=1e-5)
     assert parts.count.item() == 9
     assert not parts.ce_sum.requires_grad
     for name, gradient in gradients(loss, x).items():
@@ -117,15 +117,15 @@ def test_the_oracle_itself_has_the_size_that_hinton_says() -> None:
     x = cast(problem(), torch.float64)
     size = {}
     for temperature in (50.0, 100.0):
-        loss, parts = linear_kd(**x, alpha=1.0, temperature=temperature)
+        loss, parts = flat_linear_kd(**x, alpha=1.0, temperature=temperature)
         size[temperature] = gradients(loss, x)["student_hidden"].norm().item()
-        assert loss.item() == pytest.approx(temperature**2 * parts.kl_sum.item() / 9)
+        assert loss.item() == pytest.approx(temperature**2 * parts.divergence_sum.item() / 9)
     assert size[100.0] == pytest.approx(size[50.0], rel=0.05)
 
 
 def test_temperature_does_not_touch_cross_entropy() -> None:
     x = cast(problem(), torch.float64)
-    sums = [linear_kd(**x, alpha=0.5, temperature=t)[1].ce_sum.item() for t in (1.0, 4.0)]
+    sums = [flat_linear_kd(**x, alpha=0.5, temperature=t)[1].ce_sum.item() for t in (1.0, 4.0)]
     assert sums[0] == sums[1] == pytest.approx(oracle(x, 0.0, 1.0)[1])
 
 
@@ -134,19 +134,19 @@ def test_a_student_like_its_teacher_has_no_divergence_and_no_gradient(divergence
     x = problem(Hs=16)
     x["teacher_hidden"], x["teacher_head"] = x["student_hidden"].clone(), x["student_head"].clone()
     x = cast(x, torch.float32)
-    loss, parts = linear_kd(**x, alpha=1.0, temperature=2.0, divergence=divergence, beta=mix, skew=mix)
+    loss, parts = flat_linear_kd(**x, alpha=1.0, temperature=2.0, divergence=divergence, beta=mix, skew=mix)
 
-    assert abs(parts.kl_sum.item()) < 1e-5
+    assert abs(parts.divergence_sum.item()) < 1e-5
     assert all(gradient.abs().max() < 1e-6 for gradient in gradients(loss, x).values())
 
 
 def test_forward_and_reverse_are_not_the_same_and_no_skew_is_either() -> None:
     x = cast(problem(), torch.float64)
-    forward = linear_kd(**x, alpha=1.0)[0].item()
-    reverse = linear_kd(**x, alpha=1.0, divergence="reverse_kl")[0].item()
+    forward = flat_linear_kd(**x, alpha=1.0)[0].item()
+    reverse = flat_linear_kd(**x, alpha=1.0, divergence="reverse_kl")[0].item()
     assert abs(reverse - forward) > 0.1
-    assert linear_kd(**x, alpha=1.0, divergence="skew_kl", skew=0.0)[0].item() == pytest.approx(forward, rel=1e-12)
-    unskewed = linear_kd(**x, alpha=1.0, divergence="skew_reverse_kl", skew=0.0)[0].item()
+    assert flat_linear_kd(**x, alpha=1.0, divergence="skew_kl", skew=0.0)[0].item() == pytest.approx(forward, rel=1e-12)
+    unskewed = flat_linear_kd(**x, alpha=1.0, divergence="skew_reverse_kl", skew=0.0)[0].item()
     assert unskewed == pytest.approx(reverse, rel=1e-12)
 
 
@@ -154,8 +154,8 @@ def test_jsd_tends_to_the_two_directions_at_its_ends() -> None:
     """beta KL(q || m) is all of it that is of first order at beta = 0, and likewise at 1."""
     x = cast(problem(), torch.float64)
     for beta, end in ((1e-6, "forward_kl"), (1 - 1e-6, "reverse_kl")):
-        near = linear_kd(**x, alpha=1.0, divergence="jsd", beta=beta)[0].item() / min(beta, 1 - beta)
-        assert near == pytest.approx(linear_kd(**x, alpha=1.0, divergence=end)[0].item(), rel=1e-3)
+        near = flat_linear_kd(**x, alpha=1.0, divergence="jsd", beta=beta)[0].item() / min(beta, 1 - beta)
+        assert near == pytest.approx(flat_linear_kd(**x, alpha=1.0, divergence=end)[0].item(), rel=1e-3)
 
 
 def test_ignored_positions_count_in_neither_part_nor_in_any_gradient() -> None:
@@ -164,9 +164,9 @@ def test_ignored_positions_count_in_neither_part_nor_in_any_gradient() -> None:
     wild["student_hidden"][x["labels"] == IGNORE] *= 50
     for tensors in (x, wild):
         tensors = cast(tensors, torch.float64)
-        loss, parts = linear_kd(**tensors, alpha=0.5, temperature=2.0)
+        loss, parts = flat_linear_kd(**tensors, alpha=0.5, temperature=2.0)
         _, _, kl, expected_gradients = oracle(tensors, 0.5, 2.0)
-        assert parts.kl_sum.item() == pytest.approx(kl)
+        assert parts.divergence_sum.item() == pytest.approx(kl)
         found = gradients(loss, tensors)
         assert error(found["student_head"], expected_gradients["student_head"]) < 1e-9
         assert found["student_hidden"][tensors["labels"] == IGNORE].abs().max() == 0
@@ -176,7 +176,7 @@ def test_ignored_positions_count_in_neither_part_nor_in_any_gradient() -> None:
 def test_no_counted_position_gives_zero_and_zero_gradients(compact: bool) -> None:
     x = cast(problem(), torch.float32)
     x["labels"] = torch.full_like(x["labels"], IGNORE)
-    loss, parts = linear_kd(**x, alpha=0.5, temperature=2.0, compact=compact)
+    loss, parts = flat_linear_kd(**x, alpha=0.5, temperature=2.0, compact=compact)
     loss.backward()
 
     assert (loss.item(), parts.count.item()) == (0.0, 0)
@@ -189,14 +189,14 @@ def test_labels_are_taken_as_they_stand_and_not_shifted() -> None:
     x = cast(problem(N=2, ignored=0), torch.float64)
     log_p = (x["student_hidden"] @ x["student_head"].T).log_softmax(-1)
     expected = -log_p[0, x["labels"][0]] - log_p[1, x["labels"][1]]
-    assert linear_kd(**x, alpha=0.0)[1].ce_sum.item() == pytest.approx(expected.item())
+    assert flat_linear_kd(**x, alpha=0.0)[1].ce_sum.item() == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("N", [1, 12])
 @pytest.mark.parametrize("rows", [1, 5, 12, 100])
 def test_the_size_of_the_chunks_changes_nothing(N: int, rows: int) -> None:
     x = cast(problem(N=N, ignored=0), torch.float64)
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0, chunks=Chunks(rows, rows))
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0, chunks=Chunks(rows, rows))
     expected, _, _, expected_gradients = oracle(x, 0.5, 2.0)
 
     assert loss.item() == pytest.approx(expected)
@@ -206,7 +206,7 @@ def test_the_size_of_the_chunks_changes_nothing(N: int, rows: int) -> None:
 @pytest.mark.parametrize("V", [32001, 50257])
 def test_the_odd_vocabularies_of_true_models(V: int) -> None:
     x = cast(problem(N=2, V=V, ignored=0), torch.float32)
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0)
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0)
     expected, _, _, expected_gradients = oracle(x, 0.5, 2.0)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert all(error(g, expected_gradients[name]) < 1e-5 for name, g in gradients(loss, x).items())
@@ -216,10 +216,10 @@ def test_the_odd_vocabularies_of_true_models(V: int) -> None:
 @pytest.mark.parametrize(("divergence", "mix"), DIVERGENCES)
 def test_padding_of_the_wider_head_is_left_out_of_the_divergence(Vt: int, divergence: str, mix: float) -> None:
     x = cast(problem(Vt=Vt), torch.float64)  # V is 37
-    loss, parts = linear_kd(**x, alpha=0.5, temperature=2.0, divergence=divergence, beta=mix, skew=mix)
+    loss, parts = flat_linear_kd(**x, alpha=0.5, temperature=2.0, divergence=divergence, beta=mix, skew=mix)
     expected, ce, kl, expected_gradients = oracle(x, 0.5, 2.0, divergence, mix)
 
-    assert (loss.item(), parts.kl_sum.item()) == (pytest.approx(expected), pytest.approx(kl))
+    assert (loss.item(), parts.divergence_sum.item()) == (pytest.approx(expected), pytest.approx(kl))
     assert parts.ce_sum.item() == pytest.approx(ce)  # over all 37
     assert all(error(g, expected_gradients[name]) < 1e-9 for name, g in gradients(loss, x).items())
 
@@ -229,7 +229,7 @@ def test_bias_scale_and_softcap_stand_where_the_models_have_them() -> None:
     x["student_bias"], x["teacher_bias"] = torch.linspace(-1, 1, 37).double(), torch.linspace(2, -1, 37).double()
     x = cast(x, torch.float64)
     shape = {"logit_scale": 0.6, "softcap": 4.0, "teacher_logit_scale": 0.6, "teacher_softcap": 4.0}
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0, **shape)
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0, **shape)
     expected, _, _, expected_gradients = oracle(x, 0.5, 2.0, scale=0.6, cap=4.0)
 
     assert loss.item() == pytest.approx(expected)
@@ -246,7 +246,7 @@ def test_a_token_that_both_models_exclude_makes_no_nan(divergence: str, mix: flo
     x["student_bias"][3] = -torch.inf
     x["teacher_bias"] = x["student_bias"].clone()
     x = cast(x, torch.float64)
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0, divergence=divergence, beta=mix, skew=mix)
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0, divergence=divergence, beta=mix, skew=mix)
     keep = torch.arange(37) != 3
     fewer = {name: t.detach()[keep] if t.shape[0] == 37 else t.detach() for name, t in x.items()}
     fewer["labels"] = torch.where(x["labels"] > 3, x["labels"] - 1, x["labels"])
@@ -258,20 +258,20 @@ def test_a_token_that_both_models_exclude_makes_no_nan(divergence: str, mix: flo
 def test_alpha_zero_never_looks_at_a_teacher_and_alpha_one_reports_cross_entropy() -> None:
     x = cast(problem(), torch.float64)
     broken = {**x, "teacher_hidden": torch.zeros(1), "teacher_head": torch.zeros(2, 3, 4)}
-    loss, parts = linear_kd(**broken, alpha=0.0)
+    loss, parts = flat_linear_kd(**broken, alpha=0.0)
     assert loss.item() == pytest.approx(oracle(x, 0.0, 1.0)[0])
-    assert parts.kl_sum.item() == 0
+    assert parts.divergence_sum.item() == 0
 
-    loss, parts = linear_kd(**x, alpha=1.0, temperature=2.0)
+    loss, parts = flat_linear_kd(**x, alpha=1.0, temperature=2.0)
     expected, ce, kl, _ = oracle(x, 1.0, 2.0)
     assert (loss.item(), parts.ce_sum.item()) == (pytest.approx(expected), pytest.approx(ce))
-    assert parts.kl_sum.item() == pytest.approx(kl)
+    assert parts.divergence_sum.item() == pytest.approx(kl)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_rounded_only_where_they_enter_and_leave(dtype: torch.dtype) -> None:
     x = cast(problem(N=64, V=200), dtype)
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0)
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0)
     expected, _, _, expected_gradients = oracle(x, 0.5, 2.0)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     for name, gradient in gradients(loss, x).items():
@@ -288,7 +288,7 @@ def test_the_gradient_holds_near_convergence_where_bf16_logits_would_lose_it(tem
     near = teacher.bfloat16().float() + torch.randn(V, H, generator=g) * (0.1 / H**0.5)
     x = {"student_hidden": hidden, "student_head": near, "labels": torch.arange(N)}
     x = cast({**x, "teacher_hidden": hidden, "teacher_head": teacher}, torch.bfloat16)
-    loss, _ = linear_kd(**x, alpha=1.0, temperature=temperature)
+    loss, _ = flat_linear_kd(**x, alpha=1.0, temperature=temperature)
     expected = oracle(x, 1.0, temperature)[3]
     assert all(error(found, expected[name]) < 3e-3 for name, found in gradients(loss, x).items())
 
@@ -300,7 +300,7 @@ def test_the_gradient_holds_near_convergence_where_bf16_logits_would_lose_it(tem
 
 def test_leaving_ignored_rows_out_of_the_products_changes_nothing() -> None:
     x = cast(problem(), torch.float64)
-    both = [linear_kd(**x, alpha=0.5, temperature=2.0, compact=compact) for compact in (False, True)]
+    both = [flat_linear_kd(**x, alpha=0.5, temperature=2.0, compact=compact) for compact in (False, True)]
     assert both[0][0].item() == pytest.approx(both[1][0].item())
     found = [gradients(loss, x) for loss, _ in both]
     assert all(error(found[1][name], found[0][name]) < 1e-12 for name in found[0])
@@ -312,7 +312,7 @@ def test_a_top_k_teacher_is_what_its_definition_says(missing_mass: str) -> None:
     x = cast(problem(), torch.float64)
     log_q, indices = top_k(x, 5, T)
     student = {name: x[name] for name in ("student_hidden", "student_head", "labels")}
-    loss, parts = linear_kd(
+    loss, parts = flat_linear_kd(
         **student, teacher_log_probs=log_q, teacher_indices=indices, missing_mass=missing_mass, alpha=0.5, temperature=T
     )
     logits = x["student_hidden"] @ x["student_head"].T
@@ -330,7 +330,7 @@ def test_a_top_k_teacher_is_what_its_definition_says(missing_mass: str) -> None:
     expected = (0.5 * ce + 0.5 * T * T * kl[counted].sum()) / 9
 
     assert loss.item() == pytest.approx(expected.item())
-    assert parts.kl_sum.item() == pytest.approx(kl[counted].sum().item())
+    assert parts.divergence_sum.item() == pytest.approx(kl[counted].sum().item())
     wanted = gradients(expected, {name: x[name] for name in ("student_hidden", "student_head")})
     assert all(error(g, wanted[name]) < 1e-9 for name, g in gradients(loss, student).items())
 
@@ -341,14 +341,14 @@ def test_all_of_a_teachers_tokens_are_the_dense_teacher(missing_mass: str) -> No
     log_q, indices = top_k(x, 37, 2.0)
     student = {name: x[name] for name in ("student_hidden", "student_head", "labels")}
     options = {"alpha": 1.0, "temperature": 2.0, "missing_mass": missing_mass}
-    dense = linear_kd(**x, alpha=1.0, temperature=2.0)[0].item()
-    sparse, _ = linear_kd(**student, teacher_log_probs=log_q, teacher_indices=indices, **options)
+    dense = flat_linear_kd(**x, alpha=1.0, temperature=2.0)[0].item()
+    sparse, _ = flat_linear_kd(**student, teacher_log_probs=log_q, teacher_indices=indices, **options)
     assert sparse.item() == pytest.approx(dense)
 
     absent = torch.full_like(log_q[:, :3], -torch.inf)  # padding of a ragged cache, at any index
     log_q, indices = torch.cat([log_q[:, :9], absent], 1), torch.cat([indices[:, :9], indices[:, :3]], 1)
-    padded, _ = linear_kd(**student, teacher_log_probs=log_q, teacher_indices=indices, **options)
-    short, _ = linear_kd(**student, teacher_log_probs=log_q[:, :9], teacher_indices=indices[:, :9], **options)
+    padded, _ = flat_linear_kd(**student, teacher_log_probs=log_q, teacher_indices=indices, **options)
+    short, _ = flat_linear_kd(**student, teacher_log_probs=log_q[:, :9], teacher_indices=indices[:, :9], **options)
     assert padded.item() == pytest.approx(short.item())
     assert all(
         torch.allclose(g, gradients(short, student)[name], atol=1e-12) for name, g in gradients(padded, student).items()

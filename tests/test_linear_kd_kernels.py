@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import trainer_of
 from conversations import config_on, conversation
+from kd_calls import flat_linear_kd
 from loss_oracle import sparse_kl
 from teachers import write_chat_teacher
 from test_linear_kd import DIVERGENCES, IGNORE, cast, error, gradients, oracle, problem, top_k
@@ -18,9 +19,8 @@ from test_linear_kd_triton import BF16, DEVICE, GPU, assert_close, exact, inputs
 from torch import Tensor
 from torch.nn import functional
 
-from forge.losses import linear_kd as module
+from forge.losses import products
 from forge.losses.kd_settings import Chunks, Needs, Settings, row_pitch, teacher_share
-from forge.losses.linear_kd import linear_kd
 
 pytestmark = [pytest.mark.gpu] if GPU else []
 FORMS = [(torch.float32, "fp32"), (BF16, "fp32"), (BF16, "difference")]
@@ -41,7 +41,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(kernels(), "fused_linear_kd", spy)
     if not GPU:
         half = (torch.float32, BF16, torch.float16)
-        monkeypatch.setattr(module, "refusal_of_kernels", lambda device, dtype: None if dtype in half else "float64")
+        monkeypatch.setattr(products, "refusal_of_kernels", lambda device, dtype: None if dtype in half else "float64")
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return calls
 
@@ -61,20 +61,23 @@ def test_loss_and_gradients_equal_float64(
     x = cast(problem(N=N, V=57, Vt=71, Hs=24, Ht=40, ignored=4 if N > 1 else 0), dtype, DEVICE)
     settings: dict[str, Any] = {"divergence": divergence, "beta": mix, "skew": mix, "precision": precision}
     normalizer = torch.tensor(5.0, device=DEVICE)
-    loss, parts = linear_kd(**x, alpha=0.3, temperature=2.0, normalizer=normalizer, **settings)
+    loss, parts = flat_linear_kd(**x, alpha=0.3, temperature=2.0, normalizer=normalizer, **settings)
     expected, ce, kl, expected_gradients = oracle(x, 0.3, 2.0, divergence, mix, normalizer=5.0)
 
     assert ran == [precision]
     sums, gradient = LIMITS[dtype]
     assert loss.item() == pytest.approx(expected, rel=sums)
-    assert (parts.ce_sum.item(), parts.kl_sum.item()) == (pytest.approx(ce, rel=sums), pytest.approx(kl, rel=sums))
+    assert (parts.ce_sum.item(), parts.divergence_sum.item()) == (
+        pytest.approx(ce, rel=sums),
+        pytest.approx(kl, rel=sums),
+    )
     for name, found in gradients(loss, x).items():
         assert error(found, expected_gradients[name]) < gradient, name
 
 
 def test_a_vocabulary_of_many_tiles() -> None:
     x = cast(problem(N=2, V=3001, ignored=0, Hs=16, Ht=16), BF16, DEVICE)
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0, precision="difference")
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0, precision="difference")
     expected, _, _, expected_gradients = oracle(x, 0.5, 2.0)
     assert loss.item() == pytest.approx(expected, rel=1e-3)
     assert error(gradients(loss, x)["student_hidden"], expected_gradients["student_hidden"]) < LIMITS[BF16][1]
@@ -84,11 +87,11 @@ def test_a_vocabulary_of_many_tiles() -> None:
 def test_alpha_at_its_ends(dtype: torch.dtype, precision: str) -> None:
     x = cast(problem(N=6, V=57), dtype, DEVICE)
     for alpha in (0.0, 1.0):
-        loss, parts = linear_kd(**x, alpha=alpha, temperature=2.0, precision=precision)
+        loss, parts = flat_linear_kd(**x, alpha=alpha, temperature=2.0, precision=precision)
         expected, _, kl, expected_gradients = oracle(x, alpha, 2.0)
         assert loss.item() == pytest.approx(expected, rel=LIMITS[dtype][0])
         assert parts.ce_sum.item() == pytest.approx(oracle(x, 0.0, 2.0)[1], rel=LIMITS[dtype][0])
-        assert parts.kl_sum.item() == pytest.approx(kl, rel=LIMITS[dtype][0])
+        assert parts.divergence_sum.item() == pytest.approx(kl, rel=LIMITS[dtype][0])
         for name, found in gradients(loss, x).items():
             assert error(found, expected_gradients[name]) < LIMITS[dtype][1], name
 
@@ -96,7 +99,7 @@ def test_alpha_at_its_ends(dtype: torch.dtype, precision: str) -> None:
 def test_backward_can_run_twice_and_through_a_sum_and_rounds_once() -> None:
     x = cast(problem(N=6, V=57), BF16, DEVICE)
     one = torch.tensor(1.0, device=DEVICE)
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0, normalizer=one)
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0, normalizer=one)
     first, second = gradients(loss, x), gradients(loss, x)
     assert all(torch.equal(first[name], second[name]) for name in first)
     scaled = gradients(1.006 * loss, x)["student_head"]  # in bfloat16 1.0078125
@@ -104,8 +107,8 @@ def test_backward_can_run_twice_and_through_a_sum_and_rounds_once() -> None:
     assert not torch.equal(scaled, rounded(first["student_head"].float() * 1.0078125))
 
     wide = cast(problem(N=6, V=57), torch.float32, DEVICE)
-    loss, _ = linear_kd(**wide, alpha=0.5, temperature=2.0)
-    other, _ = linear_kd(**wide, alpha=0.0)
+    loss, _ = flat_linear_kd(**wide, alpha=0.5, temperature=2.0)
+    other, _ = flat_linear_kd(**wide, alpha=0.0)
     both, apart = gradients(3 * loss + other, wide), (gradients(loss, wide), gradients(other, wide))
     assert all(error(both[name], 3 * apart[0][name] + apart[1][name]) < 1e-6 for name in both)
 
@@ -117,7 +120,7 @@ def test_the_heads_gradient_is_summed_in_float32() -> None:
     head = torch.zeros(4, 8, dtype=BF16, device=DEVICE, requires_grad=True)
     labels = torch.zeros(41, dtype=torch.int64, device=DEVICE)
     one = torch.tensor(1.0, device=DEVICE)
-    linear_kd(hidden, head, labels, alpha=0.0, normalizer=one, chunks=Chunks(1, 1))[0].backward()
+    flat_linear_kd(hidden, head, labels, alpha=0.0, normalizer=one, chunks=Chunks(1, 1))[0].backward()
     assert head.grad is not None
     assert head.grad[1, 0].item() == 74.0
 
@@ -125,11 +128,11 @@ def test_the_heads_gradient_is_summed_in_float32() -> None:
 def test_unequal_micro_batches_add_up_to_the_whole_batch() -> None:
     whole = cast(problem(N=9, V=57), torch.float32, DEVICE)
     count = (whole["labels"] != IGNORE).sum()
-    loss, _ = linear_kd(**whole, alpha=0.5, temperature=2.0)
+    loss, _ = flat_linear_kd(**whole, alpha=0.5, temperature=2.0)
     total: Any = 0.0
     for part in (slice(0, 2), slice(2, 9)):
         rows = {name: t[part] if t.shape[0] == 9 else t for name, t in whole.items()}
-        total = total + linear_kd(**rows, alpha=0.5, temperature=2.0, normalizer=count)[0]
+        total = total + flat_linear_kd(**rows, alpha=0.5, temperature=2.0, normalizer=count)[0]
     assert total.item() == pytest.approx(loss.item(), rel=1e-6)
     expected = gradients(loss, whole)
     assert all(error(g, expected[name]) < 1e-6 for name, g in gradients(total, whole).items())
@@ -139,7 +142,7 @@ def test_a_tied_head_gets_both_of_its_gradients() -> None:
     weight = problem(V=57, Hs=8)["student_head"].float().to(DEVICE)
     tokens, labels = torch.arange(12, device=DEVICE), problem(V=57)["labels"].to(DEVICE)
     head, again = weight.clone().requires_grad_(), weight.clone().requires_grad_()
-    linear_kd(head[tokens], head, labels, alpha=0.0)[0].backward()
+    flat_linear_kd(head[tokens], head, labels, alpha=0.0)[0].backward()
     functional.cross_entropy(again[tokens] @ again.T, labels, ignore_index=IGNORE).backward()
     assert error(head.grad, again.grad) < 1e-5
 
@@ -148,14 +151,14 @@ def test_the_teacher_gets_no_graph_and_an_evaluation_has_none() -> None:
     x = cast(problem(N=6, V=57), BF16, DEVICE)
     x["teacher_hidden"].requires_grad_()
     x["teacher_head"].requires_grad_()
-    loss, _ = linear_kd(**x, alpha=0.5)
+    loss, _ = flat_linear_kd(**x, alpha=0.5)
     loss.backward()
     assert x["teacher_hidden"].grad is None
     assert x["teacher_head"].grad is None
     frozen = {name: t.detach() if name.startswith("student") else t for name, t in x.items()}
-    assert not linear_kd(**frozen, alpha=0.5)[0].requires_grad
+    assert not flat_linear_kd(**frozen, alpha=0.5)[0].requires_grad
     with torch.no_grad():
-        evaluated, _ = linear_kd(**x, alpha=0.5)
+        evaluated, _ = flat_linear_kd(**x, alpha=0.5)
     assert not evaluated.requires_grad
     assert evaluated.item() == pytest.approx(loss.item(), rel=1e-6)
 
@@ -168,7 +171,7 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_master_gradients_in_float32(
     x = cast(problem(N=9, V=57, Hs=24, Ht=40), torch.float32, DEVICE)
     x |= {name: x[name].to(teacher) for name in ("teacher_hidden", "teacher_head")}
     with torch.autocast(DEVICE, BF16):
-        loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0)
+        loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0)
     known = {name: t.detach().to(BF16) if name.startswith("student") else t for name, t in x.items()}
     expected, _, _, expected_gradients = oracle(known, 0.5, 2.0)
     assert ran == [precision]
@@ -190,7 +193,7 @@ def test_strided_inputs_are_read_where_they_lie(ran: list[str]) -> None:
         assert any(not t.is_contiguous() for t in given.values())
         for name in ("student_hidden", "student_head"):
             given[name] = given[name].detach().requires_grad_()
-        loss, _ = linear_kd(**given, alpha=0.5, temperature=2.0)
+        loss, _ = flat_linear_kd(**given, alpha=0.5, temperature=2.0)
         assert ran.pop() == precision
         assert loss.item() == pytest.approx(expected, rel=1e-3)
         for name, found in gradients(loss, given).items():
@@ -208,7 +211,7 @@ def test_a_top_k_teacher_of_a_head_with_a_bias_a_scale_and_a_softcap(missing_mas
     x = cast(x, torch.float32, DEVICE)
     told = {"teacher_log_probs": log_q.float().to(DEVICE).T.contiguous().T, "teacher_indices": indices.to(DEVICE)}
     shape = {"logit_scale": 0.6, "softcap": 4.0}
-    loss, parts = linear_kd(**x, **told, alpha=0.4, temperature=2.0, missing_mass=missing_mass, **shape)
+    loss, parts = flat_linear_kd(**x, **told, alpha=0.4, temperature=2.0, missing_mass=missing_mass, **shape)
 
     again = {name: t.detach().double().cpu().requires_grad_() for name, t in x.items() if name != "labels"}
     raw = again["student_hidden"] @ again["student_head"].T + again["student_bias"]
@@ -219,20 +222,20 @@ def test_a_top_k_teacher_of_a_head_with_a_bias_a_scale_and_a_softcap(missing_mas
     kl = sum(sparse_kl(z[i], log_q[i], indices[i], 2.0, missing_mass) for i in rows if i != 5)
     assert 5 in rows
     ((0.6 * ce + 0.4 * 4 * kl) / len(rows)).backward()
-    assert parts.kl_sum.item() == pytest.approx(kl.item(), rel=1e-5)
+    assert parts.divergence_sum.item() == pytest.approx(kl.item(), rel=1e-5)
     for name, found in gradients(loss, x).items():
         assert error(found, again[name].grad) < 1e-5, name
 
 
 def test_leaving_ignored_rows_out_of_the_products_changes_nothing() -> None:
     x = cast(problem(N=9, V=57), torch.float32, DEVICE)
-    both = [linear_kd(**x, alpha=0.5, temperature=2.0, compact=compact)[0] for compact in (False, True)]
+    both = [flat_linear_kd(**x, alpha=0.5, temperature=2.0, compact=compact)[0] for compact in (False, True)]
     assert both[0].item() == pytest.approx(both[1].item(), rel=1e-6)
     found = [gradients(loss, x) for loss in both]
     assert all(error(found[1][name], found[0][name]) < 1e-6 for name in found[0])
     none = {**x, "labels": torch.full_like(x["labels"], IGNORE)}
     for compact in (False, True):
-        loss, _ = linear_kd(**none, alpha=0.5, temperature=2.0, compact=compact)
+        loss, _ = flat_linear_kd(**none, alpha=0.5, temperature=2.0, compact=compact)
         assert loss.item() == 0
         assert all(g.abs().max() == 0 for g in gradients(loss, x).values())
 
@@ -320,7 +323,7 @@ def test_a_distillation_with_the_kernels_is_the_one_without(
     reports, evaluations, weights = run("fused")
     assert set(ran) == {precision}
     calls = len(ran)
-    monkeypatch.setattr(module, "refusal_of_kernels", lambda device, dtype: "a test forbids them")
+    monkeypatch.setattr(products, "refusal_of_kernels", lambda device, dtype: "a test forbids them")
     plain_reports, plain_evaluations, plain_weights = run("plain")
     assert len(ran) == calls
     assert len(reports) == 3
@@ -345,10 +348,13 @@ def test_a_distillation_with_the_kernels_is_the_one_without(
 def test_each_divergence_at_a_true_vocabulary(divergence: str, mix: float, V: int, Vt: int, precision: str) -> None:
     x = cast(problem(N=200, V=V, Vt=Vt, Hs=64, Ht=128), BF16, "cuda")
     settings: dict[str, Any] = {"divergence": divergence, "beta": mix, "skew": mix, "precision": precision}
-    loss, parts = linear_kd(**x, alpha=0.4, temperature=2.0, chunks=Chunks(64, 128), **settings)
+    loss, parts = flat_linear_kd(**x, alpha=0.4, temperature=2.0, chunks=Chunks(64, 128), **settings)
     expected, ce, kl, expected_gradients = oracle(x, 0.4, 2.0, divergence, mix)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-    assert (parts.ce_sum.item(), parts.kl_sum.item()) == (pytest.approx(ce, rel=1e-4), pytest.approx(kl, rel=1e-3))
+    assert (parts.ce_sum.item(), parts.divergence_sum.item()) == (
+        pytest.approx(ce, rel=1e-4),
+        pytest.approx(kl, rel=1e-3),
+    )
     for name, found in gradients(loss, x).items():
         assert error(found, expected_gradients[name]) < 4e-3, name
 

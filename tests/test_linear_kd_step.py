@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from kd_calls import flat_linear_kd
 from test_linear_kd import IGNORE, cast, error, gradients, oracle, problem, top_k
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forge.losses import linear_kd as module
+from forge.losses.kd_arguments import Formula, HeadInput, KDLoss
 from forge.losses.kd_settings import Chunks, Inputs, Needs, Settings, plain_rows, plan_chunks, row_pitch
 from forge.losses.linear_kd import linear_kd
 from forge.losses.linear_kd_plain import plain_linear_kd
@@ -20,7 +22,7 @@ from forge.losses.linear_kd_plain import plain_linear_kd
 def test_the_incoming_gradient_is_not_rounded_to_the_weights_dtype() -> None:
     x = cast(problem(), torch.bfloat16)
     factor = 1.006  # in bfloat16 1.0078125
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0, normalizer=torch.tensor(1.0))
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0, normalizer=torch.tensor(1.0))
     plain = gradients(loss, x)["student_head"].float()
     scaled = gradients(loss * factor, x)["student_head"].float()
     assert torch.equal(scaled, (plain * factor).bfloat16().float())
@@ -29,9 +31,9 @@ def test_the_incoming_gradient_is_not_rounded_to_the_weights_dtype() -> None:
 
 def test_backward_can_run_twice_and_through_a_sum() -> None:
     x = cast(problem(), torch.float64)
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0)
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0)
     first, second = gradients(loss, x), gradients(loss, x)
-    other, _ = linear_kd(**x, alpha=0.0)
+    other, _ = flat_linear_kd(**x, alpha=0.0)
     both = gradients(3 * loss + other, x)
     for name in first:
         assert torch.equal(first[name], second[name])
@@ -44,7 +46,7 @@ def test_the_heads_gradient_is_summed_in_float32() -> None:
     hidden = torch.ones(N, 8, dtype=torch.bfloat16)
     head = torch.zeros(4, 8, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.zeros(N, dtype=torch.int64)
-    loss, _ = linear_kd(hidden, head, labels, alpha=0.0, normalizer=torch.tensor(1.0), chunks=Chunks(1, 1))
+    loss, _ = flat_linear_kd(hidden, head, labels, alpha=0.0, normalizer=torch.tensor(1.0), chunks=Chunks(1, 1))
     loss.backward()
     assert head.grad is not None
     assert head.grad[1, 0].item() == 128.0
@@ -54,11 +56,11 @@ def test_the_heads_gradient_is_summed_in_float32() -> None:
 def test_unequal_micro_batches_add_up_to_the_whole_batch() -> None:
     whole = cast(problem(N=12), torch.float64)
     count = (whole["labels"] != IGNORE).sum()
-    loss, _ = linear_kd(**whole, alpha=0.5, temperature=2.0)
+    loss, _ = flat_linear_kd(**whole, alpha=0.5, temperature=2.0)
     total = 0.0
     for part in (slice(0, 3), slice(3, 12)):
         rows = {name: t[part] if t.shape[0] == 12 else t for name, t in whole.items()}
-        total = total + linear_kd(**rows, alpha=0.5, temperature=2.0, normalizer=count)[0]
+        total = total + flat_linear_kd(**rows, alpha=0.5, temperature=2.0, normalizer=count)[0]
     assert total.item() == pytest.approx(loss.item())
     expected = gradients(loss, whole)
     assert all(error(g, expected[name]) < 1e-12 for name, g in gradients(total, whole).items())
@@ -68,7 +70,7 @@ def test_a_tied_head_gets_both_of_its_gradients() -> None:
     x = problem(Hs=8)
     head = x["student_head"].clone().requires_grad_()
     tokens = torch.arange(12)
-    loss, _ = linear_kd(head[tokens], head, x["labels"], alpha=0.0)
+    loss, _ = flat_linear_kd(head[tokens], head, x["labels"], alpha=0.0)
     loss.backward()
     again = x["student_head"].clone().requires_grad_()
     functional.cross_entropy(again[tokens] @ again.T, x["labels"], ignore_index=IGNORE).backward()
@@ -77,9 +79,9 @@ def test_a_tied_head_gets_both_of_its_gradients() -> None:
 
 def test_evaluation_gives_the_same_loss_without_a_graph() -> None:
     x = cast(problem(), torch.float64)
-    loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0)
+    loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0)
     with torch.no_grad():
-        evaluated, _ = linear_kd(**x, alpha=0.5, temperature=2.0)
+        evaluated, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0)
     assert evaluated.item() == loss.item()
     assert not evaluated.requires_grad
 
@@ -88,11 +90,11 @@ def test_the_teacher_gets_no_graph() -> None:
     x = cast(problem(), torch.float64)
     x["teacher_hidden"].requires_grad_()
     x["teacher_head"].requires_grad_()
-    linear_kd(**x, alpha=0.5)[0].backward()
+    flat_linear_kd(**x, alpha=0.5)[0].backward()
     assert x["teacher_hidden"].grad is None
     assert x["teacher_head"].grad is None
     frozen = {name: t.detach() if name.startswith("student") else t for name, t in x.items()}
-    assert not linear_kd(**frozen, alpha=0.5)[0].requires_grad
+    assert not flat_linear_kd(**frozen, alpha=0.5)[0].requires_grad
 
 
 def test_a_frozen_head_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,19 +109,19 @@ def test_a_frozen_head_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     x = cast(problem(), torch.float64)
     expected = oracle(x, 0.5, 2.0)[3]["student_hidden"]
     x["student_head"].requires_grad_(False)
-    linear_kd(**x, alpha=0.5, temperature=2.0)[0].backward()
+    flat_linear_kd(**x, alpha=0.5, temperature=2.0)[0].backward()
 
     assert error(x["student_hidden"].grad, expected) < 1e-12
     assert seen[0].d_head.numel() == 0
     with torch.no_grad():
-        linear_kd(**x, alpha=0.5)
+        flat_linear_kd(**x, alpha=0.5)
     assert [seen[1].d_head.numel(), seen[1].d_hidden.numel()] == [0, 0]
 
 
 def test_autocast_multiplies_in_bfloat16_and_keeps_master_gradients_in_float32() -> None:
     x = cast(problem(N=64, V=200), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = linear_kd(**x, alpha=0.5, temperature=2.0)
+        loss, _ = flat_linear_kd(**x, alpha=0.5, temperature=2.0)
     found = gradients(loss, x)
     rounded = {name: t.detach().bfloat16() if name.startswith("student") else t for name, t in x.items()}
     expected, _, _, expected_gradients = oracle(rounded, 0.5, 2.0)  # the teacher is as it was given
@@ -138,14 +140,14 @@ def test_strided_inputs_are_read_where_they_lie() -> None:
         strided[name] = x[name].T.contiguous().T
     assert not strided["student_hidden"].is_contiguous()
     strided = cast(strided, torch.float64)
-    loss, _ = linear_kd(**strided, alpha=0.5, temperature=2.0)
+    loss, _ = flat_linear_kd(**strided, alpha=0.5, temperature=2.0)
     assert loss.item() == pytest.approx(expected)
     assert all(g.isfinite().all() for g in gradients(loss, strided).values())
 
 
 def test_two_runs_give_the_same_bits() -> None:
     x = cast(problem(N=50, V=300), torch.float32)
-    runs = [gradients(linear_kd(**x, alpha=0.5, temperature=2.0, chunks=Chunks(7, 7))[0], x) for _ in range(2)]
+    runs = [gradients(flat_linear_kd(**x, alpha=0.5, temperature=2.0, chunks=Chunks(7, 7))[0], x) for _ in range(2)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
@@ -155,13 +157,14 @@ def test_one_graph_and_no_compilation_per_length() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
-    def call(hidden: Tensor, head: Tensor, labels: Tensor, teacher: Tensor, teacher_head: Tensor) -> tuple[Tensor, Any]:
-        return linear_kd(hidden, head, labels, teacher_hidden=teacher, teacher_head=teacher_head, temperature=2.0)
+    def call(hidden: Tensor, head: Tensor, labels: Tensor, teacher: Tensor, teacher_head: Tensor) -> KDLoss:
+        return linear_kd(HeadInput(hidden, head), HeadInput(teacher, teacher_head), labels, Formula(temperature=2.0))
 
     compiled = torch.compile(call, backend=counter, fullgraph=True)
     for N in (6, 9, 13, 20):
         x = cast(problem(N=N), torch.float64)
-        loss, parts = compiled(*x.values())
+        parts = compiled(*x.values())
+        loss = parts.loss_mean
         expected, ce, _, expected_gradients = oracle(x, 0.5, 2.0)
         assert (loss.item(), parts.ce_sum.item()) == (pytest.approx(expected), pytest.approx(ce))
         found = gradients(loss, x, retain=False)
@@ -186,39 +189,39 @@ def test_what_makes_no_sense_is_refused_in_one_sentence() -> None:
     x = cast(problem(), torch.float32)
     log_q, indices = top_k(x, 4, 1.0)
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"temperature": 0.0}, "temperature must be a positive number, and it is 0.0."),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0."),
         ({"temperature": float("nan")}, "temperature must be a positive number"),
-        ({"alpha": -0.1}, r"alpha must lie in \[0, 1\], and it is -0.1."),
-        ({"alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
+        ({"alpha": -0.1}, r"alpha must be in \[0, 1\], got -0.1\."),
+        ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"divergence": "kl"}, "divergence must be one of forward_kl"),
-        ({"divergence": "jsd", "beta": 0.0}, "beta of jsd must lie strictly between 0 and 1"),
-        ({"divergence": "jsd", "beta": 1.0}, "the limits are called forward_kl and reverse_kl"),
-        ({"divergence": "skew_kl", "skew": 1.0}, r"skew of skew_kl must lie in \[0, 1\)"),
-        ({"divergence": "skew_kl", "skew": -0.1}, r"skew of skew_kl must lie in \[0, 1\), and it is -0.1"),
-        ({"divergence": "skew_reverse_kl", "skew": 1.0}, r"skew of skew_reverse_kl must lie in \[0, 1\), and it is 1"),
-        ({"divergence": "skew_reverse_kl", "skew": -0.1}, r"skew of skew_reverse_kl must lie in .*, and it is -0.1\.$"),
+        ({"divergence": "jsd", "beta": 0.0}, r"beta of jsd must be in \(0, 1\), got 0"),
+        ({"divergence": "jsd", "beta": 1.0}, "limits are called forward_kl and reverse_kl"),
+        ({"divergence": "skew_kl", "skew": 1.0}, r"skew of skew_kl must be in \[0, 1\), got 1"),
+        ({"divergence": "skew_kl", "skew": -0.1}, r"skew of skew_kl must be in \[0, 1\), got -0.1"),
+        ({"divergence": "skew_reverse_kl", "skew": 1.0}, r"skew of skew_reverse_kl must be in \[0, 1\), got 1"),
+        ({"divergence": "skew_reverse_kl", "skew": -0.1}, r"skew of skew_reverse_kl must be in .*, got -0.1\.$"),
         ({"precision": "fp8"}, "precision must be one of difference, fp32, bf16"),
         ({"missing_mass": "lost"}, "missing_mass must be one of tail"),
-        ({"softcap": -1.0}, "A softcap must be positive"),
+        ({"softcap": -1.0}, r"student.softcap .* got -1"),
+        ({"teacher_softcap": float("nan")}, r"teacher.softcap .* got nan"),
+        ({"logit_scale": float("inf")}, r"student.scale must be .* got inf"),
         ({"labels": x["labels"][:3]}, r"labels \(3,\)"),
         ({"labels": x["labels"].float()}, "must be int64"),
-        ({"student_head": x["student_head"][:, :4]}, r"student_hidden \(12, 8\) and student_head \(37, 4\)"),
-        ({"student_bias": torch.zeros(3)}, r"student_bias \(3,\) must have one element for each of 37 columns"),
-        ({"teacher_hidden": None}, r"teacher_hidden None and teacher_head \(37, 16\) must both be given"),
-        ({"teacher_hidden": x["teacher_hidden"][:5]}, r"teacher_hidden \(5, 16\) must be .* student_hidden \(12, 8\)"),
-        ({"teacher_hidden": None, "teacher_head": None}, "alpha > 0 needs one teacher"),
-        ({"teacher_log_probs": log_q, "teacher_indices": indices}, "alpha > 0 needs one teacher"),
-        ({"student_head": x["student_head"].bfloat16()}, "cast one, or autocast"),
+        ({"student_head": x["student_head"][:, :4]}, r"student.hidden \(12, 8\) and student.weight \(37, 4\)"),
+        ({"student_bias": torch.zeros(3)}, r"student.bias \(3,\) must have one element for each of 37 columns"),
+        ({"teacher_hidden": x["teacher_hidden"][:5]}, r"teacher.hidden \(5, 16\) must be .* student.hidden \(12, 8\)"),
+        ({"teacher_hidden": None}, "alpha > 0 needs a teacher"),
+        ({"student_head": x["student_head"].bfloat16()}, "cast one, or use autocast"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message) as raised:
-            linear_kd(**{"alpha": 0.5, **x, **change})
+            flat_linear_kd(**{"alpha": 0.5, **x, **change})
         assert str(raised.value).count("\n") == 0
     student = {name: x[name] for name in ("student_hidden", "student_head", "labels")}
-    with pytest.raises(ValueError, match="A top-k teacher knows forward_kl only"):
-        linear_kd(**student, teacher_log_probs=log_q, teacher_indices=indices, divergence="jsd")
-    with pytest.raises(ValueError, match="with one shape"):
-        linear_kd(**student, teacher_log_probs=log_q, teacher_indices=indices[:, :2])
+    with pytest.raises(ValueError, match="A top-k teacher supports forward_kl only"):
+        flat_linear_kd(**student, teacher_log_probs=log_q, teacher_indices=indices, divergence="jsd")
+    with pytest.raises(ValueError, match="must have one shape"):
+        flat_linear_kd(**student, teacher_log_probs=log_q, teacher_indices=indices[:, :2])
 
 
 def test_the_plain_path_says_once_why_it_is_taken(
@@ -228,15 +231,15 @@ def test_the_plain_path_says_once_why_it_is_taken(
     x = cast(problem(), torch.float32)
     with caplog.at_level(logging.INFO, logger=module.__name__):
         for _ in range(3):
-            linear_kd(**x)
-        linear_kd(**x, precision="fp32")
-        linear_kd(**x, alpha=0.0, precision="difference")  # of one model there is none, and nothing is worse
+            flat_linear_kd(**x)
+        flat_linear_kd(**x, precision="fp32")
+        flat_linear_kd(**x, alpha=0.0, precision="difference")  # of one model there is none, and nothing is worse
         for _ in range(2):
-            linear_kd(**x, precision="bf16")
+            flat_linear_kd(**x, precision="bf16")
     reason = "its kernels need a CUDA device, and the tensors are on cpu"
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("INFO", f"linear_kd takes the plain path: {reason}."),
-        ("WARNING", f"linear_kd takes the plain path, with fp32 logits where precision bf16 was asked for: {reason}."),
+        ("WARNING", f"linear_kd takes the plain path, with fp32 logits instead of precision bf16: {reason}."),
     ]
 
 
@@ -275,7 +278,7 @@ def test_plain_torch_keeps_its_budget_too() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "plain_linear_kd", lambda *args: rows.append(args[-1]) or real(*args))
         for options in ({}, {"memory_budget": 2**22}, {"low_memory": True}, {"chunks": Chunks(7, 9)}):
-            linear_kd(**x, **options)
+            flat_linear_kd(**x, **options)
     assert rows == [1024, 43, 699, 7]
 
 

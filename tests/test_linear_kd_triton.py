@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from kd_calls import flat_linear_kd
 from test_linear_kd import DIVERGENCES, IGNORE, cast, error, gradients, oracle, problem, top_k
 from torch import Tensor
 
 from forge.losses import linear_kd as module
+from forge.losses.kd_arguments import Formula, HeadInput, KDLoss
 from forge.losses.kd_settings import Chunks, Inputs, Needs, Outputs, Settings, teacher_share
 from forge.losses.linear_kd import linear_kd
 from forge.losses.linear_kd_plain import plain_linear_kd
@@ -284,14 +286,14 @@ def gpu_problem(N: int, V: int, Hs: int = 64, Ht: int = 128) -> dict[str, Tensor
 @pytest.mark.parametrize("precision", [None, "fp32"])
 def test_the_public_function_on_a_gpu(precision: str | None, V: int) -> None:
     x = gpu_problem(300, V)
-    loss, parts = linear_kd(**x, alpha=0.4, temperature=2.0, precision=precision, chunks=Chunks(64, 128))
+    loss, parts = flat_linear_kd(**x, alpha=0.4, temperature=2.0, precision=precision, chunks=Chunks(64, 128))
     expected, ce, kl, expected_gradients = oracle(x, 0.4, 2.0)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert parts.ce_sum.item() == pytest.approx(ce, rel=1e-4)
-    assert parts.kl_sum.item() == pytest.approx(kl, rel=1e-4)
+    assert parts.divergence_sum.item() == pytest.approx(kl, rel=1e-4)
     for name, gradient in gradients(loss, x).items():
         assert error(gradient, expected_gradients[name]) < 4e-3
-    compact, _ = linear_kd(**x, alpha=0.4, temperature=2.0, precision=precision, compact=True)
+    compact, _ = flat_linear_kd(**x, alpha=0.4, temperature=2.0, precision=precision, compact=True)
     assert compact.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -315,7 +317,7 @@ def test_memory_does_not_grow_with_the_batch_and_a_frozen_head_allocates_no_grad
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        linear_kd(**x, alpha=0.4, temperature=2.0, memory_budget=2**28)[0].backward()
+        flat_linear_kd(**x, alpha=0.4, temperature=2.0, memory_budget=2**28)[0].backward()
         return torch.cuda.max_memory_allocated() - before - 2 * x["student_hidden"].nbytes
 
     peak(1024)
@@ -327,12 +329,12 @@ def test_memory_does_not_grow_with_the_batch_and_a_frozen_head_allocates_no_grad
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device() -> None:
     x = gpu_problem(256, 32000)
-    linear_kd(**x, alpha=0.4, temperature=2.0)[0].backward()
+    flat_linear_kd(**x, alpha=0.4, temperature=2.0)[0].backward()
     normalizer = torch.tensor(100, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        linear_kd(**x, alpha=0.4, temperature=2.0, normalizer=normalizer)[0].backward()
-        linear_kd(**x, alpha=0.0)[0].backward()
+        flat_linear_kd(**x, alpha=0.4, temperature=2.0, normalizer=normalizer)[0].backward()
+        flat_linear_kd(**x, alpha=0.0)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -340,11 +342,15 @@ def test_nothing_waits_for_the_device() -> None:
 @needs_gpu
 @pytest.mark.gpu
 def test_one_graph_on_a_gpu() -> None:
-    compiled = torch.compile(linear_kd, fullgraph=True)
+    def call(hidden: Tensor, head: Tensor, labels: Tensor, teacher: Tensor, teacher_head: Tensor) -> KDLoss:
+        formula = Formula(alpha=0.4, temperature=2.0)
+        return linear_kd(HeadInput(hidden, head), HeadInput(teacher, teacher_head), labels, formula)
+
+    compiled = torch.compile(call, fullgraph=True)
     for N in (64, 96, 128):
         x = gpu_problem(N, 1000)
-        loss, _ = compiled(**x, alpha=0.4, temperature=2.0)
-        plain, _ = linear_kd(**x, alpha=0.4, temperature=2.0)
+        loss = compiled(*x.values()).loss_mean
+        plain, _ = flat_linear_kd(**x, alpha=0.4, temperature=2.0)
         assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
         expected = gradients(plain, x)
         assert all(torch.equal(g, expected[name]) for name, g in gradients(loss, x, retain=False).items())
@@ -358,9 +364,11 @@ def test_what_the_difference_form_cannot_do_falls_back_with_one_warning(
     monkeypatch.setattr(module, "_said", set())
     x: dict[str, Any] = gpu_problem(64, 1000)
     for _ in range(2):
-        loss, _ = linear_kd(**x, alpha=0.4, temperature=2.0, softcap=8.0, teacher_softcap=8.0, precision="difference")
+        loss, _ = flat_linear_kd(
+            **x, alpha=0.4, temperature=2.0, softcap=8.0, teacher_softcap=8.0, precision="difference"
+        )
     assert loss.item() == pytest.approx(oracle(x, 0.4, 2.0, cap=8.0)[0], rel=1e-4)
     assert [record.message for record in caplog.records] == [
-        "linear_kd works with fp32 logits, not with their difference: a bias or a softcap stands between hidden states "
+        "linear_kd uses fp32 logits instead of precision difference: a bias or a softcap comes between hidden states "
         "and logits."
     ]

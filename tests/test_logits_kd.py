@@ -5,12 +5,12 @@ from typing import Any
 import loss_oracle
 import pytest
 import torch
+from kd_calls import flat_logits_kd
 from loss_oracle import DIVERGENCES, IGNORE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forge.losses.cross_entropy import cross_entropy_sum
-from forge.losses.logits_kd import logits_kd
 
 ONE = torch.tensor(1.0)
 
@@ -55,14 +55,14 @@ def test_loss_sums_and_gradient_equal_the_oracle(
     name: str, parameter: float, temperature: float, rows: int | None
 ) -> None:
     student, teacher, labels = problem()
-    loss, parts = logits_kd(
+    loss, parts = flat_logits_kd(
         student, teacher, labels, alpha=0.4, temperature=temperature, divergence=name, beta=parameter, skew=parameter,
         rows=rows,
     )  # fmt: skip
     total, ce, kl, gradient = oracle(student, teacher, labels, 0.4, temperature, name, parameter)
     assert parts.count.item() == 7
     assert loss.item() == pytest.approx(total / 7)
-    assert (parts.ce_sum.item(), parts.kl_sum.item()) == (pytest.approx(ce), pytest.approx(kl))
+    assert (parts.ce_sum.item(), parts.divergence_sum.item()) == (pytest.approx(ce), pytest.approx(kl))
     assert error(gradient_of(loss, student), gradient / 7) < 1e-12
 
 
@@ -70,13 +70,13 @@ def test_loss_sums_and_gradient_equal_the_oracle(
 @pytest.mark.parametrize(("name", "parameter"), DIVERGENCES)
 def test_columns_that_only_one_model_has_are_left_out_of_the_divergence(name: str, parameter: float, Vt: int) -> None:
     student, teacher, labels = problem(Vt=Vt)
-    loss, parts = logits_kd(
+    loss, parts = flat_logits_kd(
         student, teacher, labels, alpha=0.4, temperature=2.0, divergence=name, beta=parameter, skew=parameter,
         normalizer=ONE,
     )  # fmt: skip
     total, ce, kl, gradient = oracle(student, teacher, labels, 0.4, 2.0, name, parameter)
     assert loss.item() == pytest.approx(total)
-    assert (parts.ce_sum.item(), parts.kl_sum.item()) == (pytest.approx(ce), pytest.approx(kl))
+    assert (parts.ce_sum.item(), parts.divergence_sum.item()) == (pytest.approx(ce), pytest.approx(kl))
     assert error(gradient_of(loss, student), gradient) < 1e-12
 
 
@@ -85,7 +85,7 @@ def test_columns_that_only_one_model_has_are_left_out_of_the_divergence(name: st
 def test_a_top_k_teacher(missing_mass: str, rows: int | None) -> None:
     student, teacher, labels = problem()
     log_q, indices = (teacher / 2.0).log_softmax(-1).topk(3)
-    loss, parts = logits_kd(
+    loss, parts = flat_logits_kd(
         student, None, labels, teacher_log_probs=log_q, teacher_indices=indices, missing_mass=missing_mass, alpha=1.0,
         temperature=2.0, normalizer=ONE, rows=rows,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def test_a_top_k_teacher(missing_mass: str, rows: int | None) -> None:
         for i in range(10)
         if labels[i] != IGNORE
     )
-    assert parts.kl_sum.item() == pytest.approx(kl.item())
+    assert parts.divergence_sum.item() == pytest.approx(kl.item())
     assert loss.item() == pytest.approx(4 * kl.item())
     assert error(gradient_of(loss, student), gradient_of(4 * kl, again)) < 1e-12
 
@@ -106,23 +106,23 @@ def test_alpha_zero_is_supervised_training_to_the_last_bit(dtype: torch.dtype, i
     student, teacher, labels = problem(N=64, V=33, dtype=dtype)
     labels = torch.where(labels == IGNORE, ignore_index, labels)
     normalizer = torch.tensor(37)
-    loss, parts = logits_kd(
+    loss, parts = flat_logits_kd(
         student, teacher, labels, alpha=0.0, temperature=3.0, normalizer=normalizer, ignore_index=ignore_index
     )
     supervised = cross_entropy_sum(student, torch.where(labels == ignore_index, IGNORE, labels))
     assert torch.equal(loss, supervised / normalizer)
     assert torch.equal(parts.ce_sum, supervised.detach())
-    assert parts.kl_sum.item() == 0
+    assert parts.divergence_sum.item() == 0
     found = gradient_of(loss, student)
     assert found.dtype == dtype
     assert torch.equal(found, gradient_of(supervised / normalizer, student))
-    alone, _ = logits_kd(student, None, labels, alpha=0.0, normalizer=normalizer, ignore_index=ignore_index)
+    alone, _ = flat_logits_kd(student, None, labels, alpha=0.0, normalizer=normalizer, ignore_index=ignore_index)
     assert torch.equal(alone, loss)
 
 
 def test_alpha_one_still_reports_cross_entropy() -> None:
     student, teacher, labels = problem()
-    loss, parts = logits_kd(student, teacher, labels, alpha=1.0, temperature=2.0, normalizer=ONE)
+    loss, parts = flat_logits_kd(student, teacher, labels, alpha=1.0, temperature=2.0, normalizer=ONE)
     _, ce, kl, _ = oracle(student, teacher, labels, 1.0, 2.0, "forward_kl", 0.0)
     assert parts.ce_sum.item() == pytest.approx(ce)
     assert not parts.ce_sum.requires_grad
@@ -132,7 +132,7 @@ def test_alpha_one_still_reports_cross_entropy() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_rounded_only_where_they_enter_and_leave(dtype: torch.dtype) -> None:
     student, teacher, labels = problem(N=64, V=50, dtype=dtype)
-    loss, parts = logits_kd(student, teacher, labels, alpha=0.4, temperature=2.0)
+    loss, parts = flat_logits_kd(student, teacher, labels, alpha=0.4, temperature=2.0)
     total, _, _, gradient = oracle(student, teacher, labels, 0.4, 2.0, "forward_kl", 0.0)
     assert (loss.dtype, gradient_of(loss, student).dtype) == (torch.float32, dtype)
     assert loss.item() == pytest.approx(total / parts.count.item(), rel=1e-5)
@@ -143,7 +143,7 @@ def test_a_float16_gradient_waits_in_float32_for_the_loss_scale() -> None:
     """1e-9 is nothing in float16, and 65,536 times that is something."""
     student = torch.tensor([[0.0, 0.0, -20.0]], dtype=torch.float16, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, -30.0]], dtype=torch.float16)
-    loss, _ = logits_kd(student, teacher, torch.tensor([0]), alpha=1.0)
+    loss, _ = flat_logits_kd(student, teacher, torch.tensor([0]), alpha=1.0)
     expected = 65536 * (student.float().softmax(-1) - teacher.float().softmax(-1))[0, 2].item()
     assert gradient_of(65536 * loss, student)[0, 2].item() == pytest.approx(expected, rel=1e-2)
 
@@ -152,9 +152,10 @@ def test_pieces_add_up_to_the_batch_and_a_batch_may_run_backward_twice() -> None
     student, teacher, labels = problem()
     count = (labels != IGNORE).sum()
     options: dict[str, Any] = {"alpha": 0.4, "temperature": 2.0, "normalizer": count}
-    loss, _ = logits_kd(student, teacher, labels, **options)
+    loss, _ = flat_logits_kd(student, teacher, labels, **options)
     pieces = sum(
-        logits_kd(student[p], teacher[p], labels[p], **options)[0] for p in (slice(0, 1), slice(1, 4), slice(4, 10))
+        flat_logits_kd(student[p], teacher[p], labels[p], **options)[0]
+        for p in (slice(0, 1), slice(1, 4), slice(4, 10))
     )
     assert pieces.item() == pytest.approx(loss.item())
     first, second = gradient_of(loss, student), gradient_of(3 * loss, student)
@@ -166,18 +167,18 @@ def test_pieces_add_up_to_the_batch_and_a_batch_may_run_backward_twice() -> None
 def test_nothing_counted_and_no_rows_give_zero_and_zero_gradients(alpha: float) -> None:
     student, teacher, labels = problem()
     for rows, kept in ((labels * 0 + IGNORE, slice(None)), (labels, slice(0, 0))):
-        loss, parts = logits_kd(student[kept], teacher[kept], rows[kept], alpha=alpha)
-        assert (loss.item(), parts.ce_sum.item(), parts.kl_sum.item(), parts.count.item()) == (0.0, 0.0, 0.0, 0)
+        loss, parts = flat_logits_kd(student[kept], teacher[kept], rows[kept], alpha=alpha)
+        assert (loss.item(), parts.ce_sum.item(), parts.divergence_sum.item(), parts.count.item()) == (0.0, 0.0, 0.0, 0)
         assert gradient_of(loss, student).abs().max() == 0
 
 
 def test_nan_in_an_ignored_row_goes_nowhere() -> None:
     student, teacher, labels = problem()
-    expected, _ = logits_kd(student, teacher, labels)
+    expected, _ = flat_logits_kd(student, teacher, labels)
     wild, wild_teacher = student.detach().clone(), teacher.clone()
     wild[0], wild_teacher[4] = torch.nan, torch.nan
     wild.requires_grad_()
-    loss, _ = logits_kd(wild, wild_teacher, labels)
+    loss, _ = flat_logits_kd(wild, wild_teacher, labels)
     assert loss.item() == expected.item()
     assert torch.equal(gradient_of(loss, wild), gradient_of(expected, student))
 
@@ -185,13 +186,13 @@ def test_nan_in_an_ignored_row_goes_nowhere() -> None:
 def test_the_teacher_gets_no_gradient_and_evaluation_no_graph() -> None:
     student, teacher, labels = problem()
     teacher.requires_grad_()
-    loss, _ = logits_kd(student, teacher, labels)
+    loss, _ = flat_logits_kd(student, teacher, labels)
     loss.backward()
     assert teacher.grad is None
     with torch.no_grad():
-        evaluated, _ = logits_kd(student, teacher, labels)
+        evaluated, _ = flat_logits_kd(student, teacher, labels)
     assert (evaluated.item(), evaluated.requires_grad) == (loss.item(), False)
-    assert not logits_kd(student.detach(), teacher, labels)[0].requires_grad
+    assert not flat_logits_kd(student.detach(), teacher, labels)[0].requires_grad
 
 
 class Widest(TorchDispatchMode):
@@ -212,12 +213,12 @@ def test_no_float32_tensor_is_as_large_as_the_logits_and_one_gradient_is_kept(sp
     N, V = 64, 500
     student, teacher, labels = problem(N, V, dtype=torch.bfloat16)
     log_q, indices = teacher.float().log_softmax(-1).topk(8)
-    teachers: dict[str, Any] = {"teacher_logits": teacher}
+    teachers: dict[str, Any] = {"teacher": teacher}
     if sparse:
-        teachers = {"teacher_logits": None, "teacher_log_probs": log_q, "teacher_indices": indices}
+        teachers = {"teacher": None, "teacher_log_probs": log_q, "teacher_indices": indices}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x), Widest() as widest:
-        loss, _ = logits_kd(student, labels=labels, **teachers, temperature=2.0, rows=4)
+        loss, _ = flat_logits_kd(student, labels=labels, **teachers, temperature=2.0, rows=4)
         assert 4 * V <= widest.elements < 5 * V
     assert [(x.shape, x.dtype) for x in kept if x.numel() > 1] == [((N, V), torch.bfloat16)]
     assert gradient_of(loss, student).shape == (N, V)
@@ -228,18 +229,17 @@ def test_what_does_not_agree_is_refused_in_one_sentence() -> None:
     log_q, indices = teacher.log_softmax(-1).topk(3)
     sparse = {"teacher_log_probs": log_q, "teacher_indices": indices}
     cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-        ((student, None, labels), {}, "alpha > 0 needs one teacher: teacher_logits, or teacher_log_probs"),
-        ((student, teacher, labels), sparse, "alpha > 0 needs one teacher"),
-        ((student, teacher[:3], labels), {}, r"teacher_logits \(3, 7\) must be .* student_logits \(10, 7\)"),
-        ((student, teacher, labels[:3]), {}, r"labels \(3,\) torch.int64 must be .* student_logits \(10, 7\)"),
+        ((student, None, labels), {}, "alpha > 0 needs a teacher: logits or TopK"),
+        ((student, teacher[:3], labels), {}, r"teacher \(3, 7\) must be .* student \(10, 7\)"),
+        ((student, teacher, labels[:3]), {}, r"labels \(3,\) torch.int64 must be .* student \(10, 7\)"),
         ((student, teacher, labels.float()), {}, "must be int64"),
-        ((student, None, labels), {**sparse, "teacher_indices": indices[:, :2]}, "with one shape"),
-        ((student, None, labels), {n: x[:4] for n, x in sparse.items()}, "the 10 rows of student_logits"),
-        ((student, None, labels), {**sparse, "divergence": "tvd"}, "A top-k teacher knows forward_kl only"),
+        ((student, None, labels), {**sparse, "teacher_indices": indices[:, :2]}, "must have one shape"),
+        ((student, None, labels), {n: x[:4] for n, x in sparse.items()}, "the student's 10 rows"),
+        ((student, None, labels), {**sparse, "divergence": "tvd"}, "A top-k teacher supports forward_kl only"),
         ((student, teacher, labels), {"temperature": 0.0}, "temperature must be a positive number"),
         ((student, teacher, labels), {"divergence": "skew_reverse_kl", "skew": 1.0}, "skew of skew_reverse_kl"),
     ]
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message) as raised:
-            logits_kd(*arguments, **options)
+            flat_logits_kd(*arguments, **options)
         assert "\n" not in str(raised.value)

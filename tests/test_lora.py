@@ -187,7 +187,7 @@ def test_an_unknown_target_is_refused_with_the_names_that_exist(
     assert text.startswith(f"model.lora.{key}: no module of LlamaForCausalLM is named query; the names are: ")
     names = text.partition("the names are: ")[2].split(", ")
     assert {"q_proj", "k_proj", "down_proj", "lm_head"} <= set(names)
-    assert len(names) == len(set(names))  # each once, whatever the number of layers
+    assert len(names) == len(set(names))  # each once, however many layers have it
 
 
 @pytest.mark.parametrize(

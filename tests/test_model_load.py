@@ -87,12 +87,12 @@ def test_a_head_without_names_is_refused_until_they_are_given(tiny_model: Path, 
         folder = tmp_path / f"nameless{outputs}"
         config = BertConfig.from_pretrained(tiny_model, num_labels=outputs)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-        with pytest.raises(UsageError, match=f"head of {outputs} outputs without label names; give them in the order"):
+        with pytest.raises(UsageError, match=rf"head of {outputs} outputs .* model\.labels"):
             load(tiny_model, path=str(folder))
     named = load(tiny_model, path=str(tmp_path / "nameless3"), labels=["neutral", "entailment", "contradiction"])
 
     assert named.label_ids == [1, 0, 2]
-    with pytest.raises(UsageError, match=r"model\.labels has 3 names and the checkpoint has 2 outputs"):
+    with pytest.raises(UsageError, match=r"model\.labels has 3 names, .* 2 outputs"):
         load(tiny_model, path=str(tmp_path / "nameless2"), labels=LABELS)
 
 
@@ -147,7 +147,7 @@ def test_roberta_has_fewer_positions_than_its_config_says() -> None:
     model = AutoModelForSequenceClassification.from_config(config)
 
     check_fits(model, 64, TrainingConfig())
-    with pytest.raises(UsageError, match="the model has 64 positions"):
+    with pytest.raises(UsageError, match=r"task\.max_length is .* 64 positions"):
         check_fits(model, 65, TrainingConfig())
 
 

@@ -17,7 +17,8 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from forge.config.schema import Config, ImageConfig
+from forge.config.schema import Config
+from forge.config.task_schema import ImageConfig
 from forge.data.batches import FILLER, row_loader
 from forge.data.demo.lines import Draw, Look, render
 from forge.errors import UsageError
@@ -453,7 +454,7 @@ def test_sizes_that_the_model_cannot_take_are_refused(lines: Path) -> None:
         config = config_of(lines, model=model)
         with pytest.raises(UsageError, match=sentence):
             load_ocr(config).load_model(config.model, config.training)
-    with pytest.raises(UsageError, match="kind is bpe, .* of kind characters"):
+    with pytest.raises(UsageError, match=r"kind is bpe, .* of kind characters"):
         load(lines, model={"config": TINY, "new_tokenizer": {"kind": "bpe"}})
 
 

@@ -111,6 +111,16 @@ def test_a_kill_is_missed_where_the_run_is_complete(tmp_path: Path, monkeypatch:
     assert (made.waiting, made.missed) == ([], [planned])
 
 
+def test_nothing_is_killed_before_the_attempt_has_taken_the_run_over(tmp_path: Path) -> None:
+    """Until then the directory shows what an earlier attempt left, and no rank of this one is known."""
+    made, training = attempt(tmp_path, [PlannedKill(KillPoint.RANDOM)]), Training()
+    made.before = made.watch.look()
+    made.limit_s = 0.05
+
+    assert made.run(training) is None  # type: ignore[arg-type]
+    assert (training.done, len(made.waiting), made.missed) == ([], 1, [])
+
+
 def test_a_process_that_outlives_its_complete_run_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procedure, "LINGER_S", 0.01)
     made, training = attempt(tmp_path, [], "complete"), Training()
@@ -131,7 +141,11 @@ def test_an_attempt_that_takes_too_long_is_a_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("said", "sentence"),
-    [("a\n12:00 ERROR: no disk\nlast\n", "no disk"), ("a\nlast\n\n", "last"), ("", "no output")],
+    [
+        ("a\n12:00 ERROR: no disk\nERROR: another rank failed\nlast\n", "no disk"),
+        ("a\nlast\n\n", "last"),
+        ("", "no output"),
+    ],
 )
 def test_an_attempt_that_ended_too_early_says_why(said: str, sentence: str, tmp_path: Path) -> None:
     training = Training(exit_code=1, forge_exit_code=75, said=said)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from forge.losses import relations
-from forge.losses.relations import relation_loss
+from forge.losses import feature_losses
+from forge.losses.feature_losses import relation_loss
 
 
 def problem(dtype: torch.dtype = torch.float64, B: int = 4, T: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +28,7 @@ def gradient_of(loss: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("at_once", [1, 60, 2**24])
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_value_and_gradient_equal_the_oracle(heads: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relations, "RELATIONS_AT_ONCE", at_once)
+    monkeypatch.setattr(feature_losses, "RELATIONS_AT_ONCE", at_once)
     student, teacher, mask = problem()
     loss = relation_loss(student, teacher, mask, heads=heads)
     expected = loss_oracle.relation(student, teacher, mask, heads)

@@ -47,6 +47,11 @@ def alone(file: Path, settings: list[str], folder: Path) -> tuple[list[dict[str,
     return trainer.attempt.callbacks.reports, weights
 
 
+def weights_at_start(file: Path, settings: list[str], folder: Path) -> list[float]:
+    trainer = trainer_of(load_config(file, settings).config, folder)
+    return [x for p in trainer.training.named.trained.values() for x in p.flatten().tolist()]
+
+
 def assert_same(seen: dict[str, Any], wanted: tuple[list[dict[str, Any]], list[float]], rel: float) -> None:
     reports, weights = wanted
     for name in ("loss", "grad_norm") if seen["reports"] else ():  # rank 0's
@@ -60,12 +65,18 @@ def test_a_classifier_takes_the_steps_of_one_process(config_file: Path, tiny_mod
     plans = [f"deepspeed.student=zero{stage}" for stage in (1, 2, 3)]
     scenarios = [[*STEPS, plan] for plan in plans] + [[*kd, plan] for plan in plans]
     scenarios += [[*kd, plans[1], "teacher.placement=zero3"], [*kd, plans[2], "teacher.placement=zero3"]]
+    # A rate so small that a step leaves what the optimizer took over as it was, to float32's precision.
+    still = [*STEPS, "training.max_steps=1", "training.learning_rate=1e-12", "training.mixed_precision=bf16"]
+    scenarios += [[*still, plan] for plan in plans]
     found = seen_by_both(config_file, scenarios, tmp_path / "seen")
     sft, distilled = alone(config_file, [*STEPS], tmp_path / "sft"), alone(config_file, kd, tmp_path / "kd")
-    assert [len(seen["reports"]) for seen in found[0]] == [4] * 8
+    assert [len(seen["reports"]) for seen in found[0]] == [4] * 8 + [1] * 3
+    start = weights_at_start(config_file, [*STEPS], tmp_path / "start")
     for rank in range(2):
-        for number, seen in enumerate(found[rank]):
+        for number, seen in enumerate(found[rank][:8]):
             assert_same(seen, sft if number < 3 else distilled, 1e-5)
+        for seen in found[rank][8:]:  # the optimizer's float32 weights are those of the model, never rounded to bf16
+            assert seen["weights"] == pytest.approx(start, abs=1e-8)
     for number in (6, 7):  # each rank holds half of the teacher
         whole = found[0][3]["held"]
         assert sum(found[rank][number]["held"] for rank in range(2)) == pytest.approx(whole, rel=0.01)
@@ -142,7 +153,7 @@ def test_a_run_goes_on_under_other_plans_and_on_other_ranks(config_file: Path, t
         assert (run / f"checkpoint-{step}" / file).is_file()
     unbroken = trainer_of(load_config(config_file, same).config, tmp_path / "unbroken")
     unbroken.train()
-    assert losses(run) == pytest.approx([report["loss"] for report in unbroken.callbacks.reports], rel=1e-5)
+    assert losses(run) == pytest.approx([report["loss"] for report in unbroken.attempt.callbacks.reports], rel=1e-5)
     final = AutoModelForSequenceClassification.from_pretrained(run / "final").state_dict()
     for name, tensor in unbroken.model.state_dict().items():
         torch.testing.assert_close(final[name], tensor, rtol=0, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from conftest import write_rows
 from datasets import Dataset
 
-from forge.config.schema import DatasetConfig
+from forge.config.task_schema import DatasetConfig
 from forge.data.batches import FILLER, Share, StepBatches
 from forge.data.rows import StreamedRows, load_stream
 from forge.data.stream import RowStream, StreamBatches, step_batches

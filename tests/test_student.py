@@ -1,4 +1,4 @@
-"""The loss of a student is the model's own, with its head fused or not; its predictions are the likeliest labels."""
+"""The loss of a student is the model's own, with its head fused or not; its predictions are the argmax labels."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import (
 from forge.config.schema import LossConfig
 from forge.config.teacher_schema import DistillationConfig
 from forge.losses.cross_entropy import IGNORE
+from forge.losses.kd_arguments import Computing, Formula, HeadInput, KDLoss
 from forge.losses.linear_kd import linear_kd
 from forge.model.adapter import attach
 from forge.model.head import LinearHead, find_head
@@ -90,9 +91,9 @@ def test_a_fused_head_gives_the_loss_gradients_and_predictions_of_whole_logits(n
         torch.testing.assert_close(other.grad, one.grad, rtol=2e-5, atol=1e-6, msg=key)
     plain.eval(), fused.eval()
     with torch.no_grad():
-        likeliest, other_likeliest = plain(given)["predictions"], fused(given)["predictions"]
-    assert other_likeliest.shape == (3, 9)
-    assert likeliest.flatten()[counted].tolist() == other_likeliest.flatten()[counted].tolist()
+        found, others = plain(given)["predictions"], fused(given)["predictions"]
+    assert others.shape == (3, 9)
+    assert found.flatten()[counted].tolist() == others.flatten()[counted].tolist()
 
 
 def test_a_head_that_is_more_than_a_matrix_is_not_fused() -> None:
@@ -136,7 +137,7 @@ def test_a_head_with_a_bias_counts_it() -> None:
     assert fused["loss_sum"].item() == pytest.approx(plain["loss_sum"].item(), rel=1e-6)
 
 
-def test_the_likeliest_token_does_not_depend_on_mixed_precision() -> None:
+def test_the_argmax_does_not_depend_on_mixed_precision() -> None:
     """Among 20,000 logits in bf16 many are equal."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 20_000, bias=False)
@@ -282,11 +283,11 @@ def test_logits_of_a_fused_head_beside_whole_ones_are_not_rounded() -> None:
     labels = torch.randint(0, 500, (40,))
     objective = Objective(DistillationConfig(alpha=0.5, temperature=1.0))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, parts = objective.from_hidden(LinearHead(lambda: None, linear), hidden, labels, {"logits": told})
+        kd = objective.loss(HeadInput(hidden, linear.weight, linear.bias), labels, {"logits": told})
     z = torch.nn.functional.linear(hidden.double(), linear.weight.double(), linear.bias.double())
     kl = (told.double().softmax(-1) * (told.double().log_softmax(-1) - z.log_softmax(-1))).sum()
-    assert parts.kl_sum.item() == pytest.approx(kl.item(), rel=1e-6)
-    loss.backward()
+    assert kd.divergence_sum.item() == pytest.approx(kl.item(), rel=1e-6)
+    kd.loss_sum.backward()
     assert linear.weight.grad is not None
 
 
@@ -303,9 +304,9 @@ def test_kl_of_evaluations_does_not_depend_on_what_is_trained_with() -> None:
         {"missing_mass": "renormalise", "temperature": 4.0},
         {"missing_mass": "zero", "alpha": 0.9},
     ):
-        objective = Objective(DistillationConfig(**settings)).of_evaluation()
+        objective = Objective(DistillationConfig(**settings)).for_evaluation()
         labels = torch.zeros(20, dtype=torch.int64)
-        own, apart = (objective.from_logits(z, labels, teacher)[1].kl_sum.item() for z in (logits, other))
+        own, apart = (objective.loss(z, labels, teacher).divergence_sum.item() for z in (logits, other))
         assert own == pytest.approx(0.0, abs=1e-4)
         values.append(apart)
     assert values[0] > 1
@@ -319,9 +320,9 @@ def test_the_loss_is_computed_as_the_config_says_and_never_evaluated_in_bf16(
 ) -> None:
     seen = []
 
-    def spy(*args: Any, **options: Any) -> Any:
-        seen.append({name: options[name] for name in ("precision", "memory_budget", "low_memory", "alpha")})
-        return linear_kd(*args, **options)
+    def spy(student: Any, teacher: Any, labels: Any, formula: Formula, computing: Computing) -> KDLoss:
+        seen.append((computing, formula.alpha))
+        return linear_kd(student, teacher, labels, formula, computing)
 
     monkeypatch.setattr("forge.student.objective.linear_kd", spy)
     linear = torch.nn.Linear(64, 500)
@@ -332,11 +333,10 @@ def test_the_loss_is_computed_as_the_config_says_and_never_evaluated_in_bf16(
     student = Student(torch.nn.Identity(), {}, LinearHead(OneHead(linear), linear), objective)
     student.train()(given, told)
     student.eval()(given, told)
-    same = {"memory_budget": 2**29, "low_memory": True}
     alphas = (0.3, 0.5) if teacher else (0.0, 0.0)  # an evaluation's divergence has one weight for all
     assert seen == [
-        {**same, "precision": precision, "alpha": alphas[0]},
-        {**same, "precision": in_evaluation, "alpha": alphas[1]},
+        (Computing(precision, memory_budget=2**29, low_memory=True), alphas[0]),
+        (Computing(in_evaluation, memory_budget=2**29, low_memory=True), alphas[1]),
     ]
 
 
@@ -348,9 +348,9 @@ def test_what_a_top_k_lacks_is_treated_as_the_config_says() -> None:
     divergences = []
     for missing_mass in ("tail", "renormalise", "zero"):
         config = DistillationConfig(alpha=0.5, temperature=2.0, missing_mass=missing_mass)
-        _, parts = Objective(config).from_logits(logits, labels, told)
+        kd = Objective(config).loss(logits, labels, told)
         pairs = zip(logits, top.values, top.indices, strict=True)
         expected = sum(sparse_kl(row, log_q, at, 2.0, missing_mass) for row, log_q, at in pairs)
-        assert parts.kl_sum.item() == pytest.approx(float(expected), rel=1e-5)
-        divergences.append(parts.kl_sum.item())
+        assert kd.divergence_sum.item() == pytest.approx(float(expected), rel=1e-5)
+        divergences.append(kd.divergence_sum.item())
     assert len({round(value, 3) for value in divergences}) == 3

@@ -17,6 +17,7 @@ import torch
 from caches import Death, batch_of, distilled, fill, lm_config, opened, reset
 from conftest import REPOSITORY, forge_on_two_ranks, trainer_of
 from conversations import conversation
+from kd_calls import flat_linear_kd
 from teachers import write_chat_teacher, write_classifier
 from test_ocr import TEXTS, config_of, with_model, write_images
 from torch import Tensor
@@ -33,7 +34,6 @@ from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.data.batches import FILLER, Batch, with_positions
 from forge.errors import Stopped, TrainingError, UsageError
-from forge.losses.linear_kd import linear_kd
 from forge.report.figures import LOWER_IS_BETTER
 from forge.run.files import read_json
 from forge.task.classification import Classification
@@ -42,7 +42,6 @@ from forge.task.task import Task
 from forge.teacher_cache import files as storage
 from forge.teacher_cache.files import Shard, plan_shards
 from forge.teacher_cache.job import cache_teacher
-from forge.teacher_cache.key import token_columns
 from forge.teacher_cache.reader import token_places
 from forge.teacher_cache.top_k import at_temperature, top_k, truncation_kl
 from forge.teacher_cache.writer import CacheWriter, index_dtype
@@ -217,7 +216,7 @@ def test_the_loss_of_a_read_top_k_is_that_of_the_exact_one(
 
     def loss(log_probs: Tensor, indices: Tensor) -> Tensor:
         teacher_outputs = {"teacher_log_probs": log_probs, "teacher_indices": indices}
-        return linear_kd(hidden, student.lm_head.weight, labels, **teacher_outputs, temperature=2.0)[0].detach()
+        return flat_linear_kd(hidden, student.lm_head.weight, labels, **teacher_outputs, temperature=2.0)[0].detach()
 
     by_hand = loss(exact.values.float(), exact.indices)
     torch.testing.assert_close(loss(found["top_log_probs"], found["top_indices"]), by_hand, rtol=1e-4, atol=0)
@@ -282,7 +281,7 @@ def test_ids_with_gaps_are_all_tokens(tmp_path: Path, chat_model: Path, load_lm:
     task = load_lm([conversation(0)], [conversation(1)])
     vocabulary = task.processing.get_vocab()
     task.processing.get_vocab = lambda: {**vocabulary, "far": 999}
-    assert token_columns(task) == 1000
+    assert task.label_columns == 1000
 
 
 def test_numbers_of_tokens_fit_their_dtype() -> None:

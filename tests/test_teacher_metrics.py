@@ -309,6 +309,7 @@ def test_the_key_holds_what_the_numbers_depend_on(config_file: Path) -> None:
     assert key("training.learning_rate=1", "training.seed=3", "evaluation.per_device_batch_size=2") == key()
     others = (
         ("evaluation.max_rows=5",),
+        ("evaluation.max_rows=6",),
         ("evaluation.max_rows=5", "training.seed=3"),
         ("task.max_length=16",),
         ("teacher.labels=[a, b, c]",),

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from forge.config.schema import NormalizationConfig
+from forge.config.task_schema import NormalizationConfig
 from forge.errors import UsageError
 from forge.task.ocr.characters import character_tokenizer
 from forge.task.ocr.transcripts import (

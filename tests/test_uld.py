@@ -5,11 +5,11 @@ from typing import Any
 import loss_oracle
 import pytest
 import torch
+from kd_calls import flat_linear_kd, flat_linear_uld
 from torch import Tensor
 
-from forge.losses.linear_kd import linear_kd
 from forge.losses.products import in_range_of, restored
-from forge.losses.uld import linear_uld, logits_uld
+from forge.losses.uld import logits_uld
 
 
 def problem(dtype: torch.dtype = torch.float64, V: int = 13, Vt: int = 9, M: int = 6) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("V", "Vt"), [(13, 9), (9, 13), (11, 11)])
 def test_value_and_gradients_equal_the_oracle(V: int, Vt: int, temperature: float, rows: int) -> None:
     x = problem(V=V, Vt=Vt)
-    value = linear_uld(**x, temperature=temperature, rows=rows)
+    value = flat_linear_uld(**x, temperature=temperature, rows=rows)
     expected, gradients = oracle(x, temperature)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     for got, wanted in zip(torch.autograd.grad(value, students(x)), gradients, strict=True):
@@ -64,7 +64,7 @@ def test_value_and_gradients_equal_the_oracle(V: int, Vt: int, temperature: floa
 def test_bias_scale_and_softcap_stand_where_the_models_have_them() -> None:
     x = problem()
     shape = {"logit_scale": 0.6, "softcap": 4.0, "teacher_logit_scale": 0.6, "teacher_softcap": 4.0}
-    value = linear_uld(**x, temperature=2.0, **shape)
+    value = flat_linear_uld(**x, temperature=2.0, **shape)
     expected, gradients = oracle(x, 2.0, 0.6, 4.0)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     for got, wanted in zip(torch.autograd.grad(value, students(x)), gradients, strict=True):
@@ -85,7 +85,7 @@ def test_from_logits_it_is_the_same_and_finite_differences_agree() -> None:
     student = (x["student_hidden"] @ x["student_head"].T + x["student_bias"]).detach().requires_grad_()
     teacher = (x["teacher_hidden"] @ x["teacher_head"].T + x["teacher_bias"]).detach()
     value = logits_uld(student, teacher, temperature=2.0, rows=4)
-    assert value.item() == pytest.approx(linear_uld(**x, temperature=2.0).item(), rel=1e-12)
+    assert value.item() == pytest.approx(flat_linear_uld(**x, temperature=2.0).item(), rel=1e-12)
     assert torch.autograd.gradcheck(lambda z: logits_uld(z, teacher, temperature=2.0), student)
 
 
@@ -111,10 +111,11 @@ def test_tokens_that_a_model_excludes_are_like_tokens_that_it_lacks() -> None:
 
 def test_pieces_add_up_to_the_batch() -> None:
     x = problem()
-    whole = linear_uld(**x, temperature=2.0)
+    whole = flat_linear_uld(**x, temperature=2.0)
     parts = (slice(0, 1), slice(1, 6), slice(6, 6))
     pieces = sum(
-        linear_uld(**{n: t[p] if n.endswith("hidden") else t for n, t in x.items()}, temperature=2.0) for p in parts
+        flat_linear_uld(**{n: t[p] if n.endswith("hidden") else t for n, t in x.items()}, temperature=2.0)
+        for p in parts
     )
     assert pieces.item() == pytest.approx(whole.item(), rel=1e-12)
     expected = torch.autograd.grad(whole, students(x))
@@ -123,7 +124,7 @@ def test_pieces_add_up_to_the_batch() -> None:
 
 def test_no_positions_give_zero_and_zero_gradients() -> None:
     x = problem(M=0)
-    value = linear_uld(**x)
+    value = flat_linear_uld(**x)
     assert value.item() == 0
     assert [g.abs().sum().item() for g in torch.autograd.grad(value, students(x))] == [0, 0, 0]
 
@@ -131,7 +132,7 @@ def test_no_positions_give_zero_and_zero_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_only_where_it_enters_and_leaves(dtype: torch.dtype) -> None:
     x = problem(dtype, V=60, Vt=80, M=32)
-    value = linear_uld(**x, temperature=2.0)
+    value = flat_linear_uld(**x, temperature=2.0)
     expected, gradients = oracle(x, 2.0)
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -143,7 +144,7 @@ def test_half_precision_is_rounded_only_where_it_enters_and_leaves(dtype: torch.
 def test_under_autocast_operands_are_rounded_and_softmaxes_are_not() -> None:
     x = problem(torch.float32, V=60, Vt=80, M=32)
     with torch.autocast("cpu", torch.bfloat16):
-        value = linear_uld(**x, temperature=2.0)
+        value = flat_linear_uld(**x, temperature=2.0)
     products = ("student_hidden", "student_head")  # the teacher is in the dtype that it was given
     rounded = {n: t.detach().bfloat16().float() if n in products else t for n, t in x.items()}
     rounded = {n: t.detach().requires_grad_(n.startswith("student")) for n, t in rounded.items()}
@@ -158,9 +159,9 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept_for_backward() -> None:
     x = problem(torch.bfloat16, V=60, M=50)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        linear_uld(**x, rows=8)
+        flat_linear_uld(**x, rows=8)
         x["student_head"].requires_grad_(False)
-        linear_uld(**x, rows=8)
+        flat_linear_uld(**x, rows=8)
     assert [tuple(t.shape) for t in kept] == [(50, 5), (60, 5), (60,), (50, 5), (60,)]
 
 
@@ -168,27 +169,27 @@ def test_the_teacher_gets_no_gradient_and_evaluation_no_graph() -> None:
     x = problem()
     for name in ("teacher_hidden", "teacher_head", "teacher_bias"):
         x[name].requires_grad_()
-    linear_uld(**x).backward()
+    flat_linear_uld(**x).backward()
     assert all(x[name].grad is None for name in x if name.startswith("teacher"))
     with torch.no_grad():
-        assert not linear_uld(**x).requires_grad
+        assert not flat_linear_uld(**x).requires_grad
 
 
 def test_what_does_not_agree_is_refused_in_one_sentence() -> None:
     x = problem()
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"teacher_hidden": x["teacher_hidden"][:2]}, r"teacher_hidden \(2, \d+\) must be .* student_hidden \(6, 5\)"),
-        ({"student_head": x["student_head"][:, :2]}, r"student_hidden \(6, 5\) and student_head \(13, 2\)"),
-        ({"teacher_bias": x["teacher_bias"][:2]}, r"teacher_bias \(2,\) must have one element for each of 9 columns"),
-        ({"temperature": 0.0}, "temperature must be a positive number, and it is 0.0"),
+        ({"teacher_hidden": x["teacher_hidden"][:2]}, r"teacher.hidden \(2, \d+\) must be .* student.hidden \(6, 5\)"),
+        ({"student_head": x["student_head"][:, :2]}, r"student.hidden \(6, 5\) and student.weight \(13, 2\)"),
+        ({"teacher_bias": x["teacher_bias"][:2]}, r"teacher.bias \(2,\) must have one element for each of 9 columns"),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
         ({"temperature": float("inf")}, "temperature must be a positive number"),
-        ({"student_head": x["student_head"].float()}, "cast one, or autocast"),
+        ({"student_head": x["student_head"].float()}, "cast one, or use autocast"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message) as raised:
-            linear_uld(**{**x, **change})
+            flat_linear_uld(**{**x, **change})
         assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match=r"teacher_logits \(3, 3\) must be .* student_logits \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"teacher \(3, 3\) must be .* student \(2, 3\)"):
         logits_uld(torch.zeros(2, 3), torch.zeros(3, 3))
 
 
@@ -214,7 +215,9 @@ def test_a_teacher_in_float32_is_not_rounded_under_autocast() -> None:
     labels = torch.zeros(8, dtype=torch.int64)
 
     def value(**teacher: torch.Tensor) -> float:
-        return linear_kd(hidden.bfloat16().float(), head.bfloat16().float(), labels, **teacher)[1].kl_sum.item()
+        return flat_linear_kd(hidden.bfloat16().float(), head.bfloat16().float(), labels, **teacher)[
+            1
+        ].divergence_sum.item()
 
     exact = value(**told)
     with torch.autocast("cpu", torch.bfloat16):

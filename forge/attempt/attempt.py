@@ -21,9 +21,8 @@ from forge.attempt.request import Request
 from forge.attempt.resume import ResumePoint, check_base, check_rows, check_teacher, prepare_resume
 from forge.checkpoint.commit import Checkpoints, RunFacts, Saved
 from forge.checkpoint.contents import Training
-from forge.config.explain import effective
+from forge.config.explain import config_name, effective, with_absolute_paths
 from forge.config.loader import LoadedConfig
-from forge.config.placing import config_name, located
 from forge.config.schema import Config
 from forge.data.progress import hide_progress_bars
 from forge.errors import Stopped, TrainingError
@@ -177,7 +176,7 @@ class Attempt:
             ranks=self.ranks.count,
             rows_per_step=self.config.training.step_shape(self.ranks.count)[0],
             mixed_precision=accelerator.mixed_precision,
-            config=effective(located(self.config)),
+            config=effective(with_absolute_paths(self.config)),
             data_fingerprint=self.components.task.fingerprint,
             **code_facts(),
         )

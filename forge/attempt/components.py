@@ -24,7 +24,7 @@ from forge.task.load import load_task
 from forge.task.task import Task
 from forge.teacher.placement import LoadedTeacher, load_teacher
 from forge.teacher.teacher import TeacherSource
-from forge.teacher.vocabulary import for_teacher, tell_of_columns
+from forge.teacher.vocabulary import for_teacher, warn_of_columns
 from forge.teacher_cache.reader import find_teacher_cache
 
 
@@ -110,7 +110,7 @@ def _load_student(config: Config, task: Task) -> LoadedModel:
 def _load_teacher(config: Config, task: Task, student: LoadedModel) -> LoadedModel:
     teacher = load_teacher(config, task)
     check_features(config.distillation, student.model, teacher.model)
-    tell_of_columns(student.model, teacher.model, task)
+    warn_of_columns(student.model, teacher.model, task)
     return teacher
 
 

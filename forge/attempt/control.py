@@ -7,9 +7,8 @@ from pathlib import Path
 
 from forge.attempt.request import Request
 from forge.config.changes import ROWS, Kind, changes
-from forge.config.explain import effective
+from forge.config.explain import effective, with_absolute_paths
 from forge.config.loader import LoadedConfig, load_config
-from forge.config.placing import located
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
@@ -107,7 +106,7 @@ def control_config(config: Config, steps: int) -> Config:
         "training": {"max_steps": steps},
         "export": {"push_to_hub": None},
     }
-    whole = located(config)
+    whole = with_absolute_paths(config)
     sections = {name: getattr(whole, name).model_copy(update=update) for name, update in updates.items()}
     return whole.model_copy(update=sections)
 
@@ -142,7 +141,7 @@ def check_control(
     if not control.state_file.is_file():
         raise UsageError(_other(control, "it holds no training_state.json"))
     state = TrainingState.load(control.state_file)
-    recorded = effective(located(load_config(control.config_file).config))
+    recorded = effective(with_absolute_paths(load_config(control.config_file).config))
     found = [
         change
         for change in changes(recorded, wanted, rows_per_step_old=0, rows_per_step_new=0)

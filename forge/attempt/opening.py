@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forge.config.explain import to_yaml
+from forge.config.explain import config_name, to_yaml, with_absolute_paths
 from forge.config.loader import LoadedConfig
-from forge.config.placing import config_name, located
 from forge.run.directory import RunDirectory, create_run_directory
 from forge.run.files import Guard, unguarded, write_atomically
 from forge.run.metadata import RunMetadata, read_metadata, write_metadata
@@ -80,7 +79,7 @@ def _next_attempt(
 
 
 def _write_config(loaded: LoadedConfig, run: RunDirectory, guard: Guard) -> None:
-    text = f"# The merged config of {run.name}\n\n{to_yaml(located(loaded.config))}"
+    text = f"# The merged config of {run.name}\n\n{to_yaml(with_absolute_paths(loaded.config))}"
     write_atomically(run.config_file, text, guard)
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from forge.checkpoint.manifest import Manifest
 from forge.checkpoint.selection import remove_leftovers, select
 from forge.config.changes import ROWS, Change, Kind, allowances, changes, check_changes
-from forge.config.explain import effective
+from forge.config.explain import effective, with_absolute_paths
 from forge.config.loader import load_config
-from forge.config.placing import located
 from forge.config.schema import Config
 from forge.errors import AlreadyComplete, UsageError
 from forge.run.directory import RunDirectory, complete_message
@@ -142,7 +141,7 @@ def _changes(
     if manifest is not None:
         old, old_rows_per_step = manifest.config, manifest.rows_per_step
     else:  # the run begins anew, and yet as the run that it was said to be
-        old = effective(located(load_config(run.config_file).config))
+        old = effective(with_absolute_paths(load_config(run.config_file).config))
         old_rows_per_step = metadata.world.rows_per_step
     found = changes(old, config, rows_per_step_old=old_rows_per_step, rows_per_step_new=rows_per_step)
     if manifest is not None and manifest.mixed_precision != precision:

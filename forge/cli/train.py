@@ -20,8 +20,8 @@ from forge.attempt.request import Request
 from forge.cli.arguments import Overrides, training_arguments
 from forge.cli.outcome import announce, heard_signals, print_summary, with_log
 from forge.cluster.processes import rank, world_size
+from forge.config.explain import config_name
 from forge.config.loader import LoadedConfig, load_config
-from forge.config.placing import config_name
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, ForgeError, Stopped, UsageError
 from forge.run.directory import RunDirectory, complete_message, find_run
 from forge.run.hints import resume_command

@@ -1,4 +1,4 @@
-"""What may differ between the config that a run was trained with and the one that it goes on with."""
+"""Judges what differs between the config that a run was trained with and the one that it resumes with."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -10,105 +10,110 @@ from typing import Any
 from pydantic import ValidationError
 
 from forge.config.effects import Inert, inert_keys
-from forge.config.explain import effective, inline
+from forge.config.explain import effective, inline, with_absolute_paths
 from forge.config.fields import Section
 from forge.config.hints import all_keys, key_hint, schema_path, sections_of, task_type_of
-from forge.config.placing import located
 from forge.config.schema import Config
 from forge.errors import ConfigError
 
 
 class Kind(StrEnum):
-    HARMLESS = "harmless"  # the steps to come are those that the run would have taken
-    MEANING = "meaning"  # they are not, or its numbers are no longer about the same thing
+    """What a change does to the run."""
+
+    HARMLESS = "harmless"  # the next steps are those that the run would have taken
+    MEANING = "meaning"  # they are not, or its metrics no longer measure the same thing
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key that differs; old and new are text for people, and may say why there is no value."""
+    """One key that differs. old and new are text for people, and may say why there is no value."""
 
     key: str
     old: str
     new: str
     kind: Kind
-    reason: str  # why it is harmless, or what it would do to the run
+    reason: str  # why it is harmless, or what it does to the run
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old} -> {self.new}"
 
 
-LENGTH = "how long the run goes on; the rate of the steps to come follows the new length"
-PIECES = "how many rows the loss takes at a time; its sums stay the same but for their rounding"
-SPREAD = "how a step is spread over devices and time; its rows stay the same"
+LENGTH = "the length of the run; the learning rate of the next steps follows the new length"
+PIECES = "how many rows the loss computes at a time; its sums are the same up to rounding"
+SPREAD = "how a step is split over devices and time; its rows stay the same"
 
-# The longest key that fits counts, and stands for all keys below it. What is not here changes the meaning.
+# The longest key that matches decides, also for all keys in its section. Other keys change the meaning.
 RULES: dict[str, tuple[Kind, str]] = {
     "training.max_steps": (Kind.HARMLESS, LENGTH),
     "training.epochs": (Kind.HARMLESS, LENGTH),
     "training.per_device_batch_size": (Kind.HARMLESS, SPREAD),
     "training.gradient_accumulation_steps": (Kind.HARMLESS, SPREAD),
-    "training.batch_size": (Kind.HARMLESS, SPREAD),  # a step of another size is found by its rows, not by this key
-    "training.num_workers": (Kind.HARMLESS, "who prepares the batches; what is in them stays the same"),
-    "training.gradient_checkpointing": (Kind.HARMLESS, "memory against time; the gradients stay the same"),
-    "training.compile": (Kind.MEANING, "the steps to come would be rounded in another way"),
+    "training.batch_size": (Kind.HARMLESS, SPREAD),  # another step size is detected by its rows, not by this key
+    "training.num_workers": (Kind.HARMLESS, "which processes prepare the batches; their content stays the same"),
+    "training.gradient_checkpointing": (Kind.HARMLESS, "trades memory for time; the gradients stay the same"),
+    "training.compile": (Kind.MEANING, "the next steps would be rounded differently"),
     "training.loss.memory_budget_gib": (Kind.HARMLESS, PIECES),
     "training.loss.low_memory": (Kind.HARMLESS, PIECES),
-    "training.loss.precision": (Kind.MEANING, "the gradients of the steps to come would be rounded in another way"),
-    "deepspeed": (Kind.HARMLESS, "how weights and moments are spread over devices; their values stay the same"),
-    "evaluation": (Kind.HARMLESS, "when the model is measured; the steps of training stay the same"),
+    "training.loss.precision": (Kind.MEANING, "the gradients of the next steps would be rounded differently"),
+    "deepspeed": (Kind.HARMLESS, "how weights and moments are sharded over devices; their values stay the same"),
+    "evaluation": (Kind.HARMLESS, "when the model is evaluated; the training steps stay the same"),
     "evaluation.max_rows": (
         Kind.MEANING,
-        "the numbers before and after would be about other rows, and the best checkpoint would be chosen among both",
+        "metrics before and after the change would be about different rows, and the best checkpoint would be chosen "
+        "from both",
     ),
     "checkpoint": (Kind.HARMLESS, "what is saved, and when"),
     "export": (Kind.HARMLESS, "what is written at the end"),
     "logging": (Kind.HARMLESS, "how often training reports"),
     "tracking": (Kind.HARMLESS, "where the metrics go"),
     "output_root": (Kind.HARMLESS, "the run stays in its directory"),
-    # The rows' fingerprint is compared as well, so another path is another place and not other data.
-    "task.dataset.path": (Kind.HARMLESS, "where the data lies; its rows must have the same fingerprint"),
-    "task.chat_template": (Kind.HARMLESS, "where the template lies; its text is part of the rows' fingerprint"),
-    # The weights come from the checkpoint, but nothing compares the rest of the folder.
+    # The fingerprint of the rows is compared as well, so another path means another place, not other data.
+    "task.dataset.path": (Kind.HARMLESS, "where the data is; its rows must have the same fingerprint"),
+    "task.chat_template": (Kind.HARMLESS, "where the template is; its text is part of the fingerprint of the rows"),
+    # The weights come from the checkpoint, but the rest of the folder is not compared.
     "model.path": (
         Kind.MEANING,
-        "the tokenizer and the shape of the model come from there; allow it if the same model only lies elsewhere",
+        "the tokenizer and the shape of the model come from there; allow it if the same model has only moved",
     ),
     "model.adapter": (
         Kind.MEANING,
-        "what is trained lies on top of it; allow it if the same adapter only lies elsewhere",
+        "the trained weights build on it; allow it if the same adapter has only moved",
     ),
-    "model.keep_layers": (Kind.MEANING, "the student would have other layers than the one that the checkpoint holds"),
-    "model.base": (Kind.HARMLESS, "where the base lies; below an adapter its weights must have the same hash"),
+    "model.keep_layers": (Kind.MEANING, "the student would have other layers than the checkpoint"),
+    "model.base": (Kind.HARMLESS, "where the base is; the base of an adapter must have the same hash"),
     "teacher.path": (
         Kind.MEANING,
-        "the steps to come would be drawn to another teacher; allow it if the same one only lies elsewhere",
+        "the next steps would be matched to another teacher; allow it if the same one has only moved",
     ),
     "teacher.placement": (
         Kind.MEANING,
-        "a cache holds the teacher's outputs rounded, and of many tokens the likeliest alone: the steps to come would "
-        "be drawn to other numbers",
+        "a cache holds rounded outputs of the teacher, and only the most probable of many tokens: the next steps would "
+        "be matched to other numbers",
     ),
-    "teacher.cache": (Kind.HARMLESS, "where the teacher's outputs lie; they must be of the same teacher and rows"),
+    "teacher.cache": (Kind.HARMLESS, "where the teacher's outputs are; they must be of the same teacher and rows"),
     "model.tokenizer": (
         Kind.MEANING,
-        "the same text would become other tokens; allow it if the same tokenizer only lies elsewhere",
+        "the same text would become other tokens; allow it if the same tokenizer has only moved",
     ),
-    "": (Kind.MEANING, "the steps to come would not be those of the run that was begun"),
+    "": (Kind.MEANING, "the next steps would not be those of the run so far"),
 }
 
-ROWS = "task.dataset"  # as --allow-change, no key: allows other rows, and is judged where they are loaded
+ROWS = "task.dataset"  # not a key: as --allow-change it allows other rows, and is judged when they are loaded
 NO_EFFECT = "(no effect)"
-UNKNOWN = "(not known to this forge)"
-UNKNOWN_THEN = "(not known to the forge that saved it)"
+UNKNOWN = "(unknown to this version)"
+UNKNOWN_THEN = "(unknown to the version that saved it)"
 
 
 def changes(old: dict[str, Any], new: Config, *, rows_per_step_old: int, rows_per_step_new: int) -> list[Change]:
-    """Every key that differs, in the order of the schema.
+    """Return every key that differs, in the order of the schema.
 
-    old: effective(located(config)) of the attempt that saved the checkpoint, perhaps of an older or a newer forge.
-    rows_per_step_…: rows of one optimizer step over all ranks, which no key tells alone.
+    Args:
+        old: the effective config, with absolute paths, of the attempt that saved the checkpoint; perhaps written by an
+            older or a newer version.
+        new: the config to resume with.
+        rows_per_step_old, rows_per_step_new: rows per optimizer step over all ranks, which no single key determines.
     """
-    tree = effective(located(new))
+    tree = effective(with_absolute_paths(new))
     inert_old, inert_new = _inert(old), inert_keys(new)
     found = []
     for key, before, after in _differences(old, tree):
@@ -124,11 +129,14 @@ def changes(old: dict[str, Any], new: Config, *, rows_per_step_old: int, rows_pe
 def check_changes(
     found: Sequence[Change], allowed: Sequence[str], before: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
-    """One line for each change, to be shown before training.
+    """Return one line for each change, to be shown before training.
 
-    allowed: the keys of --allow-change. before: the allowances of earlier attempts, which hold for the same value, as
-    long as no checkpoint has it. Raises ConfigError with one problem for each change of meaning that is not allowed,
-    and for each allowed key that neither changes nor was allowed before (a script may repeat its command).
+    Args:
+        allowed: the keys of --allow-change.
+        before: the allowances of earlier attempts. Each holds for the same value, until a checkpoint has that value.
+
+    Raises ConfigError with one problem for each change of meaning that is not allowed, and for each allowed key that
+    neither changes nor was allowed before (a script may repeat its command).
     """
     used = {ROWS, *before, *(change.key for change in found)}
     problems = [_unused(key, found) for key in dict.fromkeys(allowed) if key not in used]
@@ -137,12 +145,12 @@ def check_changes(
         if change.kind is Kind.HARMLESS:
             lines.append(f"{change} ({change.reason})")
         elif change.key in allowed:
-            lines.append(f"{change} (allowed by --allow-change, though it changes the meaning: {change.reason})")
+            lines.append(f"{change} (allowed by --allow-change, although it changes the meaning: {change.reason})")
         elif before.get(change.key) == change.new:
-            lines.append(f"{change} (allowed in an earlier attempt, though it changes the meaning: {change.reason})")
+            lines.append(f"{change} (allowed in an earlier attempt, although it changes the meaning: {change.reason})")
         else:
             problems.append(
-                f"{change} changes the meaning of the run: {change.reason}; set it back, or add "
+                f"{change} changes the meaning of the run: {change.reason}; restore it, or add "
                 f"--allow-change {change.key}"
             )
     if problems:
@@ -151,19 +159,19 @@ def check_changes(
 
 
 def allowances(found: Sequence[Change]) -> dict[str, str]:
-    """What an attempt records of the changes of meaning that it was allowed: `before` of the attempts to come."""
+    """Return the allowed changes of meaning, as an attempt records them for the next ones."""
     return {change.key: change.new for change in found if change.kind is Kind.MEANING}
 
 
 class _Absent:
-    """No value on one side."""
+    """The type of the marker for a key that one side does not have."""
 
 
 ABSENT = _Absent()
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys with both values. A map is entered where the other side has one too, or has nothing at all."""
+    """Return dotted keys with both values. A map is entered if the other side has a map too, or nothing at all."""
     maps = [side for side in (old, new) if isinstance(side, dict)]
     if not maps or not all(isinstance(side, dict | _Absent) for side in (old, new)):
         return [] if old == new else [(path, old, new)]
@@ -177,31 +185,34 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
 def _change(
     key: str, old: Any, new: Any, inert_old: dict[str, Inert], inert_new: dict[str, Inert], task_type: str
 ) -> Change | None:
-    """None where nothing differs but what the two forges write down."""
+    """Return the change, or None if only what the two versions write down differs."""
     kind, reason = _rule(key)
     if key == "teacher.placement" and all(side in ("replicated", "offload", "zero3") for side in (old, new)):
-        kind, reason = Kind.HARMLESS, "where the teacher lies between its forwards; its outputs stay the same"
+        kind, reason = (
+            Kind.HARMLESS,
+            "where the teacher's weights are between forward passes; its outputs stay the same",
+        )
     before, after = (inline(old) if old is not ABSENT else "", inline(new) if new is not ABSENT else "")
     if new is ABSENT and key in inert_new:
-        # Only another change can have brought that about, and that one is judged.
-        return Change(key, before, NO_EFFECT, Kind.HARMLESS, f"since {inert_new[key].reason}")
+        # Only another change can have caused that, and it is judged.
+        return Change(key, before, NO_EFFECT, Kind.HARMLESS, f"because {inert_new[key].reason}")
     if new is ABSENT:
         return Change(key, before, UNKNOWN, kind, reason)
     if old is ABSENT and key in inert_old:
         if new == _default(key, task_type) and kind is Kind.MEANING:
-            return Change(key, NO_EFFECT, after, Kind.HARMLESS, "its default, in effect through another change")
+            return Change(key, NO_EFFECT, after, Kind.HARMLESS, "its default, in effect because of another change")
         return Change(key, NO_EFFECT, after, kind, reason)
-    if old is ABSENT:  # the default of a new key is what forge did before it had the key
+    if old is ABSENT:  # the default of a new key is what earlier versions did
         return None if new == _default(key, task_type) else Change(key, UNKNOWN_THEN, after, kind, reason)
     return Change(key, before, after, kind, reason)
 
 
 def _other_step(old: int, new: int) -> Change:
     reason = (
-        f"a step would have {new} rows where it had {old}, and each row another place in the epoch; keep it with "
+        f"a step would have {new} rows instead of {old}, and each row another place in the epoch; keep the size with "
         f"`--set training.batch_size={old}`"
     )
-    return Change("training.batch_size", f"{old} rows a step", f"{new} rows a step", Kind.MEANING, reason)
+    return Change("training.batch_size", f"{old} rows per step", f"{new} rows per step", Kind.MEANING, reason)
 
 
 def _rule(key: str) -> tuple[Kind, str]:
@@ -211,27 +222,27 @@ def _rule(key: str) -> tuple[Kind, str]:
 
 
 def _unused(key: str, found: Sequence[Change]) -> str:
-    """Why a key of --allow-change allows nothing."""
+    """Return why a key of --allow-change allows nothing."""
     flag = f"--allow-change {key}"
     below = [change.key for change in found if change.key.startswith(f"{key}.")]
     known = set(all_keys())
     if below:
         flags = " ".join(f"--allow-change {name}" for name in below)
-        return f"{flag}: is a part of the config and allows nothing; name each key: {flags}"
+        return f"{flag}: is a section, not a key; name each key: {flags}"
     if any(name.startswith(f"{key}.") for name in known):
-        return f"{flag}: is a part of the config and allows nothing, and none of its keys changes; take it out"
+        return f"{flag}: is a section, not a key, and none of its keys changes; remove it"
     if key in known or key.startswith("model.config."):
-        return f"{flag}: the key does not change; take it out"
+        return f"{flag}: the key does not change; remove it"
     return f"{flag}: is not a config key; {key_hint(key)}"
 
 
 def _inert(tree: dict[str, Any]) -> dict[str, Inert]:
-    """The keys without effect in a recorded config, as far as this forge can read it."""
+    """Return the keys without effect in a recorded config, as far as this version can read it."""
     tree = copy.deepcopy(tree)
     for _ in range(2):
         try:
             return inert_keys(Config.model_validate(tree))
-        except ValidationError as error:  # keys and values of another forge: left out, so that the rest can be read
+        except ValidationError as error:  # keys and values of another version: removed, so that the rest can be read
             for item in error.errors(include_url=False):
                 _remove(tree, schema_path(item["loc"]))
     return {}
@@ -246,7 +257,7 @@ def _remove(tree: dict[str, Any], path: Sequence[int | str]) -> None:
 
 
 def _default(key: str, task_type: str) -> Any:
-    """The key's default as the config's JSON has it; ABSENT for a key without one."""
+    """Return the default of a key as in the config's JSON; ABSENT for a key without one."""
     sections: list[type[Section]] = [Config]
     *parents, leaf = key.split(".")
     for name in parents:

@@ -1,7 +1,8 @@
-"""Writes a config out again: as YAML with the origin of every key, as a difference of two, as a JSON schema."""
+"""Writes configs for people and for a run's own files: YAML with origins, differences, a JSON schema, a run's place."""
 
 import json
 from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -9,11 +10,13 @@ import yaml
 from forge.config.effects import inert_keys
 from forge.config.fields import PlainText
 from forge.config.loader import LoadedConfig
+from forge.config.plans import is_file
 from forge.config.schema import Config
+from forge.config.task_schema import absolute_if_folder
 
 
 def effective(config: Config) -> dict[str, Any]:
-    """Every key that has an effect, defaults filled in: what a run records, and itself a valid config."""
+    """Return every key that has an effect, with defaults filled in: what a run records, and itself a valid config."""
     tree = config.model_dump(mode="json")
     for dotted in inert_keys(config):
         *parents, leaf = dotted.split(".")
@@ -25,12 +28,12 @@ def effective(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """`effective` as YAML text that load_config reads back to the same config."""
+    """Return the effective config as YAML text, which load_config reads back to the same config."""
     return yaml.dump(effective(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def show(loaded: LoadedConfig, *, origin: bool) -> str:
-    """The merged config as YAML; with origin, each line ends in the file and line, or the flag, that set it."""
+    """Return the merged config as YAML; with origin, each line ends in the file and line, or the flag, that set it."""
     if not origin:
         return to_yaml(loaded.config)
     rows: list[tuple[str, str]] = []
@@ -39,8 +42,34 @@ def show(loaded: LoadedConfig, *, origin: bool) -> str:
     return "\n".join(f"{line:<{width}}  # {source}" if source else line for line, source in rows) + "\n"
 
 
+def config_name(file: Path) -> Path:
+    """Return the folder of a config's runs in the output root: its path below configs/, or its bare name elsewhere."""
+    path = file.resolve().with_suffix("")
+    if "configs" in path.parts[:-1]:
+        below = len(path.parts) - 1 - path.parts[::-1].index("configs")
+        return Path(*path.parts[below + 1 :])
+    return Path(path.name)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config with local folders and files as absolute paths, as a run records it."""
+    named = ("path", "base", "adapter", "tokenizer")
+    model = {name: absolute_if_folder(getattr(config.model, name)) for name in named}
+    teacher = {name: absolute_if_folder(getattr(config.teacher, name)) for name in (*named, "cache")}
+    plans = {name: plan and _absolute_plan(plan) for name, plan in config.deepspeed}
+    return config.model_copy(
+        update={
+            "deepspeed": config.deepspeed.model_copy(update=plans),
+            "task": config.task.with_absolute_paths(),
+            "model": config.model.model_copy(update=model),
+            "teacher": config.teacher.model_copy(update=teacher),
+            "output_root": str(Path(config.output_root).absolute()),
+        }
+    )
+
+
 def difference(left: Config, right: Config) -> list[str]:
-    """One line for each key whose effective value differs: `key: left -> right`."""
+    """Return one line for each key whose effective value differs: `key: left -> right`."""
     a, b = flattened(effective(left)), flattened(effective(right))
     inert_a, inert_b = inert_keys(left), inert_keys(right)
 
@@ -55,26 +84,26 @@ def difference(left: Config, right: Config) -> list[str]:
 
 
 def json_schema() -> str:
-    """The JSON schema of a config file, for editors."""
+    """Return the JSON schema of a config file, for editors."""
     schema = Config.model_json_schema()
     schema["properties"] = {
         "inherits": {"type": "string", "description": "One parent config, relative to this file."},
         **schema["properties"],
     }
-    schema["required"] = []  # a parent may give what a file leaves out
+    schema["required"] = []  # a parent may set what a file leaves out
     for definition in schema["$defs"].values():
         definition.pop("required", None)
     return json.dumps(schema, indent=2)
 
 
 def inline(value: Any) -> str:
-    """The value as YAML on one line."""
+    """Return the value as YAML on one line."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1_000_000)
     return text.removesuffix("...\n").strip()
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts each text in quotes that would be read back as something else."""
+    """Quotes each text that would be read back as something else."""
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.Node:
@@ -83,6 +112,11 @@ def _text(dumper: _Dumper, text: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _text)
+
+
+def _absolute_plan(name: str) -> str:
+    """Return the absolute path of a user's own plan; the name of a shipped one as it is."""
+    return str(Path(name).expanduser().absolute()) if is_file(name) else name
 
 
 def _rows(tree: dict[str, Any], path: tuple[str, ...], loaded: LoadedConfig, rows: list[tuple[str, str]]) -> None:

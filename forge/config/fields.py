@@ -1,4 +1,4 @@
-"""The kinds of values that a config has, and how each is read from the text that was written."""
+"""The types of config values, and how each is read from the text that was written."""
 
 import math
 from contextlib import suppress
@@ -13,7 +13,7 @@ class PlainText(str):
     """A scalar written without quotes."""
 
     def value(self) -> Any:
-        """What it means where no field gives a type: a truth value or a number if it looks like one, else the text."""
+        """Return its meaning where no field gives a type: a boolean or a number if it looks like one, else the text."""
         if self.lower() in BOOLEANS:
             return BOOLEANS[self.lower()]
         if any(c in "0123456789" for c in self):
@@ -25,7 +25,7 @@ class PlainText(str):
 
 
 def _read_bool(value: Any) -> Any:
-    """Only words make a boolean: `1` and `0` are refused, they are usually a number in the wrong place."""
+    """Read a boolean from a word; `1` and `0` are refused, since they are usually a number in the wrong place."""
     if isinstance(value, str):
         if value.lower() not in BOOLEANS:
             raise ValueError("must be true or false")
@@ -34,7 +34,7 @@ def _read_bool(value: Any) -> Any:
 
 
 def _read_open_map(value: Any) -> Any:
-    """Types the scalars of a map whose keys forge does not know."""
+    """Give types to the scalars of a map whose keys forge does not know."""
     if isinstance(value, dict):
         return {key: _read_open_map(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -60,7 +60,7 @@ Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), After
 
 
 class Section(BaseModel):
-    """A map of the config: frozen, no unknown keys, no infinite numbers."""
+    """A section of the config: frozen, without unknown keys and without infinite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()

@@ -1,4 +1,4 @@
-"""Turns what pydantic found wrong into one sentence, with the nearest right key."""
+"""Turns pydantic's errors into sentences that name the nearest valid key."""
 
 import types
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from forge.config.fields import Section
 from forge.config.former_names import KEYS
 from forge.config.schema import Config
 
-# What the same thing is called elsewhere, where no spelling is near.
+# Names from other toolkits that are not spelled like the keys of forge.
 OTHER_NAMES = {
     "lr": "training.learning_rate",
     "num_train_epochs": "training.epochs",
@@ -40,12 +40,12 @@ OTHER_NAMES = {
 
 
 def all_keys(task_type: str | None = None) -> Iterator[str]:
-    """Every dotted key of the config, maps included, in the order of the schema; or those of one type of task."""
+    """Yield every dotted key of the config, including maps, in schema order; or only those of one task type."""
     yield from dict.fromkeys(_keys(Config, "", task_type))
 
 
 def schema_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """The path of a key from pydantic's place of an error, which also names the chosen member of a union."""
+    """Return the path of a key from a pydantic error location, which also names the chosen member of a union."""
     parts = [str(part) for part in location]
     if parts[0] == "task" and len(parts) > 1 and parts[1] in task_types():
         del parts[1]
@@ -53,49 +53,49 @@ def schema_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
 
 
 def task_types() -> list[str]:
-    """The values of task.type."""
+    """Return the values of task.type."""
     return [task_type_of(section) for section in sections_of(Config.model_fields["task"].annotation)]
 
 
 def task_type_of(section: type[Section]) -> str:
-    """The value of task.type that chooses a section."""
+    """Return the value of task.type that selects a section."""
     return str(get_args(section.model_fields["type"].annotation)[0])
 
 
-# What users of other toolkits look for, and why it is not here.
+# What users of other toolkits look for, and why forge does not have it.
 ABSENT = {
-    "fsdp": "forge shards by DeepSpeed alone: FSDP2 gives a model other parameters, for which checkpoints and the "
-    "gathered head would need a second path; set deepspeed.student: zero3, which shards the same",
+    "fsdp": "forge shards only with DeepSpeed, since FSDP2 changes a model's parameters and would need its own code "
+    "for checkpoints and the gathered head; set deepspeed.student: zero3, which shards the same tensors",
 }
 
 
 def unknown_key(path: tuple[str, ...], task_type: str | None = None) -> str:
-    """One sentence for a key that forge does not know, or that another type of task has."""
+    """Return a sentence about a key that forge does not know, or that belongs to another task type."""
     dotted = ".".join(path)
     if dotted in KEYS:
         return f"{dotted} is now called {KEYS[dotted]}; rename it"
     owners = [name for name in task_types() if dotted in all_keys(name)]
     if path[0] == "task" and owners:
-        return f"{dotted} is a key of task.type {' and '.join(owners)}, and this task is of type {task_type}"
+        return f"{dotted} is a key of task.type {' and '.join(owners)}, but this task is of type {task_type}"
     if path[0] in ABSENT:
         return f"{dotted} is not a config key: {ABSENT[path[0]]}"
     if "." in path[-1]:
         first, rest = path[-1].split(".", 1)
-        return f"{dotted} is written as one key; in a file it is a key in a map: `{first}: {{{rest}: …}}`"
+        return f"{dotted} is written as one key, but in a file it is a key in a map: `{first}: {{{rest}: …}}`"
     return f"{dotted} is not a config key; {key_hint(dotted, task_type)}"
 
 
 def key_hint(dotted: str, task_type: str | None = None) -> str:
-    """The nearest right key, or the keys that the map around it has."""
+    """Return a hint with the nearest valid key, or with the keys of the section."""
     keys = list(all_keys(task_type))
     leaf = dotted.rsplit(".", 1)[-1]
     if dotted in KEYS:
         return f"it is now called {KEYS[dotted]}"
     if leaf == "inherits":
-        return "inherits stands at the top of a file and nowhere else"
+        return "inherits is only allowed at the top level of a file"
     if leaf in OTHER_NAMES:
         return f"did you mean {OTHER_NAMES[leaf]}?"
-    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}  # the first of equal leaves wins
+    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}  # of equal leaves the first is used
     if leaf in leaves:
         return f"did you mean {leaves[leaf]}?"
     parent = dotted.rsplit(".", 1)[0] + "." if "." in dotted else ""
@@ -111,18 +111,18 @@ def key_hint(dotted: str, task_type: str | None = None) -> str:
 
 
 def value_problem(path: tuple[str, ...], error: Any) -> str:
-    """One sentence for a value that is missing or wrong; `error` is one of pydantic's error dicts."""
+    """Return a sentence about a value that is missing or wrong; `error` is one of pydantic's error dicts."""
     key, kind, given, context = ".".join(path), error["type"], error["input"], error.get("ctx", {})
     shown = "null" if given is None else f"`{_short(given)}`" if isinstance(given, str) else f"a {_kind(given)}"
     or_null = ", or null" if _nullable(path) else ""
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _wrong_type(given)
     if kind == "missing":
-        return f"{key} is missing; set it, here or in a parent"
+        return f"{key} is missing; set it here or in a parent"
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
         near = get_close_matches(str(given).lower(), choices, n=1) if len(choices) > 1 else []
-        one_of = f"it must be one of {', '.join(choices)}" if len(choices) > 1 else f"forge knows {choices[0]} only"
+        one_of = f"it must be one of {', '.join(choices)}" if len(choices) > 1 else f"forge supports only {choices[0]}"
         return f"{key} is {shown}; {one_of}{or_null}" + (f"; did you mean {near[0]}?" if near else "")
     wanted = {
         "float": "a number", "int": "a whole number", "bool": "true or false", "string": "text",
@@ -130,7 +130,7 @@ def value_problem(path: tuple[str, ...], error: Any) -> str:
         "finite": "a finite number",
     }  # fmt: skip
     if kind in ("model_type", "dict_type", "model_attributes_type") and given is None:
-        return f"{key} is empty; give it keys, or leave it out"
+        return f"{key} is empty; give it keys, or remove it"
     if kind == "value_error":
         reason = str(error["ctx"]["error"])
         return f"{key} is {shown}; it {reason}" if reason.startswith("must ") else f"{key} {reason}"
@@ -147,12 +147,12 @@ def value_problem(path: tuple[str, ...], error: Any) -> str:
         return f"{key} has {length}; it needs at least {context['min_length']}"
     expected = wanted.get(kind.split("_")[0])
     if expected == "text" and isinstance(given, list | dict):
-        expected = "text, in quotes if it has brackets, braces, a dash or a colon in it"
+        expected = "text, in quotes if it contains brackets, braces, a dash or a colon"
     return f"{key} is {shown}; it must be {expected}{or_null}" if expected else f"{key} is {shown}: {error['msg']}"
 
 
 def _wrong_type(task: Any) -> str:
-    """One sentence for a task without a type, or with one that forge does not know."""
+    """Return a sentence about a task without a type, or with one that forge does not know."""
     one_of = f"it must be one of {', '.join(task_types())}"
     if not isinstance(task, dict) or task.get("type") is None:
         unknown = [key for key in task if f"task.{key}" not in all_keys()] if isinstance(task, dict) else []
@@ -164,7 +164,7 @@ def _wrong_type(task: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """The value on one line, cut after 60 characters."""
+    """Return the value on one line, cut after 60 characters."""
     text = " ".join(str(value).splitlines())
     return text if len(text) <= 60 else f"{text[:60]}…"
 
@@ -174,7 +174,7 @@ def _kind(value: Any) -> str:
 
 
 def _nullable(path: tuple[str, ...]) -> bool:
-    """May the key of the schema be null?"""
+    """True if the key may be null."""
     sections: list[type[Section]] = [Config]
     for name in path[:-1]:
         sections = [found for info in _fields(sections, name) for found in sections_of(info.annotation)]
@@ -194,7 +194,7 @@ def _keys(section: type[Section], prefix: str, task_type: str | None) -> Iterato
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The nested sections of a field's annotation, also behind `| None`: several where a type decides between them."""
+    """Return the sections in a field's annotation, also in `X | None`; several where task.type selects one."""
     if get_origin(annotation) in (Union, types.UnionType):
         return [found for arg in get_args(annotation) for found in sections_of(arg)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []

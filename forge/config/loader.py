@@ -1,4 +1,4 @@
-"""Loads a config: one parent per file, then the command line; every problem is collected before any is reported."""
+"""Loads a config: a file, its parents and the command line. All problems are collected before any is reported."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from forge.errors import BaseConfigError, ConfigError
 COMMAND_LINE = "the command line"
 RUN_CONFIG, RUN_STATE = "config.yaml", "training_state.json"  # together they make a run directory
 
-# What --debug means: every stage runs, in seconds, and nothing leaves the machine.
+# What --debug sets: every stage runs, within seconds, and nothing leaves the machine.
 DEBUG_SETTINGS = (
     "training.max_steps=2",
     "task.dataset.max_rows=64",
@@ -35,12 +35,12 @@ DEBUG_SETTINGS = (
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A checked config, and where each of its keys was set."""
+    """A valid config, and where each of its keys was set."""
 
     config: Config
     file: Path
-    origins: dict[KeyPath, Origin] = field(default_factory=dict)  # keys that are not here have their default
-    notices: list[str] = field(default_factory=list)  # one line each, to be shown before training
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)  # keys that are missing here have their default
+    notices: list[str] = field(default_factory=list)  # one line each, shown before training
 
 
 def load_config(
@@ -100,7 +100,7 @@ def load_config(
 
 
 def read_chain(file: Path) -> tuple[list[Layer], list[str]]:
-    """The file's layers, the oldest ancestor first, and what is wrong with `inherits` itself."""
+    """Return the layers of a file and its parents, the oldest first, and what is wrong with `inherits` itself."""
     layers: list[Layer] = []
     problems: list[str] = []
     seen: list[Path] = []
@@ -115,25 +115,25 @@ def read_chain(file: Path) -> tuple[list[Layer], list[str]]:
 
 
 def _parent(layer: Layer, file: Path, seen: list[Path]) -> tuple[Path | None, str | None]:
-    """The file that this one inherits, if any; or what is wrong with its `inherits`."""
+    """Return the file that this one inherits, if any, or what is wrong with its `inherits`."""
     if "inherits" not in layer.tree:
         return None, None
     name = layer.tree.pop("inherits")
     if isinstance(name, list | dict):
-        return None, f"inherits takes one file, not a {'list' if isinstance(name, list) else 'map'}"
+        return None, f"inherits must be one file, not a {'list' if isinstance(name, list) else 'map'}"
     if not name:
-        return None, "inherits is empty; name the parent's file, or take the line out"
+        return None, "inherits is empty; name the parent file, or remove the line"
     parent = file.parent / name
     if os.path.isdir(parent):
         return None, f"inherits {display(parent)}, which is a folder; name a file in it"
     if not os.path.exists(parent):  # unlike Path.exists, also for names that no file can have
         near = near_name(parent, other_than=file) if "\0" not in name else None
-        hint = "check the path" if Path(name).is_absolute() else "the path is relative to the file it stands in"
+        hint = "check the path" if Path(name).is_absolute() else "the path is relative to the file that contains it"
         hint = f"did you mean {near}?" if near else hint
         return None, f"inherits {display(parent)}, which does not exist; {hint}"
     if parent.resolve() in seen:
         ring = " -> ".join(display(p) for p in [*seen[seen.index(parent.resolve()) :], parent])
-        return None, f"inherits forms a ring: {ring}; take one `inherits` out"
+        return None, f"inherits forms a cycle: {ring}; remove one `inherits`"
     return parent, None
 
 
@@ -143,7 +143,7 @@ def _with_current_names(layer: Layer) -> None:
 
 
 def _in_order(problems: list[str], files: list[Layer], settings: list[str]) -> list[str]:
-    """Sorted by file and line, the named file first, then the command line; a parent's problem says who inherits it."""
+    """Sort problems by file and line, the named file first, the command line last; add who inherits a parent."""
     names = [layer.name for layer in reversed(files)]
 
     def place(problem: str) -> tuple[int, int]:
@@ -174,26 +174,26 @@ def _debug_layers() -> list[Layer]:
 
 
 def _flag(key: str, value: str) -> Layer:
-    """A flag of its own, such as --max_steps: its value is text as it stands, not YAML."""
+    """Return the layer of a flag such as --max_steps, whose value is plain text, not YAML."""
     layer = Layer(f"--{key.split('.')[-1]}")
     layer.put(key, PlainText(value), Origin(layer.name))
     return layer
 
 
 def _both_set(layer: Layer) -> list[str]:
-    """Alternatives that one author set."""
+    """Return a problem for each group of alternatives of which one author set several."""
     problems = []
     for group in ALTERNATIVES:
         origins = {key: layer.origins[tuple(key.split("."))] for key in group if _get(layer.tree, key) is not None}
         if len(origins) > 1:
             *first, last = sorted(origins, key=lambda key: origins[key].line or 0)
             others = " and ".join(f"{key} ({origins[key]})" for key in first)
-            problems.append(f"{origins[last]}: {last} is an alternative to {others}; keep one of them")
+            problems.append(f"{origins[last]}: {last} is an alternative to {others}; keep only one of them")
     return problems
 
 
 def _drop_alternatives(layers: list[Layer], merged: Layer) -> None:
-    """Of each group of alternatives the one that the latest layer sets stays."""
+    """Keep of each group of alternatives the one that the latest layer sets."""
     for group in ALTERNATIVES:
         present = [key for key in group if _get(merged.tree, key) is not None]
         latest = next((key for layer in layers[::-1] for key in present if _get(layer.tree, key) is not None), None)
@@ -219,13 +219,13 @@ def _merge(new: dict[str, Any], old: dict[str, Any], path: KeyPath, layer: Layer
 
 
 def _base(leaf: str) -> str:
-    return f"{leaf}: is a base for other configs, it sets neither task nor model; inherit it, or set both"
+    return f"{leaf}: sets neither task nor model, so it is only a base for other configs; inherit it, or set both"
 
 
 def _build(merged: Layer, leaf: str, incomplete: bool) -> tuple[Config | None, list[str]]:
-    """The config, or None; and the problems. A second build without the faulty keys lets later checks run too.
+    """Build the config, or None, and its problems. A second build without the faulty keys lets later checks run too.
 
-    If the tree is incomplete, since something could not be read, no key is called missing.
+    If the tree is incomplete because something could not be read, no key is reported as missing.
     """
     problems: list[str] = []
     for attempt in (1, 2):
@@ -259,12 +259,12 @@ def _build(merged: Layer, leaf: str, incomplete: bool) -> tuple[Config | None, l
 
 
 def _sort_inert(inert: dict[str, Inert], origins: dict[KeyPath, Origin]) -> tuple[list[str], list[str]]:
-    """A key without effect is an error where one author wrote both it and the mode, else a notice."""
+    """Return errors and notices about keys without effect: an error if one author set both the key and the mode."""
     clashes, left_out = [], []
     for key, why in inert.items():
         origin, mode = origins[tuple(key.split("."))], origins.get(tuple(why.mode_key.split(".")))
         if mode is not None and _author(origin) == _author(mode):
-            clashes.append(f"{origin}: {key} has no effect, since {why.reason} ({mode}); take one of them out")
+            clashes.append(f"{origin}: {key} has no effect because {why.reason} ({mode}); remove one of them")
         else:
             left_out.append(f"{key} ({origin}: {why.reason})")
     return clashes, [f"without effect in this run: {', '.join(left_out)}"] if left_out else []
@@ -275,7 +275,7 @@ def _author(origin: Origin) -> str:
 
 
 def _origin(origins: dict[KeyPath, Origin], path: KeyPath) -> Origin | None:
-    """Where the key, or the nearest map around it, was written."""
+    """Return where the key, or the nearest map around it, was written."""
     return next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
 
 

@@ -1,4 +1,4 @@
-"""Reads one YAML file, or one `--set`, into a layer: a tree of texts that remembers where each key was written."""
+"""Reads one YAML file, or one `--set`, into a layer: a tree of texts that records where each key was written."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from forge.config.fields import PlainText
 
 KeyPath = tuple[str, ...]  # the keys that lead to a value, from the top of the config
 
-MAX_DEPTH = 50  # maps and lists inside each other; no config comes near, and the writers of YAML and JSON end at 255
-MAX_VALUES = 100_000  # a few lines of aliases to aliases can stand for billions of values
+MAX_DEPTH = 50  # of nested maps and lists: far more than any config has, and YAML and JSON writers fail at 255
+MAX_VALUES = 100_000  # a few lines with aliases to aliases can expand to billions of values
 SUFFIXES = (".yaml", ".yml")
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -23,7 +23,7 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 class Origin:
     """Where a key was set."""
 
-    layer: str  # the file, or the command line
+    layer: str  # the file, or the flag of the command line
     line: int | None = None  # from 1; None on the command line
 
     def __str__(self) -> str:
@@ -32,16 +32,16 @@ class Origin:
 
 @dataclass
 class Layer:
-    """What one source sets. The tree's leaves are text, None, or lists of them; problems are whole sentences."""
+    """What one source sets. Leaves of the tree are text, None, or lists of them; problems are whole sentences."""
 
     name: str
     tree: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    unreadable: bool = False  # what it sets is unknown: nothing can be called missing
+    unreadable: bool = False  # what it sets is unknown, so no key can be reported as missing
 
     def put(self, key: str, value: Any, origin: Origin) -> None:
-        """Sets a dotted key of an empty layer: the maps on the way to it are made."""
+        """Set a dotted key of an empty layer, and create the maps on the way to it."""
         path = tuple(key.split("."))
         node = self.tree
         for depth, name in enumerate(path[:-1], start=1):
@@ -52,13 +52,13 @@ class Layer:
 
 
 def display(path: Path) -> str:
-    """The path as a person here would write it: relative where it lies below the working directory."""
+    """Return the path as text: relative if it is inside the working directory."""
     path = Path(os.path.normpath(path.absolute()))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def read_file(path: Path) -> Layer:
-    """One YAML file. An unreadable file, wrong syntax, duplicate keys and merge keys become problems."""
+    """Read a YAML file. An unreadable file, wrong syntax, duplicate keys and merge keys become problems."""
     layer = Layer(display(path))
     try:
         node = _compose(_read_text(path), "check indentation, colons and brackets there")
@@ -76,7 +76,7 @@ def read_file(path: Path) -> Layer:
 
 
 def read_setting(setting: str) -> Layer:
-    """One `--set key=value`; the value is YAML: a word, a number, null, [a, b] or {a: b}."""
+    """Read one `--set key=value`. The value is YAML: a word, a number, null, [a, b] or {a: b}."""
     layer = Layer(f"--set {' '.join(setting.splitlines())}")
     origin = Origin(layer.name)
     key, equals, text = setting.partition("=")
@@ -88,13 +88,13 @@ def read_setting(setting: str) -> Layer:
         layer.problems.append(f"{layer.name}: {error}")
         layer.unreadable = True
         return layer
-    # `--set key=` clears the key
+    # `--set key=` sets the key to null
     layer.put(key, None if node is None else _read_node(node, tuple(key.split(".")), layer, origin), origin)
     return layer
 
 
 def near_name(path: Path, other_than: Path | None = None) -> str | None:
-    """The name beside a missing file that is spelt most like it."""
+    """Return the name in the same folder that is most similar to that of a missing file."""
     try:
         beside = [p for p in path.parent.iterdir() if p.suffix in SUFFIXES]
         names = {p.stem: p.name for p in beside if other_than is None or p.resolve() != other_than.resolve()}
@@ -105,7 +105,7 @@ def near_name(path: Path, other_than: Path | None = None) -> str | None:
 
 
 class _Unreadable(Exception):
-    """Why nothing of a file or a setting can be used, and the line."""
+    """The reason why a file or a setting cannot be used at all, and its line."""
 
     def __init__(self, sentence: str, line: int | None = None):
         super().__init__(sentence)
@@ -133,7 +133,7 @@ def _read_text(path: Path) -> str:
 
 
 def _compose(text: str, hint: str) -> yaml.Node | None:
-    """The nodes of YAML text, of a bounded size and without tags; None if there is nothing in it."""
+    """Parse YAML text of bounded size and without tags; None if it is empty."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tag = next(
@@ -144,12 +144,12 @@ def _compose(text: str, hint: str) -> yaml.Node | None:
         raise _Unreadable(_syntax(error, hint), mark.line + 1 if mark else None) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise _Unreadable(f"YAML does not allow the character #x{error.character:04x}; take it out", line) from None
+        raise _Unreadable(f"YAML does not allow the character #x{error.character:04x}; remove it", line) from None
     except RecursionError:
         raise _Unreadable(f"maps and lists are nested more than {MAX_DEPTH} deep; make it flatter") from None
     if tag is not None:
         name = "".join(part for part in tag.value if part)
-        what = f"the YAML tag {name} is not used in forge configs; write the value alone, in quotes if it is text"
+        what = f"the YAML tag {name} is not supported in forge configs; write only the value, in quotes if it is text"
         raise _Unreadable(what, tag.start_mark.line + 1)
     if node is not None:
         _measure(node, {})
@@ -159,21 +159,21 @@ def _compose(text: str, hint: str) -> yaml.Node | None:
 def _syntax(error: yaml.MarkedYAMLError, hint: str) -> str:
     problem, context = error.problem or "", error.context or ""
     if "'\\t'" in problem:
-        return "YAML syntax: there is a tab where only spaces may stand; indent with spaces"
+        return "YAML syntax: there is a tab where only spaces are allowed; indent with spaces"
     if "another document" in problem:
-        return "YAML syntax: a second document begins here; keep one document, and take this `---` out"
+        return "YAML syntax: a second document begins here; keep one document, and remove this `---`"
     return f"YAML syntax: {' '.join(filter(None, (problem, context)))}; {hint}"
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """How many values a node stands for, aliases written out, and how deep they are nested."""
+    """Return the number of values of a node, with aliases expanded, and their depth."""
     if isinstance(node, yaml.ScalarNode):
         return 1, 0
     line = node.start_mark.line + 1
     if id(node) in known:
         shape = known[id(node)]
         if shape is None:
-            raise _Unreadable("this value contains itself through an alias; write its keys out", line)
+            raise _Unreadable("this value contains itself through an alias; write out its keys", line)
         return shape
     known[id(node)] = None
     inside = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
@@ -182,13 +182,13 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
     if depth > MAX_DEPTH:
         raise _Unreadable(f"maps and lists are nested more than {MAX_DEPTH} deep; make it flatter", line)
     if values > MAX_VALUES:
-        raise _Unreadable(f"this stands for more than {MAX_VALUES:,} values; take aliases out", line)
+        raise _Unreadable(f"this expands to more than {MAX_VALUES:,} values; use fewer aliases", line)
     known[id(node)] = values, depth
     return values, depth
 
 
 def _read_node(node: yaml.Node, path: KeyPath, layer: Layer, origin: Origin | None = None) -> Any:
-    """The node as texts; with an origin, that holds for all of it, else each line counts."""
+    """Return the node as texts. An origin, if given, holds for all of it; otherwise each key has its own line."""
     if isinstance(node, yaml.ScalarNode):
         if node.style is None:  # plain, neither quoted nor a block
             return None if node.tag == "tag:yaml.org,2002:null" else PlainText(node.value)
@@ -214,7 +214,7 @@ def _read_map(node: yaml.MappingNode, path: KeyPath, layer: Layer, origin: Origi
         key, key_path = key_node.value, (*path, key_node.value)
         if key_node.tag == MERGE_TAG:
             layer.problems.append(
-                f"{here}: the merge key << is not used in forge configs; use inherits, or repeat the keys"
+                f"{here}: the merge key << is not supported in forge configs; use inherits, or repeat the keys"
             )
         elif key in tree:
             first = "" if layer.origins[key_path] == here else f", first at {layer.origins[key_path]}"

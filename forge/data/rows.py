@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from huggingface_hub import is_offline_mode
 
-from forge.config.schema import DatasetConfig
+from forge.config.task_schema import DatasetConfig
 from forge.data.demo.chat import demo_chat
 from forge.data.demo.lines import demo_lines
 from forge.data.demo.nli import demo_nli

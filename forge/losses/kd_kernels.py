@@ -39,9 +39,9 @@ def difference_product(
     WIDEN: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """The teacher's K loop, its tile stored, its negative kept, and the student's K loop on top of that.
+    """Run the teacher's K loop, store its tile, keep its negative, and run the student's K loop on top of that.
 
-    teacher_out: the teacher's logits less the largest of their row in the tile, which goes to tops (rows, tiles).
+    teacher_out: the teacher's logits minus the largest of their row in the tile, which goes to tops (rows, tiles).
     """
     tiles_m = tl.cdiv(rows, TILE_M)
     tiles_n = tl.cdiv(V, TILE_N)
@@ -144,11 +144,11 @@ def loss_rows(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: statistics, then CE, D and the logits' gradient, which may overwrite the student's logits.
+    """Compute one row: statistics, then CE, D and the logits' gradient, which may overwrite the student's logits.
 
     teacher, student: (rows, pitch) logits, or with DIFFERENCE what difference_product writes, with its tops. sums: CE
-    and D of each row, sums_stride apart. POWER is T where exp at 1 is that power of exp at T, else 0. Statistics come
-    from the rounded logits that the gradient is made of: from unrounded ones the sum of p would not be 1.
+    and D of each row, sums_stride apart. POWER is T if exp at 1 is computed as that power of exp at T, else 0.
+    Statistics come from the rounded logits that the gradient is made of: otherwise the sum of p would not be 1.
     """
     row = tl.program_id(0).to(tl.int64)
     teacher += row * teacher_pitch
@@ -326,7 +326,7 @@ def load_logits(
     TEACHER_BIAS: tl.constexpr, SCALE: tl.constexpr, TEACHER_SCALE: tl.constexpr, CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr, PITCH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """Student logits, those of columns both models know, the teacher's, and student - teacher; -inf where none is."""
+    """Return student logits, those of shared columns, the teacher's, and student - teacher; -inf if there is none."""
     column = block * BLOCK + lane
     stored = column < PITCH  # a multiple of the vector width, unlike V
     if DIFFERENCE:
@@ -364,7 +364,7 @@ def load_logits(
 
 @triton.jit
 def head_logit(raw, bias, column, inside, scale, cap, BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr):
-    """cap * tanh(scale * (raw + bias) / cap), and -inf outside."""
+    """Return cap * tanh(scale * (raw + bias) / cap), and -inf outside."""
     x = raw
     if BIAS:
         x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -379,7 +379,7 @@ def head_logit(raw, bias, column, inside, scale, cap, BIAS: tl.constexpr, SCALE:
 
 @triton.jit
 def slope(gradient, x, scale, cap, SCALE: tl.constexpr, CAP: tl.constexpr):
-    """The gradient of a logit x carried back to what the head gave."""
+    """Return the gradient in what the head gave, from the gradient of logit x."""
     if SCALE:
         gradient = gradient * scale
     if CAP:
@@ -389,7 +389,7 @@ def slope(gradient, x, scale, cap, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def probabilities(x, z, d, inv_t, log_s, log_t, shift, DIFFERENCE: tl.constexpr):
-    """p, q and log p - log q; from the difference, p inherits the rounding of q and p - q loses nothing."""
+    """Return p, q and log p - log q; from the difference, p inherits the rounding of q and p - q loses nothing."""
     log_q = z * inv_t - log_t
     delta = d * inv_t + shift
     q = tl.exp(log_q)
@@ -399,7 +399,7 @@ def probabilities(x, z, d, inv_t, log_s, log_t, shift, DIFFERENCE: tl.constexpr)
 
 @triton.jit
 def pull_of(p, q, delta, mix, DIVERGENCE: tl.constexpr):
-    """An element's share of D, and p g with g = dD / dp: the table is in forge.losses.linear_kd_plain."""
+    """Return an element's share of D, and p g with g = dD / dp; the table is in forge.losses.linear_kd_plain."""
     if DIVERGENCE == "reverse_kl":
         pull = tl.where(p > 0.0, p * delta, 0.0)
         value = pull - p + q
@@ -429,7 +429,7 @@ def pull_of(p, q, delta, mix, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def scale(source, factor, out, size, BLOCK: tl.constexpr):
-    """out = source * factor, in float32 and rounded once."""
+    """Compute out = source * factor in float32, rounded once."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(source + i, mask=i < size).to(tl.float32)
     tl.store(out + i, (x * tl.load(factor)).to(out.dtype.element_ty), mask=i < size)

@@ -1,4 +1,4 @@
-"""What every path of the distillation loss shares: the settings of its formula, its inputs, and its chunk sizes."""
+"""What the paths of the distillation loss share: the settings of the formula, inputs, outputs and chunk sizes."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ MISSING_MASS = ("tail", "renormalise", "zero")
 PRECISIONS = ("difference", "fp32", "bf16")
 TAIL_FLOOR = 1e-6  # a tail lighter than this is lost in the float32 rounding of 1 - sum(top k), so it counts as none
 # Probabilities that differ by less than this share count as equal where a loss takes the sign of their difference: two
-# float32 products of some thousand terms agree no better, and half of p would hang on the sign of that rounding.
+# float32 products of some thousand terms agree no better, and that rounding would decide the sign for half of p.
 EQUAL = 1e-4
 DEFAULT_BUDGET = 3 * 2**30  # holds the fastest chunks of 8,192 rows at a vocabulary of 151,936
 PLAIN_BUDGET = 2**28
@@ -18,7 +18,7 @@ PLAIN_BUDGET = 2**28
 
 @dataclass(frozen=True)
 class Settings:
-    """The formula: (1 - alpha) * CE + alpha * T^2 * D(teacher || student), D at temperature T on both."""
+    """The formula as the kernels read it: one number for beta or skew, and the scales and softcaps of both heads."""
 
     alpha: float = 0.5
     temperature: float = 1.0
@@ -50,14 +50,14 @@ class Inputs:
 
     @property
     def shared(self) -> int:
-        """How many columns both models know; the rest is padding of the wider head, which D must not see."""
+        """The number of columns that both models have; the rest of the wider head is padding, which D leaves out."""
         V = self.head.shape[0]
         return V if self.teacher_head is None else min(V, self.teacher_head.shape[0])
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients somebody will ask for."""
+    """Which gradients backward may ask for."""
 
     hidden: bool
     head: bool
@@ -70,7 +70,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Sums over the counted positions, and the gradients of total; an empty tensor where none was needed."""
+    """Sums over the counted rows, and the gradients of the loss; an empty tensor where none was needed."""
 
     ce_sum: Tensor  # ()
     kl_sum: Tensor  # ()
@@ -81,17 +81,17 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Logits exist for `rows` positions at a time; their gradients are collected for `wide` before dX and dW."""
+    """How many rows have logits at a time, and how many have their gradients collected for one product."""
 
-    rows: int
-    wide: int
+    rows: int  # of logits
+    wide: int  # of the logits' gradients, which the products for hidden states and head take together
 
 
 def teacher_share(divergence: str, beta: float, skew: float) -> float:
-    """The teacher's share w of the mixture m = w q + (1 - w) p that the divergence is taken to; 0 where it has none.
+    """Return the teacher's share w in the mixture m = w q + (1 - w) p of the divergence; 0 if it has none.
 
-    beta of jsd, and in both skew divergences a share `skew` for the first distribution, whose log-ratio is averaged:
-    the teacher in skew_kl, the student in skew_reverse_kl.
+    It is beta in jsd. In the skew divergences, `skew` is the share of the distribution whose log-ratio is averaged: the
+    teacher's in skew_kl, the student's in skew_reverse_kl.
     """
     if divergence == "jsd":
         return float(beta)
@@ -101,10 +101,9 @@ def teacher_share(divergence: str, beta: float, skew: float) -> float:
 
 
 def plain_rows(V: int, itemsize: int, memory_budget: int | None = None, low_memory: bool = False) -> int:
-    """How many positions plain torch takes at a time: some six (rows, V) tensors of it are alive at once.
+    """Return how many rows plain torch computes at a time; some six (rows, V) tensors are alive at once.
 
-    itemsize: bytes of one of their elements. memory_budget: bytes for all six, None for 256 MiB. low_memory: never more
-    than a quarter of that.
+    itemsize: bytes per element. memory_budget: bytes for all six; None: 256 MiB. low_memory: at most 64 MiB.
     """
     budget = PLAIN_BUDGET if memory_budget is None else memory_budget
     budget = min(budget, PLAIN_BUDGET // 4) if low_memory else budget
@@ -112,7 +111,7 @@ def plain_rows(V: int, itemsize: int, memory_budget: int | None = None, low_memo
 
 
 def row_pitch(V: int) -> int:
-    """Elements from one row of logits to the next: whole 128-byte lines, so that an odd vocabulary stays aligned."""
+    """Return the elements from one row of logits to the next: whole 128-byte lines keep an odd vocabulary aligned."""
     return -(-V // 64) * 64
 
 
@@ -127,12 +126,17 @@ def plan_chunks(
     memory_budget: int | None = None,
     low_memory: bool = False,
 ) -> Chunks:
-    """The fastest chunk sizes whose scratch memory fits the budget; the smallest there are if none does.
+    """Return the fastest chunk sizes whose scratch memory fits the budget; the smallest sizes if none does.
 
-    N positions, V columns, H the student's width. logit_bytes: bytes of one column of one row of logits, both models
-    together, gradients excluded. gradient_bytes: of one logit's gradient. head_gradient_bytes: of one element of the
-    head's gradient as it is returned, 0 for a frozen head. memory_budget: bytes of scratch besides the returned
-    gradients; None for 3 GiB. low_memory: never more than 2,048 rows of gradients. Depends on nothing but these.
+    The result depends on the arguments alone, so every rank and every resume gets the same.
+
+    Args:
+        N, V, H: rows, columns, and the student's width.
+        logit_bytes: bytes per column of one row of logits, of both models together, without gradients.
+        gradient_bytes: bytes per logit of the gradient.
+        head_gradient_bytes: bytes per element of the head's gradient as it is returned; 0 for a frozen head.
+        memory_budget: bytes of scratch memory in addition to the returned gradients; None: 3 GiB.
+        low_memory: at most 2,048 rows of gradients.
     """
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
     sizes = [(rows, wide) for wide in (N, 16384, 8192, 4096) for rows in (2048, 1024)]
@@ -148,7 +152,7 @@ def plan_chunks(
 def scratch_bytes(
     chunks: Chunks, N: int, V: int, H: int, logit_bytes: int, gradient_bytes: int, head_gradient_bytes: int
 ) -> int:
-    """What the chunks need beside the returned gradients; the arguments are those of plan_chunks."""
+    """Return the bytes that the chunks need in addition to the returned gradients; arguments as in plan_chunks."""
     pitch = row_pitch(V)
     one_pass = chunks.wide >= N
     logits = chunks.rows * pitch * logit_bytes

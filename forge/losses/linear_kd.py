@@ -1,7 +1,6 @@
 """The distillation loss from hidden states and heads, without the full logits of either model."""
 
 import dataclasses
-import importlib.util
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -9,16 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from forge.losses import products
 from forge.losses.checks import (
-    check_head,
+    check_computing,
+    check_formula,
+    check_head_input,
     check_labels,
-    check_one_teacher,
-    check_precision,
     check_same_rows,
-    check_settings,
-    own_dtype,
-    product_dtype,
+    check_top_k,
+    student_dtype,
+    teacher_dtype,
 )
+from forge.losses.kd_arguments import Computing, Formula, HeadInput, KDLoss, TopK
 from forge.losses.kd_settings import (
     Chunks,
     Inputs,
@@ -29,152 +30,102 @@ from forge.losses.kd_settings import (
     plan_chunks,
     teacher_share,
 )
-from forge.losses.linear_kd_plain import plain_linear_kd, stored
+from forge.losses.linear_kd_plain import plain_linear_kd
+from forge.losses.products import gradient_dtype, wants_gradient
 
 logger = logging.getLogger(__name__)
-SCALED_AT_ONCE = 2**22  # elements of a gradient that plain torch scales in one go, so that no wide copy of it is made
-
-
-@dataclasses.dataclass
-class Parts:
-    """What the loss is made of: float scalars on the device, detached, summed over the counted positions."""
-
-    ce_sum: Tensor  # () cross-entropy in nats
-    kl_sum: Tensor  # () D(teacher || student) at temperature T, without T^2; 0 where alpha is 0
-    count: Tensor  # () int64
 
 
 def linear_kd(
-    student_hidden: Tensor,
-    student_head: Tensor,
+    student: HeadInput,
+    teacher: HeadInput | TopK | None,
     labels: Tensor,
-    *,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Tensor | None = None,
-    teacher_log_probs: Tensor | None = None,
-    teacher_indices: Tensor | None = None,
-    missing_mass: str = "tail",
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    normalizer: Tensor | None = None,
-    ignore_index: int = -100,
-    compact: bool = False,
-    precision: str | None = None,
-    memory_budget: int | None = None,
-    low_memory: bool = False,
-    chunks: Chunks | None = None,
-) -> tuple[Tensor, Parts]:
-    """((1 - alpha) * CE + alpha * T^2 * D(teacher || student)) / normalizer, CE and D summed over counted positions.
+    formula: Formula = Formula(),  # noqa: B008 - frozen
+    computing: Computing = Computing(),  # noqa: B008 - frozen
+) -> KDLoss:
+    """Return (1 - alpha) * CE + alpha * T^2 * D(teacher || student), summed over the rows that count.
 
-    CE is at temperature 1 over the student's V columns; D at temperature T over the columns that both heads have, the
-    rest of the wider head being padding. The divergences are written out in linear_kd_plain.divergence_rows. The factor
-    T^2 keeps the size of D's gradient (Hinton et al. 2015, arXiv 1503.02531).
+        kd = linear_kd(HeadInput(h, W), HeadInput(h_teacher, W_teacher), labels, Formula(alpha=0.9, temperature=2.0))
+        kd.loss_mean.backward()
 
-    student_hidden: (N, Hs), student_head: (V, Hs), student_bias: (V,); one float dtype, or under autocast any.
-    labels: (N,) int64, already shifted; positions with ignore_index count neither in CE nor in D.
-    teacher_hidden: (N, Ht), teacher_head: (Vt, Ht), teacher_bias: (Vt,); one float dtype, which autocast leaves alone;
-        never given a gradient.
-    teacher_log_probs, teacher_indices: (N, K) instead of those, for forward_kl: the teacher's top k at this
-        temperature, indices distinct within a row, -inf for an absent entry. missing_mass says what becomes of the
-        probability that they lack: tail, renormalise or zero; see linear_kd_plain.sparse_rows.
-    alpha: in [0, 1]. At 0 no teacher is needed, and one that is given is not touched; at 1 CE is still reported.
-    divergence: forward_kl, reverse_kl, jsd (with beta), skew_kl or skew_reverse_kl (with skew), or tvd. beta in (0, 1)
-        is the teacher's share of the mixture; skew in [0, 1) the share of the distribution whose log-ratio is averaged,
-        the teacher's in skew_kl and the student's in skew_reverse_kl.
-    logit_scale, softcap: logits are softcap * tanh(logit_scale * (hidden @ head.T + bias) / softcap).
-    normalizer: () on the device, usually the labels of the whole optimizer step over all ranks and micro-batches; None
-        for those of this call, at least 1.
-    compact: leave ignored rows out of the products. It waits once for the device, to learn how many are left.
-    precision: of the logits between product and loss, on the fused path: "difference" (float16 teacher logits and
-        float16 differences), "fp32" or "bf16" (the inputs' dtype: fast, and wrong near convergence); None for the
-        difference where it can run, else fp32. What cannot run falls back to fp32 with one warning.
-    memory_budget, low_memory: scratch bytes and a smaller plan, see kd_settings.plan_chunks; chunks overrides both.
+    The full logits (N, V) of either model never exist. Triton kernels compute the loss on a CUDA device, plain torch
+    elsewhere, also in chunks. Both give the same numbers up to rounding, and each is deterministic.
 
-    Returns the loss, a float32 scalar (float64 for float64 inputs), differentiable in student_hidden, student_head and
-    student_bias, and its detached Parts. Gradients are computed in forward and only scaled in backward, so there is no
-    double backward. Deterministic. torch.compile sees one operator.
+    Args:
+        student: N rows of hidden states with their head of V columns. Gradients flow into hidden, weight and bias.
+            Under autocast its product is computed in autocast's dtype; softmaxes and sums are at least float32.
+        teacher: as many rows of its own width, with a head of any number of columns in its own dtype, which autocast
+            leaves alone; or its top k, for forward_kl; or None if alpha is 0. It gets no gradient.
+        labels: (N,) int64, already shifted: labels[i] is the token that row i predicts, or formula.ignore_index for a
+            row that counts neither in CE nor in D.
+        formula: alpha, temperature and divergence; see Formula.
+        computing: precision and memory; see Computing.
 
-    Raises ValueError for shapes that disagree, and for a setting without a meaning.
+    Returns:
+        Sums over the counted rows, in nats: float32 scalars, or float64 for float64 inputs. Only loss_sum has a
+        gradient, of which forward computes all but the factor: backward only scales it, and there is no double
+        backward. If no row counts, the sums and the gradients are 0.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or a setting has no meaning.
+
+    torch.compile sees one operator. The algorithm and its numbers are in docs/kernels.md.
     """
-    settings = Settings(
-        alpha=float(alpha),
-        temperature=float(temperature),
-        divergence=divergence,
-        mix=teacher_share(divergence, beta, skew),
-        missing_mass=missing_mass,
-        logit_scale=float(logit_scale),
-        softcap=float(softcap or 0.0),
-        teacher_logit_scale=float(teacher_logit_scale),
-        teacher_softcap=float(teacher_softcap or 0.0),
-        ignore_index=ignore_index,
-    )
-    check_settings(settings)
-    check_precision(precision)
-    if settings.alpha == 0.0:
-        teacher_hidden = teacher_head = teacher_bias = teacher_log_probs = teacher_indices = None
-    check_head(student_hidden, student_head, student_bias, "student")
-    check_labels(labels, student_hidden, "student_hidden")
-    if settings.alpha > 0.0:
-        dense = teacher_hidden is not None or teacher_head is not None
-        check_one_teacher(dense, teacher_log_probs, teacher_indices, divergence, student_hidden, "hidden")
-        if dense:
-            check_head(teacher_hidden, teacher_head, teacher_bias, "teacher")
-        if teacher_hidden is not None:
-            check_same_rows(student_hidden, teacher_hidden, "hidden")
-    student_dtype = product_dtype(student_hidden, student_head)
-    teacher_dtype = student_dtype
-    if teacher_hidden is not None and teacher_head is not None:
-        teacher_dtype = own_dtype(teacher_hidden, teacher_head, "teacher")
-
-    grad = torch.is_grad_enabled()
-    total, ce_sum, kl_sum, _, _, _ = torch.ops.forge.linear_kd(
-        student_hidden,
-        student_head,
+    check_formula(formula)
+    check_computing(computing)
+    check_head_input(student, "student")
+    check_labels(labels, student.hidden, "student.hidden")
+    dense, top = _checked_teacher(teacher, student, formula)
+    dtype = student_dtype(student)
+    total, ce_sum, divergence_sum, _, _, _ = torch.ops.forge.linear_kd(
+        student.hidden,
+        student.weight,
         labels,
-        student_bias,
-        None if teacher_hidden is None else teacher_hidden.detach(),
-        None if teacher_head is None else teacher_head.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        None if teacher_log_probs is None else teacher_log_probs.detach(),
-        teacher_indices,
+        student.bias,
+        None if dense is None else dense.hidden.detach(),
+        None if dense is None else dense.weight.detach(),
+        None if dense is None or dense.bias is None else dense.bias.detach(),
+        None if top is None else top.log_probs.detach(),
+        None if top is None else top.indices,
         [
-            settings.alpha,
-            settings.temperature,
-            settings.mix,
-            settings.logit_scale,
-            settings.softcap,
-            settings.teacher_logit_scale,
-            settings.teacher_softcap,
+            float(formula.alpha),
+            float(formula.temperature),
+            teacher_share(formula.divergence, formula.beta, formula.skew),
+            float(student.scale),
+            float(student.softcap or 0.0),
+            1.0 if dense is None else float(dense.scale),
+            0.0 if dense is None else float(dense.softcap or 0.0),
         ],
-        divergence,
-        missing_mass,
-        ignore_index,
-        student_dtype,
-        teacher_dtype,
-        [
-            grad and student_hidden.requires_grad,
-            grad and student_head.requires_grad,
-            grad and student_bias is not None and student_bias.requires_grad,
-        ],
-        compact,
-        precision,
-        memory_budget,
-        low_memory,
-        None if chunks is None else [chunks.rows, chunks.wide],
+        formula.divergence,
+        formula.missing_mass,
+        formula.ignore_index,
+        dtype,
+        dtype if dense is None else teacher_dtype(dense),
+        [wants_gradient(x) for x in (student.hidden, student.weight, student.bias)],
+        computing.compact,
+        computing.precision,
+        computing.memory_budget,
+        computing.low_memory,
+        None if computing.chunks is None else [computing.chunks.rows, computing.chunks.wide],
     )
-    count = (labels != ignore_index).sum()
-    if normalizer is None:
-        normalizer = count.clamp(min=1)
-    return total / normalizer.to(total.dtype), Parts(ce_sum.detach(), kl_sum.detach(), count)
+    count = (labels != formula.ignore_index).sum()
+    return KDLoss(total, ce_sum.detach(), divergence_sum.detach(), count)
+
+
+def _checked_teacher(
+    teacher: HeadInput | TopK | None, student: HeadInput, formula: Formula
+) -> tuple[HeadInput | None, TopK | None]:
+    """Return the teacher in the one of its two forms that it has; at alpha 0 it has none, and is not looked at."""
+    if formula.alpha == 0.0:
+        return None, None
+    if isinstance(teacher, HeadInput):
+        check_head_input(teacher, "teacher")
+        check_same_rows(student.hidden, teacher.hidden, ".hidden")
+        return teacher, None
+    if teacher is None:
+        raise ValueError("alpha > 0 needs a teacher: HeadInput or TopK, got None.")
+    check_top_k(teacher, len(student.hidden), formula.divergence)
+    return None, teacher
 
 
 @torch.library.custom_op("forge::linear_kd", mutates_args=())
@@ -201,7 +152,7 @@ def linear_kd_operator(
     low_memory: bool,
     chunk_sizes: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Total, CE and D sums, and the gradients of total in hidden, head and bias: empty where not wanted."""
+    """Return the sums of loss, CE and D, and the loss's gradients in hidden, head and bias; empty if not wanted."""
     alpha, temperature, mix, scale, cap, teacher_scale, teacher_cap = numbers
     settings = Settings(
         alpha, temperature, divergence, mix, missing_mass, scale, cap, teacher_scale, teacher_cap, ignore_index
@@ -209,18 +160,9 @@ def linear_kd_operator(
     teacher = (teacher_hidden, teacher_head, teacher_bias, top_log_probs, top_indices)
     inputs = Inputs(hidden, head, labels, bias, *teacher, dtype=dtype, teacher_dtype=teacher_dtype)
     chunks = None if chunk_sizes is None else Chunks(*chunk_sizes)
-    # Autocast would round the float32 sums of the plain path.
-    with torch.autocast(hidden.device.type, enabled=False):
-        needs = Needs(*wanted)
-        compute = partial(
-            computed,
-            settings=settings,
-            needs=needs,
-            precision=precision,
-            memory_budget=memory_budget,
-            low_memory=low_memory,
-            chunks=chunks,
-        )
+    needs, computing = Needs(*wanted), Computing(precision, memory_budget, low_memory, chunks)
+    compute = partial(computed, settings=settings, needs=needs, computing=computing)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round the float32 sums of the plain path
         outputs = compacted(inputs, ignore_index, needs, compute) if compact else compute(inputs)
     total = (1.0 - alpha) * outputs.ce_sum + alpha * temperature**2 * outputs.kl_sum
     return total, outputs.ce_sum, outputs.kl_sum, outputs.d_hidden, outputs.d_head, outputs.d_bias
@@ -232,8 +174,9 @@ def _(hidden, head, labels, bias, *others):  # type: ignore[no-untyped-def]
     work = torch.promote_types(dtype, torch.float32)
     total, ce_sum, kl_sum = (head.new_empty((), dtype=work) for _ in range(3))
     d_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
-    d_head = head.new_empty(head.shape if wanted[1] else 0, dtype=stored(head.dtype))
-    d_bias = head.new_empty(head.shape[0] if wanted[2] else 0, dtype=stored(work if bias is None else bias.dtype))
+    d_head = head.new_empty(head.shape if wanted[1] else 0, dtype=gradient_dtype(head.dtype))
+    bias_dtype = gradient_dtype(work if bias is None else bias.dtype)
+    d_bias = head.new_empty(head.shape[0] if wanted[2] else 0, dtype=bias_dtype)
     return total, ce_sum, kl_sum, d_hidden, d_head, d_bias
 
 
@@ -256,29 +199,8 @@ def _backward(ctx, d_total, *_unused):  # type: ignore[no-untyped-def]
 linear_kd_operator.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("forge::scaled_gradient", mutates_args=())
-def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, () on the device, rounded once to dtype; gradient stays as it was for another backward."""
-    if refusal_of_kernels(gradient.device, gradient.dtype) is None:
-        from forge.losses.linear_kd_triton import scaled
-
-        with torch.cuda.device(gradient.device):
-            return scaled(gradient, factor, dtype)
-    work = torch.promote_types(gradient.dtype, torch.float32)
-    out = torch.empty_like(gradient, dtype=dtype)
-    rows = max(1, SCALED_AT_ONCE * gradient.shape[0] // max(gradient.numel(), 1))
-    for part, scaled_part in zip(gradient.split(rows), out.split(rows), strict=True):
-        scaled_part.copy_(part.to(work) * factor.to(work))
-    return out
-
-
-@scaled_gradient.register_fake
-def _(gradient, factor, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_like(gradient, dtype=dtype)
-
-
 def compacted(inputs: Inputs, ignore_index: int, needs: Needs, compute: Callable[[Inputs], Outputs]) -> Outputs:
-    """compute on the counted rows alone; torch.nonzero waits for the device."""
+    """Compute on the counted rows alone; torch.nonzero waits for the device."""
     kept = torch.nonzero(inputs.labels != ignore_index).squeeze(1)
 
     def rows(x: Tensor | None) -> Tensor | None:
@@ -300,63 +222,47 @@ def compacted(inputs: Inputs, ignore_index: int, needs: Needs, compute: Callable
     return dataclasses.replace(outputs, d_hidden=d_hidden)
 
 
-def computed(
-    inputs: Inputs,
-    settings: Settings,
-    needs: Needs,
-    precision: str | None,
-    memory_budget: int | None,
-    low_memory: bool,
-    chunks: Chunks | None,
-) -> Outputs:
-    """The fused path where it can run, else the plain one."""
-    N, (V, H) = inputs.hidden.shape[0], inputs.head.shape
-    refusal = refusal_of_kernels(inputs.hidden.device, inputs.dtype)
-    if refusal is not None or N == 0:
-        if refusal is not None:
-            # On a CPU that is the way it goes, and nothing to warn of, unless somebody asked for something else.
-            asked = precision == "bf16" or (precision == "difference" and settings.alpha > 0.0)
-            level = logging.INFO if inputs.hidden.device.type == "cpu" and not asked else logging.WARNING
-            but = f", with fp32 logits where precision {precision} was asked for" if asked else ""
-            say_once(f"linear_kd takes the plain path{but}: {refusal}.", level)
+def computed(inputs: Inputs, settings: Settings, needs: Needs, computing: Computing) -> Outputs:
+    """Take the fused path where it can run, else the plain one."""
+    refusal = products.refusal_of_kernels(inputs.hidden.device, inputs.dtype)
+    if refusal is not None:
+        # On a CPU that is expected, so it is no warning unless another precision was asked for.
+        precision = computing.precision
+        asked = precision == "bf16" or (precision == "difference" and settings.alpha > 0.0)
+        level = logging.INFO if inputs.hidden.device.type == "cpu" and not asked else logging.WARNING
+        but = f", with fp32 logits instead of precision {precision}" if asked else ""
+        say_once(f"linear_kd takes the plain path{but}: {refusal}.", level)
+    if refusal is not None or len(inputs.hidden) == 0:
         itemsize = torch.promote_types(inputs.dtype, torch.float32).itemsize
-        if chunks is None:
-            chunks = Chunks(rows := plain_rows(V, itemsize, memory_budget, low_memory), rows)
-        return plain_linear_kd(inputs, settings, needs, chunks.rows)
+        rows = plain_rows(len(inputs.head), itemsize, computing.memory_budget, computing.low_memory)
+        return plain_linear_kd(inputs, settings, needs, rows if computing.chunks is None else computing.chunks.rows)
 
     from forge.losses.linear_kd_triton import fused_linear_kd, refusal_of_difference
 
     obstacle = refusal_of_difference(inputs, settings)
-    if precision == "difference" and obstacle is not None and settings.alpha > 0.0:
-        say_once(f"linear_kd works with fp32 logits, not with their difference: {obstacle}.")
-    if precision in (None, "difference"):
-        precision = "fp32" if obstacle is not None else "difference"
-    if chunks is None:
-        models = 1 if inputs.teacher_head is None else 2
-        bytes_of = {"difference": 2, "fp32": 4 * models, "bf16": inputs.dtype.itemsize * (models - 1)}
-        chunks = plan_chunks(
-            N,
-            V,
-            H,
-            logit_bytes=bytes_of[precision],
-            gradient_bytes=inputs.dtype.itemsize,
-            head_gradient_bytes=stored(inputs.head.dtype).itemsize if needs.head else 0,
-            memory_budget=memory_budget,
-            low_memory=low_memory,
-        )
+    if computing.precision == "difference" and obstacle is not None and settings.alpha > 0.0:
+        say_once(f"linear_kd uses fp32 logits instead of precision difference: {obstacle}.")
+    precision = computing.precision or "difference"
+    if precision == "difference" and obstacle is not None:
+        precision = "fp32"
+    chunks = computing.chunks or planned_chunks(inputs, needs, computing, precision)
     with torch.cuda.device(inputs.hidden.device):
         return fused_linear_kd(inputs, settings, needs, chunks, precision)
 
 
-def refusal_of_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run, or None where they can."""
-    if device.type != "cuda":
-        return f"its kernels need a CUDA device, and the tensors are on {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"its kernels do not compute in {dtype}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+def planned_chunks(inputs: Inputs, needs: Needs, computing: Computing, precision: str) -> Chunks:
+    """Return the chunks of the fused path that fit the memory budget."""
+    models = 1 if inputs.teacher_head is None else 2
+    bytes_of = {"difference": 2, "fp32": 4 * models, "bf16": inputs.dtype.itemsize * (models - 1)}
+    return plan_chunks(
+        len(inputs.hidden),
+        *inputs.head.shape,
+        logit_bytes=bytes_of[precision],
+        gradient_bytes=inputs.dtype.itemsize,
+        head_gradient_bytes=gradient_dtype(inputs.head.dtype).itemsize if needs.head else 0,
+        memory_budget=computing.memory_budget,
+        low_memory=computing.low_memory,
+    )
 
 
 _said: set[str] = set()

@@ -1,4 +1,4 @@
-"""The chunked loss in plain torch: the path of the CPU, and the twin that the kernels are compared with."""
+"""The chunked loss in plain torch: the path on a CPU, and the twin that tests compare the kernels with."""
 
 import math
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from forge.losses.kd_settings import EQUAL, TAIL_FLOOR, Inputs, Needs, Outputs, Settings
+from forge.losses.products import gradient_dtype
 
 
 def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int) -> Outputs:
-    """The sums and gradients of forge.losses.linear_kd, `rows` positions at a time, on any device.
+    """Return the sums and gradients of forge.losses.linear_kd, computed `rows` rows at a time, on any device.
 
     Logits are float32, or float64 for float64 inputs, whatever the inputs are rounded to.
     """
@@ -61,18 +62,16 @@ def plain_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, rows: int)
             d_bias += gradient.sum(0)
 
     bias_dtype = work if inputs.bias is None else inputs.bias.dtype
-    return Outputs(ce_sum, kl_sum, d_hidden, d_head.to(stored(inputs.head.dtype)), d_bias.to(stored(bias_dtype)))
-
-
-def stored(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a summed gradient waits for backward: float16 would overflow before it is normalised."""
-    return torch.float32 if dtype == torch.float16 else dtype
+    return Outputs(
+        ce_sum, kl_sum, d_hidden, d_head.to(gradient_dtype(inputs.head.dtype)), d_bias.to(gradient_dtype(bias_dtype))
+    )
 
 
 def head_logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float) -> tuple[Tensor, Tensor | float | None]:
-    """Logits softcap * tanh(scale * (raw + bias) / softcap), and what their gradient is multiplied by on its way back.
+    """Return logits softcap * tanh(scale * (raw + bias) / softcap), and the factor of their gradient on its way back.
 
-    The order is the models': Gemma 2 caps what its head gives, Cohere scales it.
+    Softcap 0 is none. The factor is None if it is 1. The order is the models': Gemma 2 caps what its head gives, Cohere
+    scales it.
     """
     logits = raw if bias is None else raw + bias.to(raw.dtype)
     if scale != 1.0:
@@ -84,7 +83,7 @@ def head_logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float) 
 
 
 def cross_entropy_rows(logits: Tensor, labels: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor]:
-    """-log softmax(logits)[label] of each row, and softmax - one_hot: (n,) and (n, V); (0,) where it is not wanted."""
+    """Return -log softmax(logits)[label] of each row, (n,), and softmax - one_hot, (n, V), or (0,) if not wanted."""
     log_p = logits.log_softmax(-1)
     labels = labels[:, None]
     if not wanted:
@@ -94,9 +93,9 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, wanted: bool = True) -> t
 
 
 def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings, wanted: bool = True) -> tuple[Tensor, Tensor]:
-    """D(teacher || student) of each row at temperature T, without T^2, and its gradient in the student's logits.
+    """Return D(teacher || student) of each row at temperature T, without T^2, and its gradient in the student's logits.
 
-    student, teacher: (n, V) logits. Returns (n,) and (n, V), or (0,) where no gradient is wanted. With p the student, q
+    student, teacher: (n, V) logits. Returns (n,) and (n, V), or (0,) if no gradient is wanted. With p the student, q
     the teacher and m = w q + (1 - w) p, w being settings.mix:
 
         forward_kl       sum q log(q / p)                               gradient (p - q) / T
@@ -140,14 +139,14 @@ def divergence_rows(student: Tensor, teacher: Tensor, settings: Settings, wanted
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, w: float) -> Tensor:
-    """log(w q + (1 - w) p), also at the ends of w."""
+    """Return log(w q + (1 - w) p), also for w of 0 and 1."""
     if w in (0.0, 1.0):
         return log_q if w else log_p
     return torch.logaddexp(log_q + math.log(w), log_p + math.log(1.0 - w))
 
 
 def sign_of_difference(p: Tensor, q: Tensor) -> Tensor:
-    """sign(p - q) of probabilities; 0 where they differ by no more than the share kd_settings.EQUAL of the larger."""
+    """Return sign(p - q) of probabilities; 0 where they differ by at most the share EQUAL of the larger one."""
     difference = p - q
     return torch.where(difference.abs() > EQUAL * torch.maximum(p, q), difference.sign(), 0.0)
 
@@ -155,17 +154,17 @@ def sign_of_difference(p: Tensor, q: Tensor) -> Tensor:
 def sparse_rows(
     student: Tensor, log_q: Tensor, indices: Tensor, settings: Settings, wanted: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Forward KL of each row from the teacher's top k alone, and its gradient in the student's logits.
+    """Return forward KL of each row from the teacher's top k alone, and its gradient in the student's logits.
 
     student: (n, V) logits; log_q: (n, K) log-probabilities at temperature T, -inf for an absent entry; indices: (n, K),
-    distinct within a row. Returns (n,) and (n, V), or (0,) where no gradient is wanted. The mass Q = 1 - sum q that the
-    k entries lack is, by settings.missing_mass,
+    distinct within a row. Returns (n,) and (n, V), or (0,) if no gradient is wanted. What happens to the mass
+    Q = 1 - sum q that the k entries lack depends on settings.missing_mass:
 
         tail         one more event, whose student probability P is that of all other tokens:  + Q log(Q / P)
         renormalise  spread over the k entries in proportion
         zero         left out: sum q log(q / p) over the k entries
 
-    A row without any entry says nothing: its value and its gradient are 0.
+    The value and the gradient of a row without any entry are 0.
     """
     T = settings.temperature
     log_p = (student / T).log_softmax(-1)
@@ -190,5 +189,5 @@ def sparse_rows(
 
 
 def weighted(probability: Tensor, score: Tensor) -> Tensor:
-    """probability * score, and 0 where the probability is 0 whatever the score: 0 * inf counts for nothing."""
+    """Return probability * score, and 0 where the probability is 0, even if the score is infinite."""
     return torch.where(probability > 0, probability * score, 0.0)

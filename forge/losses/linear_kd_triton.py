@@ -1,6 +1,6 @@
 """The fused CUDA path of the distillation loss: one product of logit differences, and one kernel for every loss.
 
-Needs triton, so it is imported only where the path is taken. The algorithm and its numbers are in docs/kernels.md.
+It needs triton, so it is imported only if the path is taken. The algorithm and its numbers are in docs/kernels.md.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from forge.losses import kd_kernels
 from forge.losses.kd_settings import TAIL_FLOOR, Chunks, Inputs, Needs, Outputs, Settings, row_pitch
-from forge.losses.linear_kd_plain import stored
+from forge.losses.products import gradient_dtype
 
 INTERPRETED = triton.knobs.runtime.interpret
-# Measured on an H100: with eight warps and four stages these tiles reach cuBLAS's speed; 128 x 128 gives 15 % less.
+# Measured on an H100: with eight warps and four stages these tiles are as fast as cuBLAS; 128 x 128 is 15 % slower.
 TILE_M, TILE_N, TILE_K, GROUP = (16, 64, 32, 2) if INTERPRETED else (128, 256, 64, 16)
-# What a skew divergence is at the end of its range, where the kernel would take the logarithm of 0.
+# What a skew divergence is at the end of its range, where the kernel would compute the logarithm of 0.
 WITHOUT_SKEW = {("skew_kl", 0.0): "forward_kl", ("skew_reverse_kl", 1.0): "reverse_kl"}
-# Columns that a program of the row kernel takes at a time, and its warps: float32 logits want more in flight.
+# Columns that a program of the row kernel computes at a time, and its warps: float32 logits need more in flight.
 NARROW_BLOCK, WIDE_BLOCK = ((128, 4), (128, 4)) if INTERPRETED else ((1024, 8), (8192, 32))
 
 
 def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Chunks, precision: str) -> Outputs:
-    """The sums and gradients of forge.losses.linear_kd on one CUDA device, without a host sync.
+    """Return the sums and gradients of forge.losses.linear_kd on one CUDA device, without a host sync.
 
     precision: difference (float16 teacher logits, float16 differences), fp32 (both models' logits in float32) or bf16
     (both in the inputs' dtype). All reductions are in float32 and in a fixed order.
@@ -36,7 +36,7 @@ def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Ch
     one_pass = chunks.wide >= N
     sums = torch.zeros(2, N, dtype=torch.float32, device=device)
     d_hidden = torch.empty(inputs.hidden.shape if needs.hidden else 0, dtype=inputs.dtype, device=device)
-    d_head_dtype = stored(head_dtype) if one_pass else torch.float32
+    d_head_dtype = gradient_dtype(head_dtype) if one_pass else torch.float32
     d_head = torch.empty(inputs.head.shape if needs.head else 0, dtype=d_head_dtype, device=device)
     d_bias = torch.zeros(V if needs.bias else 0, dtype=torch.float32, device=device)
     # dW is written last when there is one pass, so its memory can hold logits until then.
@@ -52,14 +52,14 @@ def fused_linear_kd(inputs: Inputs, settings: Settings, needs: Needs, chunks: Ch
         del d_logits
 
     del buffers  # before the cast asks for memory
-    d_head = d_head.to(stored(head_dtype))
-    d_bias = d_bias if inputs.bias is None else d_bias.to(stored(inputs.bias.dtype))
+    d_head = d_head.to(gradient_dtype(head_dtype))
+    d_bias = d_bias if inputs.bias is None else d_bias.to(gradient_dtype(inputs.bias.dtype))
     ce_sum, kl_sum = sums.sum(1)
     return Outputs(ce_sum, kl_sum.clone(), d_hidden.to(hidden_dtype), d_head, d_bias)
 
 
 def in_product_dtype(inputs: Inputs) -> Inputs:
-    """The inputs in the dtypes of their products, which copies them under autocast, and the teacher's head unpadded."""
+    """Return the inputs in the dtypes of their products (a copy under autocast), and the teacher's head unpadded."""
     teacher_hidden, teacher_head = inputs.teacher_hidden, inputs.teacher_head
     if teacher_hidden is not None and teacher_head is not None:
         teacher_hidden = teacher_hidden.to(inputs.teacher_dtype)
@@ -76,7 +76,7 @@ def in_product_dtype(inputs: Inputs) -> Inputs:
 def head_gradients(
     d_logits: Tensor, inputs: Inputs, start: int, d_hidden: Tensor, d_head: Tensor, d_bias: Tensor
 ) -> None:
-    """Writes the rows of d_hidden that begin at start, and adds to d_head and d_bias; an empty one is not wanted."""
+    """Write the rows of d_hidden from start on, and add to d_head and d_bias; an empty one is not wanted."""
     part = slice(start, start + d_logits.shape[0])
     if d_hidden.numel():
         product(d_logits, inputs.head, d_hidden[part])
@@ -98,7 +98,7 @@ class Buffers:
         narrow = torch.float16 if self.difference else torch.float32 if precision == "fp32" else dtype
         held = chunks.wide if gradient else chunks.rows
         self.gradients = torch.empty(held, pitch, dtype=dtype, device=device)
-        # Differences, and student logits of the gradients' own dtype, stand where their gradients will.
+        # Differences, and student logits in the dtype of the gradients, use the memory that their gradients will.
         self.student = self.teacher = None
         tiles = triton.cdiv(inputs.head.shape[0], TILE_N)
         self.tops = torch.empty(chunks.rows, tiles if self.difference else 0, dtype=torch.float32, device=device)
@@ -111,7 +111,10 @@ class Buffers:
                 self.teacher = torch.empty(chunks.rows, pitch, dtype=narrow, device=device)
 
     def of(self, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the teacher's logits, the student's or the differences, and the gradients are; start counts in wide."""
+        """Return the memory of the teacher's logits, of the student's or the differences, and of the gradients.
+
+        start: the first row, counted from the start of the wide chunk.
+        """
         place = start if self.gradient else 0
         d_logits = self.gradients[place : place + rows]
         student = d_logits if self.student is None else self.student[:rows]
@@ -128,7 +131,7 @@ def loss_chunks(
     buffers: Buffers,
     sums: Tensor,
 ) -> None:
-    """Logits, losses and gradients of the positions from first to last, buffers.rows at a time."""
+    """Compute logits, losses and gradients of the rows from first to last, buffers.rows at a time."""
     for start in range(first, last, buffers.rows):
         part = slice(start, min(last, start + buffers.rows))
         teacher, student, d_logits = buffers.of(start - first, part.stop - part.start)
@@ -142,7 +145,7 @@ def loss_chunks(
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in float32 and rounded once: factor stays on the device, and gradient as it was."""
+    """Return gradient * factor, computed in float32 and rounded once; factor () stays on the device."""
     gradient = gradient.contiguous()
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     size, block = gradient.numel(), 64 if INTERPRETED else 4096
@@ -152,13 +155,13 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def refusal_of_difference(inputs: Inputs, settings: Settings) -> str | None:
-    """Why the difference form cannot run on these inputs, or None where it can."""
+    """Return why the difference form cannot run on these inputs, or None if it can."""
     if inputs.teacher_head is None:
         return "it needs a teacher's hidden states and head"
     if inputs.dtype != torch.bfloat16 or inputs.teacher_dtype != torch.bfloat16:
         return "both models must be in bfloat16"
     if inputs.bias is not None or inputs.teacher_bias is not None or settings.softcap or settings.teacher_softcap:
-        return "a bias or a softcap stands between hidden states and logits"
+        return "a bias or a softcap comes between hidden states and logits"
     if settings.logit_scale == 0.0:
         return "logit_scale is 0"
     if not INTERPRETED and torch.cuda.get_device_capability(inputs.hidden.device) < (9, 0):
@@ -171,7 +174,7 @@ def refusal_of_difference(inputs: Inputs, settings: Settings) -> str | None:
 
 
 def scratch(free: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor, in memory of `free` if that is large enough."""
+    """Return an uninitialised tensor, in the memory of `free` if that is large enough."""
     size = shape[0] * shape[1] * dtype.itemsize
     if free.numel() * free.element_size() < size:
         return torch.empty(shape, dtype=dtype, device=free.device)
@@ -179,7 +182,7 @@ def scratch(free: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b: sums in float32, rounded once to out's dtype."""
+    """Compute out = a @ b, or out += a @ b, with sums in float32, rounded once to the dtype of out."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif a.is_cuda and out.dtype == torch.float32:
@@ -195,10 +198,10 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 def difference_product(
     inputs: Inputs, settings: Settings, part: slice, teacher: Tensor, difference: Tensor, tops: Tensor
 ) -> None:
-    """Writes the teacher's logits less tops, and student - teacher, both float16, for the positions of part.
+    """Write the teacher's logits minus tops, and student - teacher, both float16, for the rows of part.
 
     tops: (rows, tiles) float32, the teacher's largest logit of each row in each tile of TILE_N columns. One accumulator
-    takes both products, so that the difference is rounded and not its operands.
+    takes both products, so that the difference is rounded, and its operands are not.
     """
     assert inputs.teacher_hidden is not None
     assert inputs.teacher_head is not None
@@ -240,7 +243,7 @@ def difference_product(
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, copied if its rows do not lie as the tensor memory accelerator reads them."""
+    """Return x, copied if its rows are not laid out as the tensor memory accelerator reads them."""
     fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     return x if fits else x.contiguous()
 
@@ -259,7 +262,7 @@ def loss_rows(
     sums: Tensor,
     buffers: Buffers,
 ) -> None:
-    """Writes each row's CE and D into sums (2, rows), and the gradient of its logits into d_logits."""
+    """Write each row's CE and D to sums (2, rows), and the gradient of its logits to d_logits."""
     rows, pitch = d_logits.shape
     V, shared = inputs.head.shape[0], inputs.shared
     sparse = inputs.top_log_probs is not None

@@ -3,107 +3,106 @@
 import torch
 from torch import Tensor
 
-from forge.losses.checks import check_labels, check_one_teacher, check_same_rows, check_settings
+from forge.losses.checks import check_formula, check_labels, check_same_rows, check_top_k
 from forge.losses.cross_entropy import IGNORE, cross_entropy_sum
-from forge.losses.given_gradients import wants_gradient, with_gradients
+from forge.losses.kd_arguments import Formula, KDLoss, TopK
 from forge.losses.kd_settings import Settings, plain_rows, teacher_share
-from forge.losses.linear_kd import Parts
-from forge.losses.linear_kd_plain import cross_entropy_rows, divergence_rows, sparse_rows, stored
+from forge.losses.linear_kd_plain import cross_entropy_rows, divergence_rows, sparse_rows
+from forge.losses.products import gradient_dtype, wants_gradient, with_gradients
 
 
 def logits_kd(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    student: Tensor,
+    teacher: Tensor | TopK | None,
     labels: Tensor,
+    formula: Formula = Formula(),  # noqa: B008 - frozen
     *,
-    teacher_log_probs: Tensor | None = None,
-    teacher_indices: Tensor | None = None,
-    missing_mass: str = "tail",
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    normalizer: Tensor | None = None,
-    ignore_index: int = -100,
     rows: int | None = None,
-) -> tuple[Tensor, Parts]:
-    """((1 - alpha) * CE + alpha * T^2 * D(teacher || student)) / normalizer, as forge.losses.linear_kd defines it.
+) -> KDLoss:
+    """Return (1 - alpha) * CE + alpha * T^2 * D(teacher || student), summed over the rows that count, from logits.
 
-    student_logits: (N, V), teacher_logits: (N, Vt), in any float dtype. CE is over V columns, D over those that both
-        have. The teacher is never given a gradient, and may be None where alpha is 0.
-    teacher_log_probs, teacher_indices, missing_mass: a top-k teacher (N, K) in its place, as in linear_kd.
-    labels: (N,) int64; positions with ignore_index count neither in CE nor in D.
-    divergence, beta, skew: see linear_kd_plain.divergence_rows and kd_settings.teacher_share.
-    normalizer: () on the device, None for the number of counted labels, at least 1.
-    rows: how many positions are taken at a time, None for what fits 256 MiB.
+        kd = logits_kd(logits, teacher_logits, labels, Formula(alpha=0.9, temperature=2.0))
+        kd.loss_mean.backward()
 
-    Softmaxes are float32, or float64 for float64 logits, for `rows` positions at a time. The gradient is computed in
-    forward and kept in the logits' dtype (float32 for float16); backward only scales it, so there is no double
-    backward. At alpha = 0 the loss is cross_entropy_sum / normalizer to the last bit, in value and gradient.
+    It is the loss of linear_kd where logits (N, V) exist anyway. At alpha 0 it is cross_entropy_sum to the last bit, in
+    value and gradient.
 
-    Returns the loss, a float32 scalar (float64 for float64 logits), differentiable in student_logits, and its detached
-    sums. Raises ValueError for shapes that disagree, and for a setting without a meaning.
+    Args:
+        student: (N, V) logits in any float dtype; softmaxes and sums are float32 (float64 stays), `rows` at a time.
+        teacher: (N, Vt) logits, or its top k for forward_kl, or None if alpha is 0. CE is over V columns, D over those
+            that both models have. It gets no gradient.
+        labels: (N,) int64, already shifted; a row with formula.ignore_index counts neither in CE nor in D.
+        formula: alpha, temperature and divergence; see Formula.
+        rows: how many rows are computed at a time; None for as many as fit into 256 MiB.
+
+    Returns:
+        Sums over the counted rows, in nats: float32 scalars, or float64 for float64 logits. Only loss_sum has a
+        gradient. Forward computes it and keeps it in the dtype of the logits (float32 for float16); backward only
+        scales it, and there is no double backward. If no row counts, the sums and the gradients are 0.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or a setting has no meaning.
     """
-    mix = teacher_share(divergence, beta, skew)
-    settings = Settings(float(alpha), float(temperature), divergence, mix, missing_mass, ignore_index=ignore_index)
-    check_settings(settings)
-    check_labels(labels, student_logits, "student_logits")
-    counted = labels != ignore_index
-    if settings.alpha == 0.0:
-        total = cross_entropy_sum(student_logits, torch.where(counted, labels, IGNORE))
-        ce_sum, kl_sum = total.detach(), torch.zeros_like(total)
-    else:
-        top = teacher_log_probs, teacher_indices
-        check_one_teacher(teacher_logits is not None, *top, divergence, student_logits, "logits")
-        if teacher_logits is not None:
-            check_same_rows(student_logits, teacher_logits, "logits")
-        teacher = tuple(None if x is None else x.detach() for x in (teacher_logits, teacher_log_probs, teacher_indices))
-        wanted = wants_gradient(student_logits)
-        with torch.no_grad():
-            ce_sum, kl_sum, gradient = _sums_and_gradient(student_logits, teacher, labels, settings, wanted, rows)
-            total = (1.0 - settings.alpha) * ce_sum + settings.alpha * settings.temperature**2 * kl_sum
-        total = with_gradients(total, (student_logits, gradient))
+    check_formula(formula)
+    check_labels(labels, student, "student")
+    counted = labels != formula.ignore_index
     count = counted.sum()
-    normalizer = count.clamp(min=1) if normalizer is None else normalizer
-    return total / normalizer.to(total.dtype), Parts(ce_sum, kl_sum, count)
+    if formula.alpha == 0.0:
+        total = cross_entropy_sum(student, torch.where(counted, labels, IGNORE))
+        return KDLoss(total, total.detach(), torch.zeros_like(total), count)
+    _check_teacher(teacher, student, formula)
+    wanted = wants_gradient(student)
+    with torch.no_grad():
+        ce_sum, divergence_sum, gradient = _sums_and_gradient(student, teacher, labels, formula, wanted, rows)
+        alpha, T = float(formula.alpha), float(formula.temperature)
+        total = (1.0 - alpha) * ce_sum + alpha * T**2 * divergence_sum
+    return KDLoss(with_gradients(total, (student, gradient)), ce_sum, divergence_sum, count)
+
+
+def _check_teacher(teacher: Tensor | TopK | None, student: Tensor, formula: Formula) -> None:
+    if isinstance(teacher, TopK):
+        check_top_k(teacher, len(student), formula.divergence)
+    elif teacher is None:
+        raise ValueError("alpha > 0 needs a teacher: logits or TopK, got None.")
+    else:
+        check_same_rows(student, teacher)
 
 
 def _sums_and_gradient(
     student: Tensor,
-    teacher: tuple[Tensor | None, ...],
+    teacher: Tensor | TopK | None,
     labels: Tensor,
-    settings: Settings,
+    formula: Formula,
     wanted: bool,
     rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """CE and D summed over the counted rows, and the gradient of their weighted sum; None where it is not wanted."""
-    teacher_logits, log_q, indices = teacher
+    """Return CE and D summed over the counted rows, and the gradient of their weighted sum, or None if not wanted."""
+    mix = teacher_share(formula.divergence, formula.beta, formula.skew)
+    settings = Settings(float(formula.alpha), float(formula.temperature), formula.divergence, mix, formula.missing_mass)
     work = torch.promote_types(student.dtype, torch.float32)
     N, V = student.shape
     rows = rows or plain_rows(V, work.itemsize)
     weight = settings.alpha * settings.temperature**2
     ce_sum = student.new_zeros((), dtype=work)
-    kl_sum = torch.zeros_like(ce_sum)
-    gradient = student.new_empty((N, V), dtype=stored(student.dtype)) if wanted else None
+    divergence_sum = torch.zeros_like(ce_sum)
+    gradient = student.new_empty((N, V), dtype=gradient_dtype(student.dtype)) if wanted else None
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         logits = student[part].to(work)
-        counted = labels[part] != settings.ignore_index
+        counted = labels[part] != formula.ignore_index
         ce, d_logits = cross_entropy_rows(logits, torch.where(counted, labels[part], 0), wanted)
         d_logits *= 1.0 - settings.alpha
-        if teacher_logits is not None:
-            shared = min(V, teacher_logits.shape[1])
-            kl, pull = divergence_rows(logits[:, :shared], teacher_logits[part, :shared].to(work), settings, wanted)
+        if isinstance(teacher, TopK):
+            divergence, pull = sparse_rows(logits, teacher.log_probs[part], teacher.indices[part], settings, wanted)
+            d_logits += weight * pull
+        else:
+            assert teacher is not None
+            shared = min(V, teacher.shape[1])
+            divergence, pull = divergence_rows(logits[:, :shared], teacher[part, :shared].to(work), settings, wanted)
             if wanted:
                 d_logits[:, :shared] += weight * pull
-        else:
-            assert log_q is not None
-            assert indices is not None
-            kl, pull = sparse_rows(logits, log_q[part], indices[part], settings, wanted)
-            d_logits += weight * pull
         ce_sum += torch.where(counted, ce, 0.0).sum()
-        kl_sum += torch.where(counted, kl, 0.0).sum()
+        divergence_sum += torch.where(counted, divergence, 0.0).sum()
         if gradient is not None:
             gradient[part] = torch.where(counted[:, None], d_logits, 0.0)
-    return ce_sum, kl_sum, gradient
+    return ce_sum, divergence_sum, gradient

@@ -72,20 +72,20 @@ def width_of(model: nn.Module, name: str) -> int:
 
 
 @contextmanager
-def listening(model: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+def capture_outputs(model: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
     """What each named module gives in the forwards within, (B, T, D) with their gradients, under its key in modules.
 
     Only the first that it gives: DeBERTa then calls it again, on positions. Nothing stays on the model afterwards.
     """
-    heard: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
 
     def hook(kind: str) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            heard.setdefault(kind, output)
+            captured.setdefault(kind, output)
 
         return keep
 
     with ExitStack() as hooks:
         for kind, name in modules.items():
             hooks.callback(model.get_submodule(name).register_forward_hook(hook(kind)).remove)
-        yield heard
+        yield captured

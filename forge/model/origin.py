@@ -17,7 +17,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from forge.config.placing import config_name
+from forge.config.explain import config_name
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
 from forge.run.files import read_json, sha256_of

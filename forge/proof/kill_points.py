@@ -82,7 +82,9 @@ def plan_kills(
     chosen += [REST[i % len(REST)] for i in range(kills - len(chosen))]
     in_training = [point for point in chosen if point not in STAGES and point != KillPoint.BEFORE_FIRST_SAVE]
     draw.shuffle(in_training)
-    places = [(point, 0) for point in (KillPoint.BASELINE, KillPoint.BEFORE_FIRST_SAVE) if point in chosen]
+    places: list[tuple[KillPoint, int]] = [
+        (point, 0) for point in (KillPoint.BASELINE, KillPoint.BEFORE_FIRST_SAVE) if point in chosen
+    ]
     for i, point in enumerate(in_training):
         # One kill in each of equal stretches of training, so that the run makes progress in between. A save is hit in
         # the second half of its stretch: then a single kill too comes after a checkpoint to resume from.

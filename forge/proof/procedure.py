@@ -17,8 +17,8 @@ from rich.console import Console
 from forge.attempt.control import wants_control
 from forge.cluster.launch import SAVE_TIMEOUT_S, option_words, training_command
 from forge.cluster.processes import Processes
+from forge.config.explain import config_name
 from forge.config.loader import load_config
-from forge.config.placing import config_name
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ForgeError, UsageError
 from forge.proof.certificate import Kill, Proof, conclusion, table, write_certificate
 from forge.proof.findings import BitComparison, ComparedPart, Difference

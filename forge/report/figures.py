@@ -10,9 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from forge.config.explain import effective, flattened
+from forge.config.explain import config_name, effective, flattened
 from forge.config.former_names import current_config
-from forge.config.placing import config_name
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory

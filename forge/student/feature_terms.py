@@ -1,4 +1,4 @@
-"""The terms of the loss that draw the student's inside to the teacher's: hidden states and self-attention relations."""
+"""The terms of the loss that match hidden states and self-attention relations of the student to the teacher's."""
 
 import logging
 import math
@@ -14,8 +14,7 @@ from forge.config.teacher_schema import DistillationConfig, RelationsConfig
 from forge.data.batches import Batch, model_inputs
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.losses.hidden_states import hidden_state_loss
-from forge.losses.relations import relation_loss
+from forge.losses.feature_losses import hidden_state_loss, relation_loss
 from forge.model.attention import attention_modules, width_of
 from forge.teacher.teacher import (
     Teacher,
@@ -33,8 +32,8 @@ logger = logging.getLogger(__name__)
 class Features(nn.Module):
     """weight_h * hidden_sum + weight_r * relation_sum, as sums over the labels.
 
-    Where a label is one of a row, each row gives the mean over the tokens that it reads; where labels are of positions,
-    hidden states count at these, summed. What carries no label counts for nothing.
+    With one label per row, a row gives the mean over its tokens; with labels at positions, hidden states are summed at
+    these positions. Rows and positions without a label do not count.
     """
 
     def __init__(
@@ -44,19 +43,24 @@ class Features(nn.Module):
         projections: nn.ModuleDict,
         attention: Mapping[str, str],
     ):
-        """pairs: student's layer: teacher's layer. projections: by name_of a pair, where the widths differ.
-        attention: for each kind of vector the student's module that makes it."""
+        """Build the terms of a config.
+
+        pairs: from a student's layer to the teacher's layer that it is matched to. projections: by projection_name, for
+        pairs of different widths. attention: for each kind of vector, the student's module that computes it.
+        """
         super().__init__()
         self.config, self.pairs, self.attention = config, dict(pairs), dict(attention)
         self.projections = projections
         self.options = hidden_state_options(list(self.pairs))  # of the student's forward
 
     def forward(
-        self, result: Any, heard: dict[str, Tensor], batch: Batch, teacher: TeacherOutputs
+        self, result: Any, captured: dict[str, Tensor], batch: Batch, teacher: TeacherOutputs
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """result: the student's own output, with hidden states; heard: what the modules of `attention` gave in that
-        forward. Returns the weighted sum () float32, and its parts without their weights and without gradients:
-        hidden_sum, relation_sum."""
+        """Return the weighted sum () float32, and its parts hidden_sum and relation_sum without weights and gradients.
+
+        result: the output of the student's model, with hidden states. captured: the outputs of the modules of
+        `attention` in that forward.
+        """
         mask, positions = _counted(batch)
         total = torch.zeros((), device=mask.device)
         parts = {}
@@ -65,7 +69,7 @@ class Features(nn.Module):
                 hidden_sum = self._hidden(hidden_states_of(result), mask, positions, teacher)
                 total, parts["hidden_sum"] = total + self.config.hidden.weight * hidden_sum, hidden_sum.detach()
             if self.config.relations is not None:
-                relation_sum = _relations(self.config.relations, heard, mask, teacher)
+                relation_sum = _relations(self.config.relations, captured, mask, teacher)
                 total, parts["relation_sum"] = (
                     total + self.config.relations.weight * relation_sum,
                     relation_sum.detach(),
@@ -75,12 +79,14 @@ class Features(nn.Module):
     def _hidden(
         self, states: tuple[Tensor, ...], mask: Tensor, positions: Tensor | None, teacher: TeacherOutputs
     ) -> Tensor:
-        """The mean over the pairs. What does not count is left out before the projection: in its gradient 0 * NaN would
-        be NaN."""
+        """Return the mean over the pairs.
+
+        Vectors that do not count are set to 0 before the projection, in whose gradient 0 * NaN would be NaN.
+        """
         assert self.config.hidden is not None
         kind, losses = self.config.hidden.kind, []
         for layer, of_teacher in self.pairs.items():
-            name = name_of(layer, of_teacher)
+            name = projection_name(layer, of_teacher)
             vectors, target = states[layer], teacher[f"hidden_states.{of_teacher}"]  # (B, T, Ds), (B, T, Dt)
             if positions is None:
                 vectors = torch.where(mask[..., None], vectors, 0.0)
@@ -99,7 +105,7 @@ class Features(nn.Module):
 
 
 def check_features(config: DistillationConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """What build_features refuses, as far as the models tell it without a forward: before a run is made of it."""
+    """Refuse what build_features would refuse, as far as configs show it without a forward: before a run exists."""
     if config.alpha == 0:
         return
     if config.hidden is not None:
@@ -125,10 +131,10 @@ def build_features(
     teacher: Teacher,
     batch: Batch,
 ) -> Features | None:
-    """The terms that the config asks for, and the teacher asked for its share of them; None where there are none.
+    """Return the terms that the config asks for, or None, and request from the teacher what they need.
 
-    batch: any, on the device; model: the student's, there, or still in host memory. Raises UsageError where the two
-    models have no such layers, or not of widths that go together.
+    batch: any batch, on the device. model: the student's, on the device or still in host memory. Raises UsageError if
+    the models lack these layers, or if their widths do not fit.
     """
     if config.alpha == 0 or (config.hidden is None and config.relations is None):
         return None
@@ -139,9 +145,9 @@ def build_features(
         pairs = layer_map(config.hidden.layers, len(own) - 1, len(theirs) - 1)
         projections = _projections(pairs, own, theirs, seed).to(model.device)
         teacher.layers = tuple(sorted(set(pairs.values())))
-        told = ", ".join(f"{layer} to {of_teacher}" for layer, of_teacher in pairs.items())
+        matched = ", ".join(f"{layer} to {of_teacher}" for layer, of_teacher in pairs.items())
         count = sum(weight.numel() for weight in projections.parameters())
-        logger.info("hidden states, student's layer to teacher's: %s; projections: %d weights", told, count)
+        logger.info("hidden states, student's layer to teacher's: %s; projections: %d weights", matched, count)
     attention: dict[str, str] = {}
     if config.relations is not None:
         found = attention_modules(model, config.relations.student_layer, "student")
@@ -152,26 +158,28 @@ def build_features(
     return Features(config, pairs, projections, attention)
 
 
-def name_of(layer: int, of_teacher: int) -> str:
-    """Of a pair's projection, in files too."""
+def projection_name(layer: int, of_teacher: int) -> str:
+    """Return the name of a pair's projection, also in checkpoints."""
     return f"{layer}_to_{of_teacher}"
 
 
 def _projections(pairs: Mapping[int, int], own: tuple[int, ...], theirs: tuple[int, ...], seed: int) -> nn.ModuleDict:
-    """Of pairs whose widths differ: as nn.Linear begins, in float32, from the seed alone, so that all ranks have the
-    same; nothing else is drawn."""
+    """Return projections for the pairs whose widths differ, in float32 and initialised as nn.Linear is.
+
+    They depend on the seed alone, so all ranks have the same, and torch's global generator is not advanced.
+    """
     generator = torch.Generator().manual_seed(seed)
     projections = nn.ModuleDict()
     for layer, of_teacher in pairs.items():
         if own[layer] != theirs[of_teacher]:
             linear = nn.utils.skip_init(nn.Linear, own[layer], theirs[of_teacher], bias=False, dtype=torch.float32)
             nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
-            projections[name_of(layer, of_teacher)] = linear
+            projections[projection_name(layer, of_teacher)] = linear
     return projections
 
 
 def _widths(model: PreTrainedModel, batch: Batch, forward_options: dict[str, Any]) -> tuple[int, ...]:
-    """Of the student's hidden states; in eval mode, where nothing is drawn."""
+    """Return the widths of the student's hidden states, from a forward in eval mode, which draws no random numbers."""
     training = model.training
     model.eval()
     try:
@@ -187,20 +195,21 @@ def _check_heads(heads: int, widths: dict[str, dict[str, int]]) -> None:
             if width % heads:
                 raise UsageError(
                     f"distillation.relations.heads is {heads}, which does not divide {width}, the width of the "
-                    f"{whose}'s {kind}; take a number that divides the widths of both"
+                    f"{whose}'s {kind}; set it to a number that divides the widths of both models"
                 )
 
 
 def _counted(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Which vectors count, (B, T) bool; where they are added up one by one, and not as means of rows, also their places
-    in a flattened batch, (N,) int64."""
+    """Return which vectors count, (B, T) bool, and if these are summed, not averaged by row, their positions (N,)."""
     labelled = batch["labels"] != IGNORE
     if labelled.dim() == 1:
         return batch["attention_mask"].bool() & labelled[:, None], None
     return labelled, batch["positions"]
 
 
-def _relations(config: RelationsConfig, heard: dict[str, Tensor], mask: Tensor, teacher: TeacherOutputs) -> Tensor:
-    """The mean over the kinds of vectors."""
-    losses = [relation_loss(heard[kind], teacher[f"relations.{kind}"], mask, heads=config.heads) for kind in config.of]
+def _relations(config: RelationsConfig, captured: dict[str, Tensor], mask: Tensor, teacher: TeacherOutputs) -> Tensor:
+    """Return the mean over the kinds of vectors."""
+    losses = [
+        relation_loss(captured[kind], teacher[f"relations.{kind}"], mask, heads=config.heads) for kind in config.of
+    ]
     return torch.stack(losses).mean()

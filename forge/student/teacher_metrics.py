@@ -27,7 +27,7 @@ from forge.ranks.deepspeed import gathered
 from forge.ranks.stop_vote import StopVote
 from forge.run.files import write_atomically
 from forge.run.state import now
-from forge.student.evaluation import evaluate
+from forge.student.evaluation import Evaluator
 from forge.student.student import Student
 from forge.task.task import Task
 from forge.teacher.placement import dtype_name, evaluates_teacher, teacher_dtype
@@ -121,18 +121,18 @@ def evaluate_teacher(
         return None
     dtype = loaded.model.dtype
     workers = config.training.num_workers
+    evaluator = Evaluator(
+        _in_dtype(task.for_model(loaded).without_shown_texts(), dtype),
+        accelerator,
+        batch_size=config.evaluation.per_device_batch_size,
+        max_rows=config.evaluation.max_rows,
+        seed=config.training.seed,
+        num_workers=task.num_workers if workers is None else workers,
+        teacher_outputs=lambda batch, split: None,
+        between_batches=between_batches,
+    )
     try:
-        metrics, _ = evaluate(
-            _TeacherAsStudent(loaded.model, task.forward_options, teacher.head),
-            _in_dtype(task.for_model(loaded).without_shown_texts(), dtype),
-            accelerator,
-            batch_size=config.evaluation.per_device_batch_size,
-            max_rows=config.evaluation.max_rows,
-            seed=config.training.seed,
-            num_workers=task.num_workers if workers is None else workers,
-            teacher_outputs=lambda batch, split: None,
-            between_batches=between_batches,
-        )
+        metrics, _ = evaluator.evaluate(_TeacherAsStudent(loaded.model, task.forward_options, teacher.head))
     finally:
         loaded.model.eval()  # an evaluation leaves the model in training mode
     bad = [name for name, value in metrics.items() if name.endswith("/ce") and not math.isfinite(value)]

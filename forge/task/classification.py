@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from forge.config.schema import ClassificationTask, Config, ModelConfig, TrainingConfig
+from forge.config.schema import Config, ModelConfig, TrainingConfig
+from forge.config.task_schema import ClassificationTask
 from forge.data.batches import TEACHER_PREFIX, Batch
 from forge.data.fingerprints import rows_hash, source_hash, text_hash, tokenizer_hash
 from forge.data.rows import describe, load_rows

@@ -11,7 +11,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from forge.config.schema import AnyTask, Config, ModelConfig, TrainingConfig
+from forge.config.schema import Config, ModelConfig, TrainingConfig
+from forge.config.task_schema import AnyTask
 from forge.data.batches import Batch
 from forge.errors import UsageError
 from forge.model.load import LoadedModel, load_own_tokenizer, scratch_config

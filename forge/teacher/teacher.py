@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from forge.config.teacher_schema import DistillationConfig
 from forge.data.batches import Batch, teacher_inputs
 from forge.errors import UsageError
-from forge.model.attention import attention_modules, listening, width_of
+from forge.model.attention import attention_modules, capture_outputs, width_of
 from forge.model.head import LinearHead
 from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
@@ -69,7 +69,7 @@ class Teacher(ABC):
         raise UsageError("distillation.relations: this teacher does not return them; set teacher.placement: replicated")
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return the weights that this process holds; none if the outputs come from files."""
+        """Return the weights of the model; none if the outputs come from files."""
         return ()
 
     def compile(self) -> None:  # noqa: B027 - files have nothing to compile
@@ -165,7 +165,7 @@ class ModelTeacher(Teacher):
         trains = split is None
         layers = self.layers if trains else ()
         options = {**self.forward_options, **hidden_state_options(layers)}
-        with listening(self.model, self._attention if trains else {}) as captured:
+        with capture_outputs(self.model, self._attention if trains else {}) as captured:
             outputs, result = self._at_labels(batch, options)
         states = hidden_states_of(result) if layers else ()
         outputs |= {f"hidden_states.{layer}": states[layer] for layer in layers}
@@ -185,7 +185,7 @@ class ModelTeacher(Teacher):
         return {kind: width_of(self.model, name) for kind, name in self._attention.items()}
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return the model's weights; of sharded ones, this rank's part."""
+        """Return the model's weights, also those that are offloaded or sharded."""
         return self.model.parameters()
 
     def compile(self) -> None:

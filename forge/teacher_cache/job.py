@@ -23,9 +23,7 @@ from forge.ranks.agreement import gather_values, on_every_rank, on_rank_0, rank_
 from forge.ranks.stop_vote import StopVote
 from forge.run.directory import check_writable
 from forge.run.state import now
-from forge.task.classification import Classification
 from forge.task.load import load_task
-from forge.task.ocr.task import Ocr
 from forge.task.task import Task
 from forge.teacher.placement import LoadedTeacher, load_teacher
 from forge.teacher.teacher import ModelTeacher
@@ -43,7 +41,7 @@ from forge.teacher_cache.files import (
     Truncation,
     split_name,
 )
-from forge.teacher_cache.key import LAYERS, ContentKey, changed, digest, keeps_whole_logits, token_columns
+from forge.teacher_cache.key import LAYERS, ContentKey, changed, digest, keeps_whole_logits
 from forge.teacher_cache.reader import cache_folder, check_loss, differences, named_folder, wanted_cache
 from forge.teacher_cache.writer import MEASURED, CacheWriter, splits_of
 
@@ -146,7 +144,8 @@ def _check(config: Config) -> None:
 def _student(config: Config, task: Task) -> LoadedModel | None:
     """Load the student if the teacher's inputs, or the layers that are kept, depend on it."""
     hidden = config.distillation.hidden
-    if isinstance(task, Ocr) or (hidden is not None and hidden.layers is None and config.distillation.alpha > 0):
+    from_student = hidden is not None and hidden.layers is None and config.distillation.alpha > 0
+    if task.inputs_need_model or from_student:
         return task.load_model(config.model, config.training)
     return None
 
@@ -172,11 +171,11 @@ def _loader(
 def _plan(config: Config, task: Task, hidden_columns: int) -> list[Shard]:
     """Return the shards of the training rows and of each validation split; the same for everyone who asks."""
     shards = []
-    columns = len(task.labels) if isinstance(task, Classification) else token_columns(task)
+    columns = task.logit_columns
     label_bytes = 4 * columns if keeps_whole_logits(task) else 6 * min(config.teacher.top_k, columns) + 8
     for split, rows in splits_of(task).items():
         lengths = np.asarray(rows["length"][:])
-        labels = np.ones_like(lengths) if isinstance(task, Classification) else lengths  # at most
+        labels = np.ones_like(lengths) if task.one_label_per_row else lengths  # at most
         hidden_bytes = 2 * hidden_columns * lengths if split == TRAIN else 0
         shards += files.plan_shards(split, label_bytes * labels + hidden_bytes)
     return shards

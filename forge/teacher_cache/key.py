@@ -7,18 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from forge.config.explain import effective
 from forge.config.schema import Config
 from forge.config.teacher_schema import WHOLE_LOGITS_COLUMNS
-from forge.data.fingerprints import tokenizer_hash
+from forge.data.fingerprints import text_hash, tokenizer_hash
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, load_model_config
-from forge.task.causal_lm.task import CausalLm
-from forge.task.classification import Classification
-from forge.task.ocr.line_reader import LineReader
-from forge.task.ocr.task import Ocr
 from forge.task.task import Task
 
 ContentKey = dict[str, Any]  # by the name that messages use; values are JSON values
@@ -37,32 +32,26 @@ def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
     for name in ("columns", "chat_template"):  # replaced by what they give: the rows, and the template's text
         of_task.pop(name, None)
     settings = {f"task.{name}": value for name, value in of_task.items()}
-    tokenizer, own = _tokenizer(task), task.teacher_tokenizer
+    tokenizer, own = task.tokenizer, task.teacher_tokenizer
     parts: ContentKey = {
         "the teacher's weights": origin.weights_sha256 or f"{origin.base.location}@{origin.base.commit}",
-        "the teacher's config": _hash(_config_text(origin)),
+        "the teacher's config": text_hash(_config_text(origin)),
         "teacher.dtype": dtype,
-        "the tokenizer": _hash(f"{tokenizer_hash(tokenizer)} {tokenizer.padding_side}"),
+        "the tokenizer": text_hash(f"{tokenizer_hash(tokenizer)} {tokenizer.padding_side}"),
         "the teacher's tokenizer": (
-            _hash(f"{tokenizer_hash(own)} {own.padding_side}") if own is not None else "the student's"
+            text_hash(f"{tokenizer_hash(own)} {own.padding_side}") if own is not None else "the student's"
         ),
-        "the rows, or their tokens": _hash(f"{task.fingerprint} {_tokens(task)}"),
+        "the rows, or their tokens": text_hash(f"{task.fingerprint} {_tokens(task)}"),
         "task.dataset.max_rows": rows.get("max_rows"),
     }
-    if isinstance(task, CausalLm) and task.encoder.template is not None:
-        parts["the chat template"] = _hash(task.encoder.template.text)
-    if isinstance(task, Ocr):
-        parts["the image processor"] = _hash(task.processing.image_processor.to_json_string())
-        if isinstance(task.reader, LineReader):
-            parts["the token that a transcript begins after"] = task.reader.start
-    return {**parts, **settings}
+    return {**parts, **task.key_parts(), **settings}
 
 
 def cache_key(config: Config, task: Task, origin: Origin, dtype: str, layers: tuple[int, ...]) -> ContentKey:
     """Return the key of a cache of those outputs, with what is kept of them; layers: those whose hidden states are."""
     key = content_key(config, task, origin, dtype)
     key.pop("task.num_beams", None)  # how a student generates; a teacher's outputs are those at the labels
-    if isinstance(task, Classification):
+    if task.one_label_per_row:
         key["teacher.labels"] = config.teacher.labels
     if keeps_whole_logits(task):
         key["what is kept"] = "whole logits"
@@ -77,17 +66,7 @@ def keeps_whole_logits(task: Task) -> bool:
 
     A language model's loss takes a top k anyway.
     """
-    if isinstance(task, Classification):
-        return len(task.labels) <= WHOLE_LOGITS_COLUMNS
-    return not task.has_language_head and token_columns(task) <= WHOLE_LOGITS_COLUMNS
-
-
-def token_columns(task: Task) -> int:
-    """Return how many columns of a head are tokens; the rest is padding, of which a student may have less.
-
-    Ids may have gaps, so the highest id counts and not the number of tokens.
-    """
-    return max(_tokenizer(task).get_vocab().values()) + 1
+    return not task.has_language_head and task.logit_columns <= WHOLE_LOGITS_COLUMNS
 
 
 def _config_text(origin: Origin) -> str:
@@ -108,7 +87,7 @@ def _without(value: Any, names: tuple[str, ...]) -> Any:
 
 def digest(key: ContentKey) -> str:
     """Return the SHA-256 of a key, in hexadecimal."""
-    return _hash(json.dumps(key, sort_keys=True))
+    return text_hash(json.dumps(key, sort_keys=True))
 
 
 def changed(old: ContentKey, new: ContentKey) -> list[str]:
@@ -120,15 +99,6 @@ def changed(old: ContentKey, new: ContentKey) -> list[str]:
 
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [f"{name} ({short(old.get(name))} -> {short(new.get(name))})" for name in names]
-
-
-def _tokenizer(task: Task) -> PreTrainedTokenizerBase:
-    processing = task.processing
-    return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _tokens(task: Task) -> str:

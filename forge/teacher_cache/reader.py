@@ -19,7 +19,6 @@ from forge.model.load import LoadedModel
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, load_model_config, model_source, origin_of
 from forge.ranks.agreement import on_every_rank, on_rank_0
-from forge.task.classification import Classification
 from forge.task.task import Task
 from forge.teacher.placement import dtype_name, teacher_config, teacher_dtype
 from forge.teacher.teacher import Teacher, TeacherOutputs, TeacherSource, required_depth, teacher_layers
@@ -195,7 +194,7 @@ def find_teacher_cache(
     folder = on_rank_0(accelerator, lambda: _folder(config, key, command))
     hashes = accelerator.is_main_process  # the other ranks check the sizes only
     manifest = on_every_rank(accelerator, lambda: _checked(folder, key, command, every_byte=hashes))
-    label_ids = align(task.labels, manifest.labels, "teacher") if isinstance(task, Classification) else []
+    label_ids = align(task.label_names, manifest.labels, "teacher") if task.label_names else []
     check_loss(config, manifest.temperature is not None)
     logger.info("teacher: %s, from the cache %s", source.name, folder)
     return TeacherCache(folder, manifest, source, origin, label_ids)

@@ -14,11 +14,10 @@ from forge.config.schema import Config
 from forge.data.batches import TEACHER_PREFIX, Batch, Loading, preparing, row_loader, with_positions
 from forge.errors import TrainingError, UsageError
 from forge.losses.linear_kd_plain import head_logits
-from forge.task.classification import Classification
 from forge.task.task import Task
 from forge.teacher.teacher import ModelTeacher, TeacherOutputs
 from forge.teacher_cache.files import HIDDEN, LABEL_OFFSETS, TOKEN_OFFSETS, TRAIN, Arrays, CacheForm, Shard, split_name
-from forge.teacher_cache.key import keeps_whole_logits, token_columns
+from forge.teacher_cache.key import keeps_whole_logits
 from forge.teacher_cache.reader import token_places
 from forge.teacher_cache.top_k import top_k, truncation_kl
 
@@ -51,12 +50,12 @@ class CacheWriter:
                 f"{len(self._widths) - 1}, counted from 1; 0 is the embeddings' output"
             )
         self._whole = keeps_whole_logits(task)
-        self._columns = columns if self._whole else min(token_columns(task), columns)
+        self._columns = columns if self._whole else min(task.logit_columns, columns)
         k = min(config.teacher.top_k, self._columns)
         of_top_k = {"log_probs": ("float16", k), "indices": (index_dtype(self._columns), k), "tails": ("float32", 2)}
         self._arrays = {"logits": ("float32", columns)} if self._whole else of_top_k  # dtype and columns of each
         names = cast(dict[int, str], teacher.model.config.id2label or {})
-        self._labels = [names[i] for i in sorted(names)] if isinstance(task, Classification) else []
+        self._labels = [names[i] for i in sorted(names)] if task.label_names else []
 
     @property
     def form(self) -> CacheForm:

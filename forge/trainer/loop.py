@@ -31,7 +31,7 @@ from forge.ranks.agreement import on_every_rank, on_rank_0
 from forge.ranks.deepspeed import clip_grad_norm, device_to_build_on, plans_of, prepare, weights_to_round
 from forge.ranks.partitions import Partitions
 from forge.run.state import Stage
-from forge.student.evaluation import evaluate
+from forge.student.evaluation import Evaluator
 from forge.student.feature_terms import build_features
 from forge.student.objective import Objective
 from forge.student.student import Student
@@ -100,18 +100,18 @@ class LoopTrainer:
 
     def evaluate(self, stage: str) -> dict[str, Any]:
         """Evaluate and report every validation split; stage is baseline, training or final. Raises Stopped."""
+        evaluator = Evaluator(
+            self.task,
+            self.accelerator,
+            batch_size=self.config.evaluation.per_device_batch_size,
+            max_rows=self.config.evaluation.max_rows,
+            seed=self.config.training.seed,
+            num_workers=self.num_workers,
+            teacher_outputs=self._teacher_outputs_in_evaluation,
+            between_batches=self.attempt.stop_if_asked,
+        )
         try:
-            metrics, samples = evaluate(
-                self.student,
-                self.task,
-                self.accelerator,
-                batch_size=self.config.evaluation.per_device_batch_size,
-                max_rows=self.config.evaluation.max_rows,
-                seed=self.config.training.seed,
-                num_workers=self.num_workers,
-                teacher_outputs=self._teacher_outputs_in_evaluation,
-                between_batches=self.attempt.stop_if_asked,
-            )
+            metrics, samples = evaluator.evaluate(self.student)
         except Stopped:
             self.attempt.save_and_stop()
         self.attempt.evaluated(stage, metrics, samples)

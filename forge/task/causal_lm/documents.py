@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from forge.config.schema import CausalLmTask
+from forge.config.task_schema import CausalLmTask
 from forge.data.fingerprints import source_hash, text_hash, tokenizer_hash
 from forge.errors import UsageError
 from forge.task.causal_lm import chat, forms

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from forge.config.schema import CausalLmTask
+from forge.config.task_schema import CausalLmTask
 from forge.errors import UsageError
 from forge.task.causal_lm.chat import BadRow
 

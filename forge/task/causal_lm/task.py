@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from forge.config.schema import CausalLmTask, Config, EvaluationConfig, ModelConfig, TrainingConfig
+from forge.config.schema import Config, EvaluationConfig, ModelConfig, TrainingConfig
+from forge.config.task_schema import CausalLmTask
 from forge.data.batches import Batch, evaluated_rows
 from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
 from forge.data.packing import check_packing, collate_packed, pack, shifted_labels

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from forge.config.schema import CausalLmTask
+from forge.config.task_schema import CausalLmTask
 from forge.errors import UsageError
 from forge.task.causal_lm.documents import FEATURES, Encoder, map_rows
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrOCRProcessor, ViTImageProcessorPil
 
-from forge.config.schema import ImageConfig
+from forge.config.task_schema import ImageConfig
 from forge.data.batches import Batch
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE

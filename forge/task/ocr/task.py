@@ -16,7 +16,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-from forge.config.schema import Config, ModelConfig, OcrTask, TrainingConfig
+from forge.config.schema import Config, ModelConfig, TrainingConfig
+from forge.config.task_schema import OcrTask
 from forge.data.batches import FILLER, Batch, model_inputs
 from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
 from forge.data.rows import describe, load_rows, row_numbers

@@ -11,7 +11,7 @@ from jiwer.transforms import ReduceToListOfListOfChars
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from forge.config.schema import ImageColumns, NormalizationConfig
+from forge.config.task_schema import ImageColumns, NormalizationConfig
 from forge.data.rows import row_numbers
 from forge.errors import UsageError
 
