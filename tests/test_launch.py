@@ -203,6 +203,23 @@ def test_a_child_that_a_signal_ends_before_it_is_ready_for_it_was_stopped(
         assert run_training(reports.arguments, 1) == 75
 
 
+def test_a_launcher_that_a_signal_ends_before_its_ranks_are_ready_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It returns 1 for a stop as for a failure, and no rank has left a code."""
+    launcher = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); "
+        "print('ready', file=open(sys.argv[1], 'w'), flush=True); signal.pause()"
+    )
+    command = [sys.executable, "-c", launcher]
+    monkeypatch.setattr(launch, "training_command", lambda arguments, _: ([*command, *arguments], dict(os.environ)))
+    with Reports(tmp_path, 1) as reports:
+        reports.when_ready(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_training(reports.arguments, 2) == 75
+    command[2] = "import sys; sys.exit(1)"
+    assert run_training([], 2) == 1
+
+
 def test_the_child_is_stopped_when_its_parent_is_killed(entry: Callable[[str], Path], tmp_path: Path) -> None:
     file = entry(STOPPED)
     with Reports(tmp_path, 1) as reports:

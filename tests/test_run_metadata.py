@@ -71,3 +71,13 @@ def test_a_missing_file_is_named(run: RunDirectory) -> None:
     run.metadata_file.unlink()
     with pytest.raises(UsageError, match=r"run_metadata.json cannot be read \(No such file"):
         read_metadata(run)
+
+
+def test_names_of_an_earlier_forge_are_read_as_those_of_today(run: RunDirectory) -> None:
+    values = read_json(run.metadata_file)
+    values["task"]["headline"] = ["loss", "accuracy"]
+    values["attempts"][0]["allowed"] = {"evaluation.max_samples": "5"}
+    write_json(run.metadata_file, values)
+    metadata = read_metadata(run)
+    assert metadata.task.headline == ["ce", "accuracy"]
+    assert metadata.attempts[0].allowed == {"evaluation.max_rows": "5"}

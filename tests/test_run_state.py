@@ -117,6 +117,10 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
     assert str(path) in str(refusal.value)
 
 
+def test_the_control_stage_of_an_earlier_forge_is_complete(tmp_path: Path) -> None:
+    assert TrainingState.load(saved(tmp_path, stage="control")).stage is Stage.COMPLETE
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"training_state.json cannot be read \(No such file"):
         TrainingState.load(tmp_path / "training_state.json")

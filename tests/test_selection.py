@@ -120,6 +120,13 @@ def test_a_manifest_with_other_keys_or_types_is_bad_though_its_checksum_matches(
         Manifest.read(run.checkpoint(10))
 
 
+def test_the_config_in_a_manifest_of_an_earlier_forge_has_the_keys_of_today(run: RunDirectory) -> None:
+    manifest = Manifest.read(run.checkpoint(10))
+    manifest.model_copy(update={"config": {"evaluation": {"max_samples": 5}}}).write(run.checkpoint(10))
+    assert Manifest.read(run.checkpoint(10)).config == {"evaluation": {"max_rows": 5}}
+    assert verify(run.checkpoint(10), "mine").step == 10
+
+
 def test_a_manifest_is_written_as_it_was_read_byte_for_byte(run: RunDirectory) -> None:
     file = run.checkpoint(10) / "manifest.json"
     before = file.read_bytes()

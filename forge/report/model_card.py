@@ -97,7 +97,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], headline: Sequence[st
 
 def _layers(model: ModelFacts) -> str:
     """A line on the layers that a student was begun with; empty where it has all of its source."""
-    if not model.kept_layers:  # a run of an older forge tells nothing of them
+    if not model.kept_layers or model.layers_of is None:  # a run of an older forge does not record them
         return ""
     kept = KeptLayers(model.kept_layers, model.layers_of)
     return f"- Begun with {kept} of {model.source}, renumbered from 0, and with its other weights\n"
