@@ -27,6 +27,7 @@ from forge.data.stream import RowStream
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.generation import end_with
+from forge.task.causal_lm import metrics
 from forge.task.causal_lm.bpe import train_bpe
 from forge.task.causal_lm.metrics import generate_replies
 from forge.task.causal_lm.task import CausalLm, load_causal_lm
@@ -234,6 +235,23 @@ def test_the_reference_of_a_row_that_was_cut_behind_its_last_reply_is_that_reply
 
     assert sample.reference == "red 0"
     assert sample.prompt.endswith("say red 0<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_reply_is_no_longer_than_the_models_positions_and_its_reference_allow(
+    load_lm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = load_lm([conversation(0)], [conversation(0)])
+    model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
+    rows = list(task.validation["validation"])
+    (sample,) = generate_replies(model, task.processing, rows)
+    prompt = len(task.processing(sample.prompt, add_special_tokens=False).input_ids)
+    asked: list[int] = []
+    real = metrics.write
+    monkeypatch.setattr(metrics, "write", lambda model, inputs, most: asked.append(most) or real(model, inputs, most))
+    for positions in (1000, prompt + 3, prompt):  # there is always room for one token
+        model.config.max_position_embeddings = positions
+        generate_replies(model, task.processing, rows)
+    assert asked == [rows[0]["length"] - prompt - 1 + metrics.SPARE_TOKENS, 3, 1]
 
 
 def test_a_text_is_written_on_from_its_middle(load_lm: Any) -> None:

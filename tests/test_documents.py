@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from forge.config.loader import load_config
 from forge.data.fingerprints import tokenizer_hash
 from forge.errors import UsageError
+from forge.losses.cross_entropy import IGNORE
 from forge.task.causal_lm import chat, documents, forms
 from forge.task.causal_lm.task import load_causal_lm
 
@@ -83,6 +84,15 @@ def test_an_empty_text_is_left_out_and_counted_whatever_the_tokenizer_writes_rou
             task = load_causal_lm(config_on(tmp_path, chat_model, rows, rows[:1], *settings))
             assert task.train["row"][:] == [0, 2], settings
             assert task.facts()["cut"]["train"]["left_out"] == 1
+
+
+def test_the_labels_of_a_row_are_those_of_its_batch_and_the_first_token_is_none(load_lm: Any) -> None:
+    texts = [{"text": "one two three"}, {"text": "red"}]
+    for rows in (texts, [conversation(0, turns=2), conversation(1)]):
+        task = load_lm(rows, rows)
+        for row in task.train:
+            assert row["labels"] == (task.collate([row])["labels"] != IGNORE).sum()
+    assert load_lm(texts, texts).train["labels"][:] == [length - 1 for length in load_lm(texts, texts).train["length"]]
 
 
 CHAT_ROWS = [conversation(0, turns=2), conversation(1)]

@@ -105,10 +105,9 @@ def test_a_head_starts_new_unless_the_checkpoint_is_a_classifier(
     architecture: str | None, new_head: bool, labels: int, new: bool, config_file: Path
 ) -> None:
     config = load_config(config_file, [f"model.new_head={str(new_head).lower()}"]).config
-    checkpoint = BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=5
-    )
-    checkpoint.architectures = architecture and [architecture]
+    checkpoint = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    checkpoint.num_labels = 5
+    checkpoint.architectures = [architecture] if architecture else None
     model = BertForSequenceClassification(checkpoint)
     names = Classification.new_weights(config.model, checkpoint, model)
     assert names == (["classifier.weight", "classifier.bias"] if new else [])

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from forge.errors import ForgeError, UnreadableRows
 from forge.losses.cross_entropy import IGNORE
 
+Row = dict[str, Any]  # of a data set, by column
 Batch = dict[str, torch.Tensor]
-Collate = Callable[[list[dict[str, Any]]], Batch]
+Collate = Callable[[list[Row]], Batch]
 
 FILLER = -1  # id of a row that only keeps a rank busy: alone in its batch, without labels, counted nowhere
 # What a batch holds besides the inputs of the models. aligned and teacher_aligned, (M,) int64 each, are the positions
@@ -264,7 +265,7 @@ class _Endless:
         return self._batches
 
 
-def _collate(collate: Collate, rows: list[tuple[int, dict[str, Any]]]) -> Batch:
+def _collate(collate: Collate, rows: list[tuple[int, Row]]) -> Batch:
     return with_positions(collate([row for _, row in rows]), [index for index, _ in rows])
 
 
@@ -306,7 +307,7 @@ def with_teacher_inputs(batch: Batch) -> Batch:
     return {**{name: tensor for name, tensor in batch.items() if name in LOOP_TENSORS}, **teacher_inputs(batch)}
 
 
-class _Rows(torch.utils.data.Dataset[tuple[int, dict[str, Any]]]):
+class _Rows(torch.utils.data.Dataset[tuple[int, Row]]):
     """Rows with their ids."""
 
     def __init__(self, rows: Dataset):
@@ -315,10 +316,10 @@ class _Rows(torch.utils.data.Dataset[tuple[int, dict[str, Any]]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+    def __getitem__(self, index: int) -> tuple[int, Row]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Row]]:
         """Read a whole batch at once."""
         columns = self._rows[[0 if index == FILLER else index for index in indices]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -18,7 +18,7 @@ from datasets import Sequence as ListOf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from forge.data.batches import Batch
+from forge.data.batches import Batch, Row
 from forge.data.fingerprints import source_hash
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
@@ -96,7 +96,7 @@ def shifted_labels(ids: Sequence[int], learned: Sequence[bool]) -> list[int]:
     return [token if wanted else IGNORE for token, wanted in zip(ids[1:], learned[1:], strict=True)] + [IGNORE]
 
 
-def collate_packed(rows: list[dict[str, Any]], pad: int) -> Batch:
+def collate_packed(rows: list[Row], pad: int) -> Batch:
     """Return input_ids, position_ids, labels (B, T) int64 and tokens () int64 without padding; no attention_mask."""
     width = max(row["length"] for row in rows)
     ids = torch.full((len(rows), width), pad)

@@ -7,7 +7,6 @@ step's number. To start at a later step, the rows before it are read again but n
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from forge.data.batches import (
     Batch,
     Collate,
     Loading,
+    Row,
     Share,
     StepBatches,
     continued_sizes,
@@ -26,8 +26,6 @@ from forge.data.batches import (
     with_positions,
 )
 from forge.errors import UsageError
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers import (
 
 from forge.config.schema import Config, ModelConfig, TrainingConfig
 from forge.config.task_schema import ClassificationTask
-from forge.data.batches import TEACHER_PREFIX, Batch
+from forge.data.batches import TEACHER_PREFIX, Batch, Row
 from forge.data.fingerprints import rows_hash, source_hash, text_hash, tokenizer_hash
 from forge.data.rows import describe, load_rows
 from forge.errors import UsageError
@@ -132,14 +132,14 @@ class Classification(Task):
             same_tokens=same_tokens,
         )
 
-    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+    def collate(self, rows: list[Row]) -> Batch:
         """Pad rows to the longest: input_ids, attention_mask (B, T), …, labels (B,) int64 in the model's order."""
         names = [name for name in rows[0] if name in self.processing.model_input_names]
         batch = DataCollatorWithPadding(self.processing)([{name: row[name] for name in names} for row in rows])
         labels = torch.tensor([self.label_ids[row["label"]] for row in rows])
         return {**batch, **self._teacher_batch(rows), "labels": labels, "tokens": batch["attention_mask"].sum()}
 
-    def _teacher_batch(self, rows: list[dict[str, Any]]) -> Batch:
+    def _teacher_batch(self, rows: list[Row]) -> Batch:
         """Return teacher_input_ids, teacher_attention_mask (B, Tt), …; nothing if the teacher reads the model's."""
         if self.teacher_tokenizer is None:
             return {}

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from forge.config.schema import Config, ModelConfig, TrainingConfig
 from forge.config.task_schema import AnyTask
-from forge.data.batches import Batch
+from forge.data.batches import Batch, Row
 from forge.errors import UsageError
 from forge.model.load import LoadedModel, load_own_tokenizer, scratch_config
 from forge.model.source import ModelSource, load_tokenizer
@@ -178,7 +178,7 @@ class Task(ABC):
     # --- batches and metrics ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+    def collate(self, rows: list[Row]) -> Batch:
         """Return one batch: the model's inputs, `labels` and `tokens`.
 
         labels: int64, shaped like the logits without their last dimension and aligned with them, so the targets of a

@@ -75,9 +75,8 @@ class Draw:
 def _conversation(draw: Draw, *, held_out: bool) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": SYSTEM}] if draw.number(0, 5) == 0 else []
     for _ in range(draw.one([1, 1, 2, 3])):
-        kind = draw.one(
-            KINDS
-        )  # drawn once, so that every kind is equally often there, however many of its questions are rejected
+        # The kind is drawn once, so that all are equally frequent although some have more questions held out.
+        kind = draw.one(KINDS)
         question, reply = kind(draw)
         while is_held_out(question) != held_out:
             question, reply = kind(draw)

@@ -1,13 +1,11 @@
 """Metrics of a causal LM: counts over labels, and a few replies that the model generates itself."""
 
-from typing import Any
-
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forge.data.batches import Batch
+from forge.data.batches import Batch, Row
 from forge.losses.cross_entropy import IGNORE
 from forge.model.generation import write
 from forge.task.task import Metrics, Sample
@@ -23,7 +21,7 @@ class CausalLmMetrics(Metrics):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        shown: list[dict[str, Any]],
+        shown: list[Row],
         *,
         plain_text: bool,
     ):
@@ -58,7 +56,7 @@ class CausalLmMetrics(Metrics):
 
 
 def generate_replies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], *, plain_text: bool = False
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], *, plain_text: bool = False
 ) -> list[Sample]:
     """Return what the model generates greedily in place of the last reply of each row.
 
@@ -85,7 +83,7 @@ def generate_replies(
     ]
 
 
-def _last_reply(row: dict[str, Any]) -> tuple[int, int]:
+def _last_reply(row: Row) -> tuple[int, int]:
     """Return where the last run of learned tokens begins, after at least one token, and where it ends."""
     learned = row["learned"]
     last = max(i for i, wanted in enumerate(learned) if wanted)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from forge.config.schema import Config, EvaluationConfig, ModelConfig, TrainingConfig
 from forge.config.task_schema import CausalLmTask
-from forge.data.batches import Batch, evaluated_rows
+from forge.data.batches import Batch, Row, evaluated_rows
 from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
 from forge.data.packing import check_packing, collate_packed, pack, shifted_labels
 from forge.data.rows import StreamedRows, describe, load_rows, load_stream
@@ -148,7 +148,7 @@ class CausalLm(Task):
         config = self.config.model_copy(update={"chat_template": None})  # that key names the student's template
         return build_encoder(config, tokenizer, self.encoder.form)
 
-    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+    def collate(self, rows: list[Row]) -> Batch:
         """Return input_ids, labels (B, T) int64; attention_mask (B, T), or position_ids for packed rows; tokens ().
 
         labels[:, t] is the token t + 1 where that is learned. For a teacher with its own tokens also teacher_input_ids,
@@ -183,7 +183,7 @@ class CausalLm(Task):
         }
 
 
-def _padded(rows: list[dict[str, Any]], pad: int) -> Batch:
+def _padded(rows: list[Row], pad: int) -> Batch:
     """Return a batch of one document a row, padded on the right."""
     shape = (len(rows), max(row["length"] for row in rows))
     ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE)
@@ -195,7 +195,7 @@ def _padded(rows: list[dict[str, Any]], pad: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": mask.sum()}
 
 
-def _teacher_batch(rows: list[dict[str, Any]], width: int, pad: int) -> Batch:
+def _teacher_batch(rows: list[Row], width: int, pad: int) -> Batch:
     """Return the teacher's tensors of a batch; width: of the student's rows in it."""
     shape = (len(rows), max(len(row["teacher_input_ids"]) for row in rows))
     ids, mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)

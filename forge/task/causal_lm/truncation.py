@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from forge.config.task_schema import CausalLmTask
+from forge.data.batches import Row
 from forge.errors import UsageError
 from forge.task.causal_lm.documents import FEATURES, Encoder, map_rows
 
@@ -44,9 +45,7 @@ def encode_split(encoder: Encoder, rows: Dataset, where: str, split: str) -> tup
     return kept, cut
 
 
-def prepare_rows(
-    encoder: Encoder, rows: Sequence[dict[str, Any]], numbers: Sequence[int], where: str
-) -> tuple[list[dict[str, Any]], int]:
+def prepare_rows(encoder: Encoder, rows: Sequence[Row], numbers: Sequence[int], where: str) -> tuple[list[Row], int]:
     """Return rows of a stream as tokens, after task.truncation, and how many were cut or left out.
 
     If none is left, the first one's first token comes back as a row without labels.
@@ -94,7 +93,7 @@ def select_rows(config: CausalLmTask, encoded: Dataset, place: str) -> tuple[Dat
     return (encoded.select(kept) if out else encoded), facts
 
 
-def _too_long(config: CausalLmTask, place: str, row: dict[str, Any]) -> str:
+def _too_long(config: CausalLmTask, place: str, row: Row) -> str:
     return (
         f"{place}: row {row['row']} has {row['tokens_cut'] + config.max_length} tokens, more than task.max_length "
         f"{config.max_length}; raise it, or set task.truncation: cut or leave_out"

@@ -18,7 +18,7 @@ from transformers import (
 
 from forge.config.schema import Config, ModelConfig, TrainingConfig
 from forge.config.task_schema import OcrTask
-from forge.data.batches import FILLER, Batch, model_inputs
+from forge.data.batches import FILLER, Batch, Row, model_inputs
 from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
 from forge.data.rows import describe, load_rows, row_numbers
 from forge.errors import UsageError
@@ -136,7 +136,7 @@ class Ocr(Task):
     def without_shown_texts(self) -> "Ocr":
         return replace(self, shown_texts=0)
 
-    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+    def collate(self, rows: list[Row]) -> Batch:
         """Return a batch; images are decoded in the calling process."""
         images = [open_image(row["image"]) for row in rows]
         tokens = [row["tokens"] for row in rows]
