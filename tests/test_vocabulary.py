@@ -1,5 +1,6 @@
 """Two tokenizers are compared token by token; a classifier's teacher may read its own tokens, no other one."""
 
+import json
 import logging
 import re
 import shutil
@@ -346,6 +347,21 @@ def test_a_teacher_of_the_same_tokens_with_other_inputs_is_given_them(
     also = [*settings[1:3], f"teacher.tokenizer={tmp_path / 'other'}"]
     same = for_teacher(load_config(config_file, also).config, load_task(load_config(config_file).config))
     assert same.teacher_tokenizer is None  # it would cut other texts otherwise, and none of these
+
+
+@pytest.mark.parametrize(("name", "value"), [("truncation_side", "left"), ("model_input_names", ["input_ids"])])
+def test_one_vocabulary_used_in_another_way_makes_other_inputs(
+    config_file: Path, tiny_model: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    """Cut rows lose other tokens, or the teacher knows no segments."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    shutil.copy(tiny_model / "config.json", tmp_path / "teacher")
+    settings = [f"teacher.path={tmp_path / 'teacher'}", "distillation.alpha=0.5", "task.max_length=8"]
+    config = load_config(config_file, settings).config
+    assert for_teacher(config, load_task(config)).teacher_tokenizer is not None
 
 
 def test_terms_between_hidden_states_need_the_same_tokens(config_file: Path, stranger: Path) -> None:
