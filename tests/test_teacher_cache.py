@@ -281,7 +281,7 @@ def test_ids_with_gaps_are_all_tokens(tmp_path: Path, chat_model: Path, load_lm:
     task = load_lm([conversation(0)], [conversation(1)])
     vocabulary = task.processing.get_vocab()
     task.processing.get_vocab = lambda: {**vocabulary, "far": 999}
-    assert task.label_columns == 1000
+    assert task.logit_columns == 1000
 
 
 def test_numbers_of_tokens_fit_their_dtype() -> None:
@@ -379,10 +379,8 @@ def test_what_a_cache_does_not_hold_is_refused_and_not_made_up(
     batch = batch_of(task, 0, 1)
     with pytest.raises(ValueError, match=r"at temperatures 1 and 2\.0, not 3"):
         reader.outputs(batch, None, 3.0)
-    fewer = {**batch, "positions": batch["positions"][1:]}
-    with pytest.raises(
-        ValueError, match=rf"\[0, 1\] have {len(fewer['positions'])} labels, but .* {len(fewer['positions']) + 1}"
-    ):
+    fewer, labels = {**batch, "positions": batch["positions"][1:]}, len(batch["positions"])
+    with pytest.raises(ValueError, match=rf"\[0, 1\] have {labels - 1} labels, but .* holds {labels}"):
         reader.outputs(fewer, None, 1.0)
     assert list(reader.parameters()) == []
 
