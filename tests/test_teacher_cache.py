@@ -281,7 +281,7 @@ def test_ids_with_gaps_are_all_tokens(tmp_path: Path, chat_model: Path, load_lm:
     task = load_lm([conversation(0)], [conversation(1)])
     vocabulary = task.processing.get_vocab()
     task.processing.get_vocab = lambda: {**vocabulary, "far": 999}
-    assert task.label_columns == 1000
+    assert task.logit_columns == 1000
 
 
 def test_numbers_of_tokens_fit_their_dtype() -> None:
@@ -369,6 +369,29 @@ def test_a_small_head_of_an_ocr_model_is_kept_whole(tmp_path: Path) -> None:
         logits = model(**{name: batch[name] for name in ("pixel_values", "decoder_input_ids")}).logits
     expected = logits.flatten(0, 1)[batch["positions"]]
     torch.testing.assert_close(reader.outputs(batch, None, 7.0)["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_cache_does_not_hold_is_refused_and_not_made_up(
+    tmp_path: Path, chat_model: Path, chat_teacher: Path
+) -> None:
+    fill(lm_config(tmp_path, chat_model, chat_teacher, "distillation.temperature=2"))
+    task, reader, _ = opened(lm_config(tmp_path, chat_model, chat_teacher, "teacher.placement=cached"))
+    batch = batch_of(task, 0, 1)
+    with pytest.raises(ValueError, match=r"at temperatures 1 and 2\.0, not 3"):
+        reader.outputs(batch, None, 3.0)
+    fewer, labels = {**batch, "positions": batch["positions"][1:]}, len(batch["positions"])
+    with pytest.raises(ValueError, match=rf"\[0, 1\] have {labels - 1} labels, but .* holds {labels}"):
+        reader.outputs(fewer, None, 1.0)
+    assert list(reader.parameters()) == []
+
+
+@pytest.mark.parametrize(("placement", "used"), [("offload", "offload"), ("cached", "replicated")])
+def test_a_job_offloads_the_teacher_if_the_config_does(
+    config_file: Path, teacher: Path, placement: str, used: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "forge")
+    fill(load_config(config_file, distilled(teacher, f"teacher.placement={placement}")).config)
+    assert f"teacher: {teacher}, {used}, float32" in caplog.text
 
 
 # The formulas

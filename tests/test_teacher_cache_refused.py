@@ -491,9 +491,7 @@ def test_other_labels_speak_of_the_teachers(
     folder, manifest = fill(load_config(config_file, distilled(teacher)).config)
     manifest["labels"] = ["yes", "no", "maybe"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        UsageError, match=r"the teacher's \(yes, no, maybe\) do not .* teacher's with teacher.labels; a teacher"
-    ):
+    with pytest.raises(UsageError, match=r"the teacher's \(yes, no, maybe\) .*teacher\.labels"):
         opened(load_config(config_file, distilled(teacher, "teacher.placement=cached")).config)
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from caches import reset
 from conftest import REPOSITORY, forge, pair_rows, python
 from conversations import config_on, conversation
 from test_ocr import TINY, write_images
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 from forge.attempt.resume import ResumePoint, check_teacher
+from forge.cluster.signals import StopRequest
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import Stopped, TrainingError, UsageError
@@ -35,6 +38,8 @@ from forge.run.files import read_json, read_json_lines
 from forge.student import teacher_metrics as storage
 from forge.student.teacher_metrics import (
     evaluate_teacher,
+    keep_teacher_metrics,
+    metrics_file,
     metrics_key,
     store_metrics,
     stored_metrics,
@@ -42,7 +47,9 @@ from forge.student.teacher_metrics import (
 )
 from forge.task.load import load_task
 from forge.teacher.placement import LoadedTeacher, label_columns, load_teacher
+from forge.teacher.teacher import ModelTeacher
 from forge.teacher_cache import key as keys
+from forge.teacher_cache.job import FilledCache, cache_teacher
 from forge.teacher_cache.key import digest
 
 LABELS = ["entailment", "neutral", "contradiction"]
@@ -209,6 +216,9 @@ class Task:
     teacher_tokenizer = None
     train, validation = (), {}  # type: ignore[var-annotated]
 
+    def key_parts(self) -> dict[str, Any]:
+        return {}
+
 
 ORIGIN = Origin(WeightFiles(name="t", location="/t", sha256="a" * 64))
 METRICS = {"matched/ce": 0.5, "matched/perplexity": math.inf, "matched/rows": 13}
@@ -279,7 +289,9 @@ def test_a_file_that_cannot_be_used_is_warned_of_once_and_replaced(
 def test_numbers_that_were_stored_under_a_former_name_are_read_under_the_one_of_today(
     config: Config, tmp_path: Path
 ) -> None:
-    store_metrics(tmp_path, key_of(config), {"matched/loss": 0.5, "matched/accuracy": 0.8}, "a")
+    store_metrics(tmp_path, key_of(config), {"matched/ce": 0.5, "matched/accuracy": 0.8}, "a")
+    file = metrics_file(tmp_path, key_of(config))
+    file.write_text(file.read_text().replace("matched/ce", "matched/loss"))
     found = stored_metrics(tmp_path, key_of(config))
     assert found is not None
     assert found.metrics == {"matched/ce": 0.5, "matched/accuracy": 0.8}
@@ -318,6 +330,32 @@ def test_the_key_holds_what_the_numbers_depend_on(config_file: Path) -> None:
     assert len({key(), *(key(*settings) for settings in others)}) == 1 + len(others)
     file = load_config(config_file, ["evaluation.teacher=true", "teacher.path=t"]).config
     assert len({digest(key_of(file)), digest(key_of(file, dtype="bfloat16"))}) == 2
+
+
+def test_the_command_keeps_the_metrics_that_runs_will_want_and_no_others(
+    classifier: Path, config_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And it loads the teacher only to evaluate it."""
+
+    def filled(*settings: str) -> FilledCache:
+        reset()
+        return cache_teacher(with_teacher(config_file, classifier, *settings), StopRequest())
+
+    def unwanted() -> ModelTeacher:
+        raise AssertionError("the teacher is evaluated")
+
+    caplog.set_level(logging.INFO, "forge")
+    cache = filled("evaluation.teacher=false")
+    keep_teacher_metrics(replace(cache, teacher=unwanted), StopRequest())
+    assert not (Path(cache.config.output_root) / ".teachers").exists()
+    cache = filled()
+    keep_teacher_metrics(cache, StopRequest())
+    key = metrics_key(cache.config, cache.task, cache.origin, "float32")
+    stored = stored_metrics(Path(cache.config.output_root), key)
+    assert stored is not None
+    assert stored.made_by == "forge cache-teacher"
+    keep_teacher_metrics(replace(cache, teacher=unwanted), StopRequest())
+    assert caplog.text.count(f"matched/accuracy {stored.metrics['matched/accuracy']:.4f}") == 2
 
 
 def test_a_resume_with_another_teacher_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Two tokenizers are compared token by token; a classifier's teacher may read its own tokens, no other one."""
 
+import json
 import logging
 import re
 import shutil
@@ -137,13 +138,11 @@ def test_only_the_comparison_in_evaluations_is_refused_too(distil: Build, chat_m
 
 
 def test_a_name_that_is_nothing_here_is_said_to_be_no_runs(distil: Build) -> None:
-    of_runs = " was the name of no run below output_root (`forge runs` lists them), and it"
-    for name, more in (("nosuchrun", of_runs), ("someone/model", "")):
+    for name, may_be_a_run in (("nosuchrun", True), ("someone/model", False)):
         with pytest.raises(UsageError) as refused:
             distil(Path(name))
-        assert str(refused.value).startswith(
-            f"teacher.path: {name}{more} is neither a folder here nor in the local hub cache"
-        )
+        assert str(refused.value).startswith(f"teacher.path: {name} ")
+        assert ("`forge runs`" in str(refused.value)) == may_be_a_run
         assert "teacher.tokenizer" not in str(refused.value)  # the whole teacher is missing
 
 
@@ -348,6 +347,21 @@ def test_a_teacher_of_the_same_tokens_with_other_inputs_is_given_them(
     assert same.teacher_tokenizer is None  # it would cut other texts otherwise, and none of these
 
 
+@pytest.mark.parametrize(("name", "value"), [("truncation_side", "left"), ("model_input_names", ["input_ids"])])
+def test_one_vocabulary_used_in_another_way_makes_other_inputs(
+    config_file: Path, tiny_model: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    """Cut rows lose other tokens, or the teacher knows no segments."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    shutil.copy(tiny_model / "config.json", tmp_path / "teacher")
+    settings = [f"teacher.path={tmp_path / 'teacher'}", "distillation.alpha=0.5", "task.max_length=8"]
+    config = load_config(config_file, settings).config
+    assert for_teacher(config, load_task(config)).teacher_tokenizer is not None
+
+
 def test_terms_between_hidden_states_need_the_same_tokens(config_file: Path, stranger: Path) -> None:
     for term in ("hidden", "relations"):
         settings = [f"teacher.path={stranger}", "distillation.alpha=0.5", f"distillation.{term}={{}}"]
@@ -376,11 +390,8 @@ def test_a_teacher_of_other_labels_is_refused_in_the_words_of_its_section(
     teacher = write_classifier(tmp_path / "teacher", tiny_model, names=names)
     with pytest.raises(UsageError) as refused:
         build_trainer(f"teacher.path={teacher}", "distillation.alpha=0.5")
-    assert str(refused.value) == (
-        f"the data's labels ({', '.join(LABELS)}) and the teacher's ({', '.join(names)}) do not have the same names; "
-        "rename the data's with task.labels, or the teacher's with teacher.labels; a teacher that has more or fewer "
-        "labels is of no use"
-    )
+    for part in (", ".join(LABELS), ", ".join(names), "task.labels", "teacher.labels"):
+        assert part in str(refused.value)
     if len(names) == 3:
         trainer = build_trainer(
             f"teacher.path={teacher}", "distillation.alpha=0.5", f"teacher.labels=[{', '.join(LABELS)}]"
@@ -414,16 +425,14 @@ def test_an_adapter_teaches_merged_into_its_base(tmp_path: Path, chat_model: Pat
     assert not any("lora" in name for names in weights.values() for name in names)
 
     shutil.move(base, tmp_path / "elsewhere")
-    with pytest.raises(
-        UsageError, match=r"name the adapter in teacher\.path and what it is to be put on in teacher\.base"
-    ):
+    with pytest.raises(UsageError, match=r"set teacher\.path to the adapter and teacher\.base to"):
         trainer_of(config, tmp_path)
     config = config_on(
         tmp_path, chat_model, rows, rows[:2], *DISTIL, f"teacher.path={run}", f"teacher.base={tmp_path / 'elsewhere'}"
     )
     assert trainer_of(config, tmp_path).teacher.model.config.hidden_size == 48
     config = config_on(tmp_path, chat_model, rows, rows[:2], *DISTIL, f"teacher.path={chat_model}", "teacher.base=x/y")
-    with pytest.raises(UsageError, match=r"teacher\.base is x/y, and .* is no adapter that needs one; take it out"):
+    with pytest.raises(UsageError, match=r"teacher\.base is x/y"):
         trainer_of(config, tmp_path)
 
 
