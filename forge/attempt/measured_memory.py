@@ -24,7 +24,6 @@ from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.memory.meta import running_job
 from forge.memory.totals import GIB, Estimate, Sharding, estimate_memory, form_for
-from forge.model.load import LoadedModel
 from forge.ranks.agreement import gather_values, on_rank_0
 from forge.run.files import read_json, write_json
 
