@@ -180,7 +180,7 @@ def test_checkpointing_keeps_inputs_and_one_layer(name: str) -> None:
 
 
 def test_rows_beyond_those_that_were_run_are_a_straight_line() -> None:
-    model = on_meta("bert", 2)
+    model = on_meta("bert, attention dropout", 2)
     passes = [Pass(form, checkpointing) for form in (Form(4, 2), Form(2, 2)) for checkpointing in (False, True)]
     lines = row_bytes(model, batch_of(model), passes)
     assert list(lines) == passes

@@ -264,6 +264,47 @@ def test_buffers_of_the_loss(config_file: Path) -> None:
     assert loss_bytes(whole, Form(4, 4), 4) == N * 300 * (4 + 4 + 4 + 4)
 
 
+def test_logits_of_two_models(config_file: Path) -> None:
+    job, rows = job_on(config_file), 2000  # more labels than go through the head at once
+    taught = replace(job, teacher=job.student, distils=True, teacher_bytes=2)
+    form = Form(2, 2)
+    scratch = {"job": loss_bytes(job, form, rows), "bf16": loss_bytes(taught, form, rows)}
+    scratch["float32"] = loss_bytes(replace(taught, teacher_bytes=4), form, rows)
+    scratch["cached"] = loss_bytes(replace(taught, placement="cached", teacher=None), form, rows)
+    chunk = loss_chunks(taught, form, rows).rows * 320
+    assert scratch["job"] - scratch["bf16"] == 2 * chunk  # float32 logits of one model; differences in half precision
+    assert scratch["float32"] - scratch["bf16"] == 6 * chunk  # float32 logits of both
+    assert scratch["cached"] == scratch["job"]
+    whole = replace(taught, fused=False)
+    N = 4 * 6
+    assert loss_bytes(whole, form, 4) == N * 300 * (2 + 4 + 4 + 4 + 2) + N * 300 * (
+        2 + 4 + 4
+    )  # the teacher's; gradients
+
+
+def test_frozen_weights_in_4_bits(config_file: Path, chat_model: Path) -> None:
+    lora = (f"model.path={chat_model}", "model.lora.rank=2")
+    job, packed = job_on(config_file, *lora), job_on(config_file, *lora, "model.load_in_4bit=true")
+    assert (job.student.in_4bit, packed.student.parameters) == (0, job.student.parameters)
+    adapters = job.student.trained
+    assert packed.student.in_4bit == packed.student.linear - adapters > 0
+    saved = estimate_memory(job, with_plan("zero1")).weights - estimate_memory(packed, with_plan("zero1")).weights
+    assert saved == pytest.approx((2 - 0.516) * packed.student.in_4bit, abs=1)
+    assert estimate_memory(packed, with_plan(None)).weights < estimate_memory(job, with_plan(None)).weights
+
+
+def test_the_teachers_dtype(config_file: Path, chat_model: Path) -> None:
+    taught = (f"teacher.path={chat_model}", "distillation.alpha=0.5")
+
+    def teacher_bytes(*settings: str) -> int:
+        return job_on(config_file, *taught, *settings).teacher_bytes
+
+    assert teacher_bytes() == 2  # as training computes
+    assert teacher_bytes("training.mixed_precision=no") == 4
+    assert teacher_bytes("training.mixed_precision=no", "teacher.dtype=bfloat16") == 2
+    assert teacher_bytes("teacher.dtype=float32") == 4
+
+
 def test_the_largest_micro_batch_is_the_last_that_fits(config_file: Path) -> None:
     job, setting = replace(job_on(config_file), labels=6), with_plan("zero1")
     sizes = [estimate_memory(job, setting, rows).total for rows in range(1, 40)]

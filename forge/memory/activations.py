@@ -5,6 +5,7 @@ computed. So the true model takes a true step, autograd saves what it would save
 counted, whatever the architecture, its adapters, its frozen weights, its dropout, and gradient checkpointing.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,7 +80,7 @@ def step_bytes(model: PreTrainedModel, inputs: Inputs, each: Pass, rows: int) ->
                 output = _forward(model, storages.given(batch, form, fake))
             kept = storages.alive()
             if output.requires_grad:
-                output.backward(torch.ones_like(output))
+                torch.autograd.backward(output, torch.ones_like(output))  # its method would leave the modes meanwhile
         return StepBytes(kept, storages.peak())
 
 
@@ -324,11 +325,14 @@ def _without_head(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    if wanted:  # without the random state, which cannot be kept where no memory is
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    try:
+    if not wanted:
         yield
-    finally:
-        if wanted:
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # a random state has no value without memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # these names are to go, but the new ones are not everywhere yet
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        try:
+            yield
+        finally:
             model.gradient_checkpointing_disable()
