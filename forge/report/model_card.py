@@ -9,7 +9,7 @@ from forge.config.explain import to_yaml
 from forge.config.schema import Config
 from forge.model.layers import KeptLayers
 from forge.model.origin import short
-from forge.run.metadata import Ancestor, AttemptFacts, Merged, ModelFacts, RunMetadata, TaskFacts
+from forge.run.metadata import Ancestor, AttemptRecord, Merged, ModelFacts, RunMetadata, TaskFacts
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 HERE = '"PATH OF THIS FOLDER"'
@@ -171,7 +171,7 @@ def _adapter(model: ModelFacts) -> list[str]:
     ]
 
 
-def _code(attempt: AttemptFacts) -> str:
+def _code(attempt: AttemptRecord) -> str:
     git = attempt.git
     return f"commit {git.commit}{' with changes' if git.dirty else ''}" if git.commit else "no git commit"
 
