@@ -9,6 +9,8 @@ from forge.config.explain import to_yaml
 from forge.config.schema import Config
 from forge.run.directory import RunDirectory
 from forge.run.files import append_json_line, write_json
+from forge.run.metadata import ModelFacts, TaskFacts
+from forge.run.records import record_of
 from forge.run.state import Stage, TrainingState
 
 CONFIG: dict[str, Any] = {
@@ -93,6 +95,16 @@ def metadata_of(run: RunDirectory, ranks: int = 1) -> dict[str, Any]:
         "world": {"ranks": ranks, "device": "cpu", "mixed_precision": "no", "rows_per_step": 32},
         "attempts": [attempt],
     }  # fmt: skip
+
+
+def task_facts(**changes: Any) -> TaskFacts:
+    """What run_metadata.json records of a task."""
+    return record_of(TaskFacts, metadata_of(RunDirectory(Path("run")))["task"] | changes)
+
+
+def model_facts(**changes: Any) -> ModelFacts:
+    """What run_metadata.json records of a model."""
+    return record_of(ModelFacts, metadata_of(RunDirectory(Path("run")))["model"] | changes)
 
 
 def of(split: str = "validation", rows: int = 1000, seconds: float = 0.5, **numbers: Any) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def test_an_adapter_whose_head_is_missing_cannot_be_continued(tiny_model: Path, 
         with_lora(loaded, config, seed=1)
     new = ModelConfig(path=str(folder), lora={"rank": 1, "target": ["value"]})
     fresh = with_lora(load_classifier(new, LABELS, load_tokenizer(*processing_source(new))), new, seed=1)
-    assert fresh.adapter["trained_in_full"] == ["classifier"]
+    assert fresh.adapter.trained_in_full == ["classifier"]
 
 
 @pytest.mark.parametrize("broken", ["base", "adapter"])
@@ -416,7 +416,7 @@ def test_a_classifier_has_the_head_and_the_labels_of_its_adapter(
     # A new adapter on top trains no head: it is not new any more.
     top = with_lora(loaded, ModelConfig(path=str(folder), lora={"rank": 1, "target": ["value"]}), seed=1)
     assert top.adapter is not None
-    assert top.adapter["trained_in_full"] == []
+    assert top.adapter.trained_in_full == []
     train(top.model)
     assert not torch.equal(logits(top.model), expected)
 

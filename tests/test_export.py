@@ -10,6 +10,7 @@ import torch
 from adapters import IDS, classifier, llama, logits, write_adapter, write_llama
 from peft import LoraConfig
 from pydantic import ValidationError
+from recorded_runs import model_facts, task_facts
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -25,12 +26,15 @@ import forge.model.export as exports
 from forge.config.schema import ExportConfig, ModelConfig
 from forge.errors import TrainingError
 from forge.model.adapter import attach, config_of_base, merge, untie
-from forge.model.export import Merge, MergeProof, export_merged, export_model, push_to_hub
+from forge.model.export import MergeProof, export_merged, export_model, push_to_hub
 from forge.model.load import LoadedModel, read_checkpoint
 from forge.model.origin import Origin, WeightFiles, hashed
 from forge.model.source import load_model_config, model_source, origin_of
 from forge.model.weights import AdapterWeights, AllWeights
-from forge.report.model_card import _use
+from forge.report.model_card import usage
+from forge.run.metadata import Merged
+
+ADAPTER = {"rank": 2, "alpha": 4, "trained_in_full": [], "continues": None}
 
 
 def merged(
@@ -41,7 +45,7 @@ def merged(
     *below: Path,
     auto: Any = AutoModelForCausalLM,
     counted: torch.Tensor | None = None,
-) -> Merge:
+) -> Merged:
     origin = Origin(
         hashed(WeightFiles(name="base", location=str(base))),
         tuple(WeightFiles(name=path.name, location=str(path)) for path in below),
@@ -129,8 +133,8 @@ def test_a_stack_whose_first_adapter_unties_the_base_is_merged_and_loads_as_the_
     torch.testing.assert_close(logits(whole), expected, **close)
     again = on_it(top)  # by forge, and now as a card's reader
     torch.testing.assert_close(logits(again.model), expected, rtol=1e-4, atol=1e-4)
-    task = {"auto_model": "AutoModelForCausalLM", "auto_processing": "AutoTokenizer"}
-    lines = _use({**loaded.facts(), "adapter": {"continues": None}}, task, None).splitlines()
+    model = model_facts(**loaded.facts() | {"adapter": ADAPTER})
+    lines = usage(task_facts(auto_model="AutoModelForCausalLM"), model, None).splitlines()
     code = [line for line in lines if "tokenizer" not in line and "```" not in line]
     scope: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoConfig": AutoConfig}
     exec("\n".join(code).replace("PATH OF THIS FOLDER", str(top)), scope)
@@ -381,7 +385,6 @@ def test_the_very_commit_of_a_hub_model_is_pinned(tmp_path: Path, monkeypatch: p
         export_merged(tmp_path / "adapter", below, model, "float32", proof)
     assert read[0].revision == "c" * 40
 
-    facts = {"location": "org/m", "commit": "c" * 40, "revision": "main", "untied": False, "adapters": []}
-    task = {"auto_model": "AutoModelForCausalLM", "auto_processing": "AutoTokenizer"}
-    text = _use({**facts, "adapter": {"continues": None}}, task, None)
+    facts = model_facts(location="org/m", commit="c" * 40, revision="main", adapter=ADAPTER)
+    text = usage(task_facts(auto_model="AutoModelForCausalLM"), facts, None)
     assert f'AutoModelForCausalLM.from_pretrained("org/m", revision="{"c" * 40}", config=config)' in text

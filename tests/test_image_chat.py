@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from recorded_runs import model_facts, task_facts
 from test_ocr import TEXTS, config_of, prediction_of, rows_of, what_the_card_reads, write_images
 from transformers import (
     AutoModelForImageTextToText,
@@ -25,7 +26,7 @@ from forge.losses.cross_entropy import IGNORE
 from forge.model.load import LoadedModel, check_fits
 from forge.model.lora import with_lora
 from forge.model.recognizer import freeze_unused
-from forge.report.model_card import _use
+from forge.report.model_card import usage
 from forge.task.ocr.characters import character_tokenizer
 from forge.task.ocr.image_chat import image_chat
 from forge.task.ocr.task import Ocr, load_ocr
@@ -247,7 +248,7 @@ def test_the_card_reads_an_image_as_the_evaluation_does(checkpoint: Path, tmp_pa
     ocr, model = ocr.for_model(loaded), loaded.model.eval()
     model.save_pretrained(tmp_path / "final")
     ocr.save_processing(tmp_path / "final")
-    card = _use({"adapter": None}, ocr.about(), None)
+    card = usage(task_facts(**ocr.about()), model_facts(), None)
     scope = what_the_card_reads(card, tmp_path / "final", lines / "validation" / "1.png")
     row = ocr.collate([ocr.validation["validation"][1]])
     torch.testing.assert_close(scope["inputs"]["pixel_values"], row["pixel_values"])

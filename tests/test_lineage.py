@@ -139,7 +139,7 @@ def test_the_card_names_the_base_the_lineage_and_how_to_load(runs: SimpleNamespa
     own = hash_of_files(weight_files(runs.full / "final"))[
         :12
     ]  # of the base, not of everything that the adapter was trained on
-    assert f"- Base: {runs.full / 'final'}, weights `{own}` (base.json has all of the hash)" in card
+    assert f"- Base: {runs.full / 'final'}, weights `{own}` (base.json has the full hash)" in card
     assert f"1. full (nli/tiny, run `{metadata(runs.full)['run_id']}`): 2 steps, as base" in card
     assert "2. adapter (nli/tiny, run `" in card
     assert "Or without peft" in card
@@ -245,6 +245,6 @@ def test_a_folder_that_no_run_made_has_no_lineage(
 def test_a_checkpoint_counts_its_own_steps(runs: SimpleNamespace) -> None:
     folder = runs.full / "checkpoint-1"
     (own,) = lineage(Origin(WeightFiles(name="c", location=str(folder), sha256="ab")), role="teacher")
-    assert (own["role"], own["steps"], own["weights_sha256"]) == ("teacher", 1, "ab")
+    assert (own.role, own.steps, own.weights_sha256) == ("teacher", 1, "ab")
     (own,) = lineage(Origin(WeightFiles(name="m", location=str(runs.full / "final" / "merged"))))
-    assert own["steps"] == 2
+    assert own.steps == 2

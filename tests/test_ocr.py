@@ -15,6 +15,7 @@ import torch
 from conftest import REPOSITORY, forge, forge_on_two_ranks
 from datasets import Dataset, DatasetDict
 from PIL import Image
+from recorded_runs import model_facts, task_facts
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from forge.config.schema import Config
@@ -23,7 +24,7 @@ from forge.data.batches import FILLER, row_loader
 from forge.data.demo.lines import Draw, Look, render
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.report.model_card import _use
+from forge.report.model_card import usage
 from forge.run.files import read_json_lines
 from forge.task.ocr.characters import character_tokenizer
 from forge.task.ocr.line_reader import line_reader, new_processor
@@ -271,7 +272,7 @@ def test_the_card_reads_an_image_as_the_evaluation_does(lines: Path, tmp_path: P
     for row in (0, 3):
         file = lines / "validation" / f"{row}.png"
         assert Image.open(file).size != (64, 16)
-        scope = what_the_card_reads(_use({"adapter": None}, ocr.about(), None), final, file)
+        scope = what_the_card_reads(usage(task_facts(**ocr.about()), model_facts(), None), final, file)
         assert scope["ways"]["num_beams"] == 2
         assert torch.equal(scope["pixels"], ocr.reader.pixels([Image.open(file)]))  # type: ignore[union-attr]
         assert " ".join(scope["text"].split()) == prediction_of(ocr, model, row)

@@ -49,7 +49,7 @@ class Components:
             "data": self.task.facts(),
             "model": self.student.facts(),
             "teacher": self.teacher.facts() if self.teacher is not None else None,
-            "lineage": [*lineage(self.student.origin), *of_teacher],
+            "lineage": [ancestor.model_dump() for ancestor in (*lineage(self.student.origin), *of_teacher)],
             "world": world_facts(accelerator, config.training),
         }
 

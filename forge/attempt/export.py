@@ -1,7 +1,7 @@
 """Exports the final model of a run with its tokenizer or processor, and checks a merged one against its adapter."""
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,7 +13,7 @@ from forge.checkpoint.shards import PROJECTIONS
 from forge.data.batches import model_inputs
 from forge.errors import TrainingError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.export import MERGED, Merge, MergeProof, cast_weight, model_logits
+from forge.model.export import MERGED, MergeProof, cast_weight, model_logits
 from forge.model.weights import TrainedWeights
 from forge.ranks.agreement import on_rank_0
 from forge.ranks.deepspeed import any_partitioned, gathered
@@ -38,19 +38,18 @@ def export(attempt: Attempt, weights: TrainedWeights, training: Training) -> Non
         proof = _merge_proof(task)
         if any_partitioned(model):  # all ranks run it together
             proof = replace(proof, trained_logits=model_logits(model, proof))
-    merge: Merge | None = None
+    merged: Merged | None = None
 
     def write(folder: Path) -> None:
-        nonlocal merge
-        merge = weights.export(folder, settings, state=state, proof=proof)
-        if merge is not None:
+        nonlocal merged
+        merged = weights.export(folder, settings, state=state, proof=proof)
+        if merged is not None:
             task.save_processing(folder / MERGED)
         task.save_processing(folder)
 
     def publish() -> None:
         try:
             publish_folder(run.final, write, check)
-            merged = Merged(**asdict(merge)) if merge is not None else None
             amend_metadata(run, check, merged=merged)  # replaces what an earlier export wrote
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -14,7 +14,7 @@ from forge.model.export import push_to_hub
 from forge.ranks.agreement import lost_rank
 from forge.ranks.world import Ranks
 from forge.report.evidence import Evidence, evidence, evidence_markdown
-from forge.report.model_card import compare, model_card
+from forge.report.model_card import headline_rows, model_card
 from forge.run.directory import RunDirectory
 from forge.run.files import Guard, unguarded, write_atomically
 from forge.run.hints import resume_command
@@ -40,7 +40,7 @@ class Result:
 
     def table(self) -> list[list[str]]:
         """Rows of text: metric, before, after."""
-        return [list(row) for row in compare(self.before, self.after, self.headline)]
+        return [list(row) for row in headline_rows(self.before, self.after, self.headline)]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from forge.model.load import AutoModelClass, not_pooler, read_checkpoint
 from forge.model.origin import Origin
 from forge.model.source import ModelSource
 from forge.run.files import read_json, write_json
+from forge.run.metadata import Merged
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +41,6 @@ class MergeProof:
     inputs: dict[str, Any]  # keyword arguments of the model's forward
     counted: Tensor | None = None  # the logits that are learned, a mask of all dimensions but the last; None: all
     trained_logits: Tensor | None = None  # (N, V) f32, from model_logits; required if one rank cannot run the model
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What merging an adapter into its base changed, measured on a few rows."""
-
-    dtype: str
-    rows: int
-    largest_logit: float
-    largest_difference: float  # of a logit, between the model with its adapter and final/merged when loaded
-    before_rounding: float  # the same in float32, before the weights were cast to `dtype`
 
 
 def export_model(model: PreTrainedModel, folder: Path, dtype: str, state: dict[str, Tensor] | None = None) -> None:
@@ -77,7 +67,7 @@ def export_model(model: PreTrainedModel, folder: Path, dtype: str, state: dict[s
     _record_dtype(folder / MODEL_CONFIG, dtype)
 
 
-def export_merged(adapter: Path, base: Origin, trained: PreTrainedModel, dtype: str, proof: MergeProof) -> Merge:
+def export_merged(adapter: Path, base: Origin, trained: PreTrainedModel, dtype: str, proof: MergeProof) -> Merged:
     """Merge the adapter in the folder `adapter` into its base, and write the whole model to `merged` within it.
 
     The base is read from its own files again, on the CPU, and the result is compared with the trained model.
@@ -110,7 +100,7 @@ def export_merged(adapter: Path, base: Origin, trained: PreTrainedModel, dtype: 
     del model, handle
     loaded = logits(proof.auto_model.from_pretrained(folder, dtype=torch.float32))
     _check(loaded, rounded, f"writing the merged model to {folder.name}", ROUNDING["float32"])
-    measured = Merge(
+    measured = Merged(
         dtype=dtype,
         rows=len(next(iter(proof.inputs.values()))),
         largest_logit=unmerged.abs().max().item(),

@@ -20,6 +20,7 @@ from forge.model.adapter import is_adapted, is_untied, load_adapter, merge
 from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.origin import Origin
 from forge.model.source import ModelSource, find_model, load_model_config, load_tokenizer, model_source, not_found
+from forge.run.metadata import AdapterFacts
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class LoadedModel:
     source: ModelSource | None  # None: built from scratch
     new_weights: list[str]  # the parameters that no checkpoint has, initialised at random
     label_ids: list[int]  # of a classifier: for each label of the data, the index of the model's output
-    adapter: dict[str, Any] | None = None  # facts of the adapter that is trained; None: all weights are
+    adapter: AdapterFacts | None = None  # facts of the adapter that is trained; None: all weights are
     origin: Origin | None = None  # the files that it came from, once rank 0 has read them
     layers: KeptLayers | None = None  # those of the source that it is made of; None: all
 
@@ -65,7 +66,7 @@ class LoadedModel:
             "architecture": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "untied": is_untied(self.model),
-            "adapter": self.adapter,
+            "adapter": self.adapter.model_dump() if self.adapter else None,
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "labels": list((self.model.config.id2label or {}).values()) if self.label_ids else [],
             "new_weights": self.new_weights if self.source else "all",

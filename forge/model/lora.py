@@ -15,6 +15,7 @@ from forge.config.schema import LoraConfig, ModelConfig
 from forge.errors import UsageError
 from forge.model.adapter import adapter_config, attach, is_adapted
 from forge.model.load import LoadedModel, not_pooler
+from forge.run.metadata import AdapterFacts
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def _peft_config(config: LoraConfig, targets: list[str], saved: list[str]) -> pe
     )
 
 
-def _facts(model: PreTrainedModel, continues: str | None) -> dict[str, Any]:
+def _facts(model: PreTrainedModel, continues: str | None) -> AdapterFacts:
     """Return what run_metadata.json records of the adapter, and log it."""
     config = adapter_config(model)
     saved = sorted(config.modules_to_save or [])
@@ -138,7 +139,7 @@ def _facts(model: PreTrainedModel, continues: str | None) -> dict[str, Any]:
         f"{total:,}",
         100 * trained / total,
     )
-    return {"rank": config.r, "alpha": config.lora_alpha, "trained_in_full": saved, "continues": continues}
+    return AdapterFacts(rank=config.r, alpha=config.lora_alpha, trained_in_full=saved, continues=continues)
 
 
 def _within(name: str, modules: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from huggingface_hub import try_to_load_from_cache
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -21,7 +21,8 @@ from forge.config.explain import config_name
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
 from forge.run.files import read_json, sha256_of
-from forge.run.metadata import read_metadata
+from forge.run.metadata import Ancestor, WeightFiles, read_metadata
+from forge.run.records import OpenRecord, reason, record_of
 from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -32,26 +33,12 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 RUN_DEPTH = 3  # the deepest model of a run is in RUN/final/merged
 
 
-class WeightFiles(BaseModel):
-    """One folder with weights, or one model on the hub."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    name: str  # as the config has it
-    location: str  # an absolute folder, or a hub id
-    revision: str | None = None
-    commit: str | None = None  # of a hub model, whatever the revision is
-    sha256: str | None = None  # None: unknown
-
-
-class BaseRecord(BaseModel):
+class BaseRecord(OpenRecord):
     """The content of base.json: merge the adapters into the base in this order, and the adapter next to it fits."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
 
     format: Literal[1]
     base: WeightFiles
-    adapters: tuple[WeightFiles, ...]
+    adapters: list[WeightFiles]
 
 
 @dataclass(frozen=True)
@@ -75,19 +62,19 @@ class Origin:
 
     def text(self) -> str:
         """Return the content of base.json."""
-        record = BaseRecord(format=1, base=self.base, adapters=self.adapters)
+        record = BaseRecord(format=1, base=self.base, adapters=list(self.adapters))
         return json.dumps(record.model_dump(), indent=2) + "\n"
 
     @classmethod
     def read(cls, file: Path) -> Self:
         """Read base.json. Raises UsageError if it is broken, or was not written by this version of forge."""
         try:
-            record = BaseRecord.model_validate_json(json.dumps(read_file(file)))
+            record = record_of(BaseRecord, read_file(file))
         except ValidationError as error:
             raise UsageError(
-                f"{file} is not a record of forge ({_first_problem(error)}); restore it, or set model.base"
+                f"{file} is not a record of forge ({reason(error)}); restore it, or set model.base"
             ) from error
-        return cls(record.base, record.adapters)
+        return cls(record.base, tuple(record.adapters))
 
 
 def read_file(file: Path) -> dict[str, Any]:
@@ -139,7 +126,7 @@ def hash_of_files(files: list[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def lineage(origin: Origin | None, role: str = "model") -> list[dict[str, Any]]:
+def lineage(origin: Origin | None, role: str = "model") -> list[Ancestor]:
     """Return the runs that the model descends from, the oldest first and each once; none if no run of forge made it.
 
     Args:
@@ -149,14 +136,14 @@ def lineage(origin: Origin | None, role: str = "model") -> list[dict[str, Any]]:
     if origin is None:
         return []
     parts = [("base" if origin.adapters else role, origin.base), *(("adapter", part) for part in origin.adapters)]
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Ancestor] = {}
     for part_role, weights in parts:
-        for entry in _line_of(part_role, weights):
-            found.setdefault(entry["run_id"], entry)
+        for ancestor in _line_of(part_role, weights):
+            found.setdefault(ancestor.run_id, ancestor)
     return list(found.values())
 
 
-def _line_of(role: str, weights: WeightFiles) -> list[dict[str, Any]]:
+def _line_of(role: str, weights: WeightFiles) -> list[Ancestor]:
     """Return the run that holds these weights, after its own ancestors."""
     folder = Path(weights.location)
     run = _enclosing_run(folder) if folder.is_absolute() else None  # a hub id is not a path here
@@ -164,16 +151,16 @@ def _line_of(role: str, weights: WeightFiles) -> list[dict[str, Any]]:
         return []
     try:
         metadata, state = read_metadata(run), TrainingState.load(run.state_file)
-        own = {
-            "role": role,
-            "run_id": metadata.run_id,
-            "name": run.name,
-            "path": str(run.path.absolute()),
-            "config": str(config_name(metadata.config_file)),
-            "weights_sha256": weights.sha256,
-            "steps": _steps(folder, state),
-        }
-        return [*(ancestor.model_dump() for ancestor in metadata.lineage), own]
+        own = Ancestor(
+            role=role,
+            run_id=metadata.run_id,
+            name=run.name,
+            path=str(run.path.absolute()),
+            config=str(config_name(metadata.config_file)),
+            weights_sha256=weights.sha256,
+            steps=_steps(folder, state),
+        )
+        return [*metadata.lineage, own]
     except UsageError as error:  # a run that was copied in part can still be trained on
         logger.warning("the ancestors of the run %s are unknown (%s)", run.path, error)
         return []
@@ -197,8 +184,3 @@ def _sha256(file: Path) -> str:
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name  # the hub's cache names a large file by its SHA-256
     return sha256_of(file)
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from forge.config.schema import ExportConfig
 from forge.model.adapter import adapter_config_text, adapter_tensors, config_of_base, is_adapted, load_adapter_tensors
-from forge.model.export import MODEL_CONFIG, Merge, MergeProof, export_merged, export_model
+from forge.model.export import MODEL_CONFIG, MergeProof, export_merged, export_model
 from forge.model.origin import ADAPTER_CONFIG, BASE_FILE, Origin
+from forge.run.metadata import Merged
 
 
 class TrainedWeights(ABC):
@@ -50,7 +51,7 @@ class TrainedWeights(ABC):
         *,
         state: dict[str, Tensor] | None = None,
         proof: MergeProof | None = None,
-    ) -> Merge | None:
+    ) -> Merged | None:
         """Write a new folder that from_pretrained loads; return what a merge measured, None if nothing was merged.
 
         Args:
@@ -91,7 +92,7 @@ class AllWeights(TrainedWeights):
         *,
         state: dict[str, Tensor] | None = None,
         proof: MergeProof | None = None,
-    ) -> Merge | None:
+    ) -> Merged | None:
         export_model(self.model, folder, settings.dtype, state)
         return None
 
@@ -138,7 +139,7 @@ class AdapterWeights(TrainedWeights):
         *,
         state: dict[str, Tensor] | None = None,
         proof: MergeProof | None = None,
-    ) -> Merge | None:
+    ) -> Merged | None:
         """Write the adapter as peft does, with the whole model's configs and base.json, and merge it if asked to."""
         folder.mkdir()
         whole = self.tensors() if state is None else state
