@@ -79,9 +79,9 @@ class WarmPython:
         self._environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | WITHOUT_POOLS
         ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(theirs.fileno()), "x" * ARGUMENTS_ROOM],
+            [sys.executable, str(Path(__file__).resolve()), str(theirs.fileno()), " " * ARGUMENTS_ROOM],
             cwd=REPOSITORY,
-            env=self._environment | {PAD_VARIABLE: "x" * ENVIRONMENT_ROOM},
+            env=self._environment | {PAD_VARIABLE: " " * ENVIRONMENT_ROOM},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
@@ -226,10 +226,7 @@ def main() -> None:
         if not header:
             os._exit(0)
         request = json.loads(_exactly(requests, int.from_bytes(header, "big")))
-        program = Program(**request)
-        if any("deepspeed" in word for word in program.arguments):
-            _import_deepspeed()
-        _fork_orphan(requests, program, descriptors)
+        _fork_orphan(requests, Program(**request), descriptors)
 
 
 def _fork_orphan(requests: socket.socket, program: Program, descriptors: list[int]) -> None:
@@ -261,11 +258,16 @@ def _exactly(requests: socket.socket, size: int) -> bytes:
 
 def _import_everything() -> None:
     """All of forge, and what it imports only when it is needed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed prints what it misses
     import accelerate.commands.launch  # noqa: F401
     import datasets  # noqa: F401
+    import deepspeed  # noqa: F401 - by transformers and accelerate, when they save a model
     import numpy  # noqa: F401 - reseeded in each fork
     import peft  # noqa: F401
-    import torch.distributed.run  # noqa: F401
+    import torch.distributed.run
     import transformers.models.auto.modeling_auto
     import transformers.models.bert.modeling_bert
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -278,19 +280,6 @@ def _import_everything() -> None:
             importlib.import_module(module.name)
     conversion_mapping.get_checkpoint_conversion_mapping("bert")  # builds its tables, 0.2 s
     _read_packages_once()
-
-
-@functools.cache
-def _import_deepspeed() -> None:
-    """Three seconds more, which most sessions do not need."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # else it tells of what it misses
-    import deepspeed  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
 
 
 def _read_packages_once() -> None:
