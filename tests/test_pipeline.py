@@ -478,7 +478,10 @@ def test_a_launcher_that_starts_one_process_of_two_is_found_out(config_file: Pat
 
 BAD_INPUT = {
     "missing column": (["task.columns.label=gold"], "there is no column gold; it has: premise, hypothesis, label"),
-    "label outside": (["task.labels=[entailment, neutral]"], "has the label 2, which is not one of entailment, neutral"),
+    "label outside": (
+        ["task.labels=[entailment, neutral]"],
+        "has the label 2, which is not one of entailment, neutral",
+    ),
     "no such folder": (["task.dataset.path=./nowhere"], "task.dataset.path is nowhere, which does not exist"),
     "model offline": (["model.path=someone/some-model"], "HF_HUB_OFFLINE forbids to download it"),
     "data offline": (["task.dataset.name=someone/data"], "someone/data could not be loaded from the hub"),
