@@ -51,7 +51,7 @@ def load_classifier(
     return loaded
 
 
-def named_labels(id2label: Mapping[int, str]) -> list[str] | None:
+def named_labels(id2label: Mapping[Any, str]) -> list[str] | None:
     """Return a model's label names in the order of its outputs; None if they are transformers' LABEL_0, LABEL_1, …"""
     names = [str(id2label[i]) for i in sorted(id2label)]
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
