@@ -87,7 +87,7 @@ def test_one_splits_words_that_the_other_does_not(aligned: Any, bpe: Any) -> Non
     assert [bpe.decode(i) for i in bpe("green 12")["input_ids"]] == ["gree", "n", " ", "1", "2"]
     assert words.convert_ids_to_tokens(words(" green 12")["input_ids"])[1:] == ["▁green", "▁", "<0x31>", "<0x32>"]
     assert aligned(said("green 12"), bpe, words) == [
-        ("gree", "▁green"),  # n stands within a word of the teacher's
+        ("gree", "▁green"),  # n is inside a word of the teacher's
         ("Ġ", "▁"),
         ("1", "<0x31>"),
         ("2", "<0x32>"),
@@ -98,7 +98,7 @@ def test_one_splits_words_that_the_other_does_not(aligned: Any, bpe: Any) -> Non
 
 def test_a_character_of_several_bytes_may_be_split_by_both_or_by_one(aligned: Any, bpe: Any) -> None:
     assert aligned(said("日"), bpe, sentencepiece(WORDS)) == [
-        ("æ", "<0xE6>"),  # behind the space that only the teacher's template writes
+        ("æ", "<0xE6>"),  # after the space that only the teacher's template writes
         ("Ĺ", "<0x97>"),
         ("¥", "<0xA5>"),
         ("<|im_end|>", "</s>"),
@@ -112,7 +112,7 @@ def test_a_character_of_several_bytes_may_be_split_by_both_or_by_one(aligned: An
 
 
 def test_a_tokenizer_that_changes_the_text_is_followed_by_its_characters(aligned: Any, bpe: Any) -> None:
-    """NFKC writes the ligature of one character as two, and lower case is another text: token strings tell nothing."""
+    """NFKC writes the ligature of one character as two, and lower case is another text: token strings say nothing."""
     vocabulary = {"<unk>": 0, "<end>": 1, "say": 2, "red": 3, "fish": 4, ":": 5}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -142,8 +142,8 @@ def reply(text: str, *lengths: int, ends: int = 1) -> Reply:
         (reply("abcd", 0, 2), reply("abcd", 0, 1, 2, 3), [(10, 10), (11, 12), (12, 14)]),
         (reply("ab", 0), reply("ab", 0, ends=3), [(10, 10), (11, 11)]),  # further ends have no like
         (reply("ab", 0, ends=2), reply("ab", 0, ends=2), [(10, 10), (11, 11), (12, 12)]),
-        (reply("abXd", 0, 1, 2, 3), reply("abYd", 0, 1, 2, 3), [(10, 10), (11, 11)]),  # behind 2 they go on otherwise
-        (reply("ab", 0, 1), reply("ab c", 0, 1, 2), [(10, 10), (11, 11)]),  # one ends where the other goes on
+        (reply("abXd", 0, 1, 2, 3), reply("abYd", 0, 1, 2, 3), [(10, 10), (11, 11)]),  # after 2 bytes they differ
+        (reply("ab", 0, 1), reply("ab c", 0, 1, 2), [(10, 10), (11, 11)]),  # one ends where the other continues
         (reply(" ab", 0, 2), reply("ab", 0, 1), [(10, 10), (11, 11), (12, 12)]),
         (reply(" ab", 0, 1, 2), reply("ab", 0, 1), [(11, 10), (12, 11), (13, 12)]),  # a token of white space alone
         (reply(" ab", 0, 1), reply(" ab", 0, 1), [(10, 10), (11, 11), (12, 12)]),
@@ -156,7 +156,7 @@ def test_replies_meet_where_the_same_bytes_are_read(
     assert align_replies(student, teacher) == expected
 
 
-def test_places_that_nobody_knows_and_rows_with_other_replies_are_left_out() -> None:
+def test_unknown_places_and_rows_with_other_replies_are_left_out() -> None:
     unknown = Reply(b"ab", [10, 11, 12], [(0, 0), None, (2, 0)])
     assert align_replies(unknown, reply("ab", 0, 1)) == [(10, 10), (12, 12)]
     assert align_rows([reply("a", 0)], [reply("a", 0), reply("b", 0)]) == []
@@ -166,7 +166,7 @@ def test_a_token_that_begins_before_the_reply_has_no_place_unless_it_is_white_sp
     assert _by_bytes(b"cat", [b"c", b"at"]) == [0, 1, 3]
     assert _by_bytes(b"cat", [b" c", b"at"]) == [0, 1, 3]
     assert _by_bytes(b"cat", [b":c", b"at"]) == [None, 1, 3]
-    assert _by_bytes(b"cat", [b"c", b"at\n"]) == [0, 1, 4]  # the last one may end behind
+    assert _by_bytes(b"cat", [b"c", b"at\n"]) == [0, 1, 4]  # the last one may end after the text
     assert _by_bytes(b"cat", [b"c", b"ot"]) is None
     assert _by_bytes(b"", []) == [0]
 

@@ -57,7 +57,7 @@ def test_steps_of_similar_rows_come_in_a_random_order_and_another_one_each_epoch
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 8), (2, 4), (3, 2)])
-def test_a_step_is_dealt_out_without_loss_whatever_the_ranks(ranks: int, micro_batches: int) -> None:
+def test_a_step_is_dealt_out_without_loss_to_any_number_of_ranks(ranks: int, micro_batches: int) -> None:
     rows = np.arange(100, 116)
     dealt = [split_step(rows, Share(rank, ranks, micro_batches)) for rank in range(ranks)]
 
@@ -163,7 +163,7 @@ def test_a_step_of_another_size_deals_out_what_the_epoch_has_left() -> None:
     assert [third.rows_at(step) for step in (0, 1, 2, 3, 4, 5, 6, 7, 13)] == [0, 4, 8, 13, 16, 19, 21, 24, 42]
 
 
-def test_samples_and_epochs_are_counted_in_rows() -> None:
+def test_steps_and_epochs_are_counted_in_rows() -> None:
     loader = batches()  # six steps an epoch, the last of one row
 
     assert [loader.rows_at(step) for step in (0, 1, 5, 6, 7, 12)] == [0, 4, 20, 21, 25, 42]

@@ -42,7 +42,7 @@ def test_messages_are_learned_by_their_replies(load_lm: Any) -> None:
     )
 
 
-def test_labels_stand_where_the_logits_foretell_them(load_lm: Any) -> None:
+def test_labels_are_where_the_logits_predict_them(load_lm: Any) -> None:
     task = load_lm([conversation(0), conversation(1, turns=2)], [conversation(2)])
     rows = list(task.train)
     batch = task.collate(rows)
@@ -208,7 +208,7 @@ def config_of(task: CausalLm) -> Config:
     return load_config(Path(task.description).parent / "c.yaml", ()).config
 
 
-def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(load_lm: Any) -> None:
+def test_samples_are_what_the_model_generates_in_place_of_the_last_reply(load_lm: Any) -> None:
     task = load_lm([conversation(0)], [conversation(i, turns=1 + i % 2) for i in range(5)], "evaluation.shown_texts=3")
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
     metrics = task.metrics("validation", model)
@@ -227,7 +227,7 @@ def test_samples_are_what_the_model_writes_alone_where_the_last_reply_stands(loa
         assert tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True).strip()[:8] == sample.prediction[:8]
 
 
-def test_the_reference_of_a_row_that_was_cut_behind_its_last_reply_is_that_reply(load_lm: Any) -> None:
+def test_the_reference_of_a_row_that_was_cut_after_its_last_reply_is_that_reply(load_lm: Any) -> None:
     messages = [*conversation(0)["messages"], {"role": "user", "content": "dog " * 60}, conversation(1)["messages"][1]]
     task = load_lm([conversation(0)], [{"messages": messages}])
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
@@ -254,7 +254,7 @@ def test_a_reply_is_no_longer_than_the_models_positions_and_its_reference_allow(
     assert asked == [rows[0]["length"] - prompt - 1 + metrics.SPARE_TOKENS, 3, 1]
 
 
-def test_a_text_is_written_on_from_its_middle(load_lm: Any) -> None:
+def test_a_plain_text_is_continued_from_its_middle(load_lm: Any) -> None:
     rows = [{"text": "one two three cat dog bird"}]
     task = load_lm(rows, rows)
     model = task.load_model(config_of(task).model, config_of(task).training).model.eval()
@@ -274,7 +274,7 @@ def test_a_new_tokenizer_is_the_same_in_every_process() -> None:
         "made = train_bpe(texts, 400, chat=True)\n"
         "print(hashlib.sha256(made.backend_tokenizer.to_str().encode()).hexdigest(), len(made))"
     )
-    told = [
+    found = [
         subprocess.run(
             [sys.executable, "-c", code],
             cwd=REPOSITORY,
@@ -285,8 +285,8 @@ def test_a_new_tokenizer_is_the_same_in_every_process() -> None:
         ).stdout
         for seed, parallel in (("1", "false"), ("2", "true"))
     ]
-    assert told[0] == told[1]
-    assert told[0].split()[1] == "400"
+    assert found[0] == found[1]
+    assert found[0].split()[1] == "400"
 
 
 def test_a_new_tokenizer_writes_every_text_and_stops_with_the_turn() -> None:
@@ -342,16 +342,16 @@ def test_a_stream_trains_on_its_rows_in_their_order(tmp_path: Path, chat_model: 
 def test_two_ranks_take_the_steps_of_one_from_a_stream_and_from_packed_rows(tmp_path: Path, chat_model: Path) -> None:
     rows = [conversation(i, turns=1 + i % 3) for i in range(21)]
     config_on(tmp_path, chat_model, rows, rows[:5])
-    told: dict[tuple[str, int], list[Any]] = {}
+    found: dict[tuple[str, int], list[Any]] = {}
     for name in ("task.dataset.streaming", "task.packing"):
         for ranks, run in ((1, forge), (2, forge_on_two_ranks)):
             out = tmp_path / f"{name}-{ranks}"
             done = run("--config", tmp_path / "c.yaml", "--set", f"{name}=true", "--output_root", out)
             assert done.returncode == 0, done.stderr + done.stdout
-            rows_told = [json.loads(line) for line in next(out.rglob("metrics.jsonl")).open()]
-            told[name, ranks] = [row.get("loss", row.get("validation/ce")) for row in rows_told]
-            assert len(told[name, ranks]) == 6  # four steps between two evaluations
-        assert told[name, 2] == pytest.approx(told[name, 1], rel=1e-4)
+            logged = [json.loads(line) for line in next(out.rglob("metrics.jsonl")).open()]
+            found[name, ranks] = [row.get("loss", row.get("validation/ce")) for row in logged]
+            assert len(found[name, ranks]) == 6  # four steps between two evaluations
+        assert found[name, 2] == pytest.approx(found[name, 1], rel=1e-4)
 
 
 def test_the_rows_of_a_stream_are_those_of_the_data_set(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -377,7 +377,7 @@ def test_a_bad_row_of_a_stream_is_named(load_lm: Any) -> None:
         stream.prepare(list(stream.rows), [0, 1])
 
 
-def test_a_checkpoint_brings_its_own_tokenizer_whatever_the_config_makes(load_lm: Any, chat_model: Path) -> None:
+def test_a_checkpoint_brings_its_own_tokenizer_instead_of_the_configs(load_lm: Any, chat_model: Path) -> None:
     rows = [conversation(i) for i in range(4)]
     task = load_lm(rows, rows, "model.new_tokenizer={kind: bpe, vocab_size: 330}")
     own = AutoTokenizer.from_pretrained(chat_model)
@@ -386,7 +386,7 @@ def test_a_checkpoint_brings_its_own_tokenizer_whatever_the_config_makes(load_lm
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], ends: list[int], most: int) -> list[int]:
-    """What the model writes behind a prompt, token by token, without generate."""
+    """What the model generates after a prompt, token by token, without generate."""
     written: list[int] = []
     while len(written) < most and not set(written) & set(ends):
         written.append(int(model(input_ids=torch.tensor([[*prompt, *written]])).logits[0, -1].argmax()))
@@ -399,7 +399,7 @@ def replies_of(task: CausalLm, model: PreTrainedModel) -> list[str]:
     ]
 
 
-def test_a_sample_is_greedy_and_stops_at_the_end_token_whatever_stands_beside_it(load_lm: Any) -> None:
+def test_a_sample_is_greedy_and_stops_at_the_end_token_next_to_any_other_row(load_lm: Any) -> None:
     asked = [{"role": "user", "content": "say " * (1 + 4 * i)} for i in range(4)]
     rows = [{"messages": [question, *conversation(i)["messages"][1:]]} for i, question in enumerate(asked)]
     task = load_lm(rows, rows)
@@ -428,12 +428,14 @@ def test_what_a_checkpoint_says_of_generation_changes_no_sample(load_lm: Any) ->
     assert {name: getattr(model.generation_config, name) for name in odd} == odd
 
 
-def test_the_model_is_told_the_tokens_that_its_rows_end_with(load_lm: Any, chat_model: Path, tmp_path: Path) -> None:
+def test_the_model_ends_its_texts_with_the_tokens_that_end_its_rows(
+    load_lm: Any, chat_model: Path, tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     tokenizer.eos_token = "<|endoftext|>"  # as of a base model, which is taught to end its turns
     tokenizer.save_pretrained(tmp_path / "base")
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
-    long = {"role": "assistant", "content": "<|im_start|>" * 60}  # is cut behind such a token
+    long = {"role": "assistant", "content": "<|im_start|>" * 60}  # is cut after such a token
     special = [conversation(1), {"messages": [*conversation(0)["messages"][:1], long]}]
     task = load_lm([conversation(0)], special, f"model.tokenizer={tmp_path / 'base'}")
     loaded = task.load_model(config_of(task).model, config_of(task).training)

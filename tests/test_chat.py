@@ -218,7 +218,7 @@ def test_good_orders_of_roles_pass(roles: str) -> None:
         ("", "has no messages"),
     ],
 )
-def test_a_bad_order_of_roles_is_told_with_all_roles(roles: str, expected: str) -> None:
+def test_a_bad_order_of_roles_is_reported_with_all_roles(roles: str, expected: str) -> None:
     with pytest.raises(BadRow) as refused:
         check_roles([{"role": role, "content": "x"} for role in roles.split()])
     assert str(refused.value).startswith(expected)
@@ -286,7 +286,7 @@ def test_a_template_with_todays_date_writes_the_same_on_every_day(
     assert "forge writes 2024-07-26 instead, on every day" in caplog.text
 
 
-def test_the_prompt_of_a_reply_is_what_stands_before_it() -> None:
+def test_the_prompt_of_a_reply_is_the_text_before_it() -> None:
     template = ChatTemplate(PLAIN_CHATML, {}, ("<|im_end|>",))
     written = template.write(said(TURNS))
 
@@ -304,12 +304,12 @@ def test_the_prompt_of_a_reply_is_what_stands_before_it() -> None:
         ),
     ],
 )
-def test_whatever_python_says_to_a_template_is_told_with_the_row(text: str, expected: str) -> None:
+def test_any_error_of_a_template_is_reported_with_the_row(text: str, expected: str) -> None:
     with pytest.raises(BadRow) as refused:
         ChatTemplate(text, {}, ()).write(said(TURNS[:2]))
     assert str(refused.value).startswith(expected)
 
 
-def test_a_template_that_is_no_jinja_is_not_blamed_on_a_row() -> None:
+def test_a_template_that_is_not_jinja_is_not_blamed_on_a_row() -> None:
     with pytest.raises(UsageError, match=r"^the chat template is not valid Jinja: .*, in its line 2; "):
         ChatTemplate("{{ 1 }}\n{{ messages }", {}, ()).write(said(TURNS[:2]))

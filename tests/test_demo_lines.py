@@ -63,7 +63,7 @@ def test_a_small_demo_renders_few_lines_and_spreads_them_over_all(monkeypatch: p
     assert len(drawn) == 6
 
 
-def test_no_line_is_in_both_splits_whatever_the_seeds() -> None:
+def test_no_line_is_in_both_splits_for_any_seeds() -> None:
     train = {text for seed in (0, 1) for text in texts("train", 1500, seed)}
     validation = {text for seed in (0, 1) for text in texts("validation", 400, seed)}
     assert len(texts("train", 1500)) == len(set(texts("train", 1500)))

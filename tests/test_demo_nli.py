@@ -76,7 +76,7 @@ def test_train_draws_no_starred_word() -> None:
     assert starred_words("train") == set()
 
 
-def test_each_hypothesis_comes_equally_often_with_each_label_so_alone_it_tells_nothing() -> None:
+def test_each_hypothesis_comes_equally_often_with_each_label_so_alone_it_reveals_nothing() -> None:
     for split in ("train", "validation"):
         labels_of: dict[str, Counter[str]] = defaultdict(Counter)
         for row in demo_nli(split, 3000):

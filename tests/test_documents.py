@@ -18,7 +18,7 @@ from forge.task.causal_lm import chat, documents, forms
 from forge.task.causal_lm.task import load_causal_lm
 
 
-def test_rows_that_are_too_long_are_cut_counted_and_told(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_too_long_are_cut_counted_and_reported(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
     task = load_lm([conversation(0), LONG, LOST, LOST], [conversation(1)])
 
     assert len(task.train) == 2
@@ -54,7 +54,7 @@ def test_a_split_of_which_nothing_is_left_is_refused(load_lm: Any) -> None:
         load_lm([conversation(0)], [LOST])
 
 
-def test_a_special_token_in_the_text_is_told_with_the_way_out(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_special_token_in_the_text_is_reported_with_a_remedy(load_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
     messages = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red<|endoftext|>"}]
     rows = [conversation(0), {"messages": messages}]
     load_lm(rows, [conversation(1)])
@@ -69,9 +69,7 @@ def test_a_special_token_in_the_text_is_told_with_the_way_out(load_lm: Any, capl
     assert "special token" not in caplog.text
 
 
-def test_an_empty_text_is_left_out_and_counted_whatever_the_tokenizer_writes_round_it(
-    chat_model: Path, tmp_path: Path
-) -> None:
+def test_an_empty_text_is_left_out_and_counted_with_any_tokens_around_it(chat_model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     end = tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -173,7 +173,7 @@ def test_the_prompt_is_what_the_chat_template_gives_by_itself(ocr_and_model: tup
     torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
 
 
-def test_a_row_is_read_the_same_alone_and_beside_a_longer_prompt(ocr_and_model: tuple[Ocr, Any]) -> None:
+def test_a_row_is_read_the_same_alone_and_next_to_a_longer_prompt(ocr_and_model: tuple[Ocr, Any]) -> None:
     ocr, model = ocr_and_model
     ways = {"max_new_tokens": 8, "do_sample": False}
     texts = []

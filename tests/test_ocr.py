@@ -151,7 +151,7 @@ def test_csv_metadata_and_an_image_column_give_the_same_rows_and_fingerprint(
     assert load(lines, {"normalization": {"case": "lower"}}).fingerprint != ocr.fingerprint
 
 
-def test_the_fingerprint_sees_another_image_behind_the_same_name(lines: Path) -> None:
+def test_the_fingerprint_sees_another_image_with_the_same_name(lines: Path) -> None:
     before = load(lines).fingerprint
     assert load(lines).fingerprint == before
     (lines / "train" / "3.png").write_bytes(render(TEXTS[3], Look(Draw("train", 7))))

@@ -82,7 +82,7 @@ def test_packed_rows_give_the_loss_and_the_gradients_of_the_documents_alone(mode
     packed = pack(rows, 20)
     assert len(packed) < len(rows)
     batch = collate_packed([packed[i] for i in range(len(packed))], pad=2)
-    assert (batch["position_ids"] == 0).sum() > len(rows)  # padding begins anew too
+    assert (batch["position_ids"] == 0).sum() > len(rows)  # padding restarts at 0 too
     alone = [
         {
             "input_ids": torch.tensor([row["input_ids"]]),
@@ -143,7 +143,7 @@ def test_packing_keeps_every_document_whole_and_once() -> None:
     assert set(packed.column_names) == set(FEATURES)
 
 
-def test_rows_packed_otherwise_are_not_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_packed_differently_are_not_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents(40).save_to_disk(str(tmp_path / "rows"))
     rows = load_from_disk(str(tmp_path / "rows"))
     long, short = pack(rows, 20), pack(rows, 14)

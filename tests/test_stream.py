@@ -105,7 +105,7 @@ def test_a_place_without_rows_gets_a_filler_that_counts_for_nothing() -> None:
     assert (second["tokens"], second["truncated"]) == (0, 0)
 
 
-def test_a_buffer_shuffles_each_pass_anew_and_loses_nothing() -> None:
+def test_a_buffer_shuffles_each_pass_differently_and_loses_nothing() -> None:
     order = [row for step in ledger(stream(7, buffer=8), 0, 6) for row in step]
     first, second = order[:21], order[21:]
 
@@ -151,7 +151,7 @@ def test_truncated_rows_are_counted_with_their_batch() -> None:
     assert [int(batch["truncated"]) for _ in range(2) for batch in batches.next_step()] == [0, 0, 1, 0]
 
 
-def test_an_empty_stream_is_told_and_not_waited_for() -> None:
+def test_an_empty_stream_is_an_error_and_not_an_endless_wait() -> None:
     batches = stream(rows=Rows(0))
     batches.start_at(0)
     with pytest.raises(UsageError, match=r"^demo, train has no rows; training needs at least one$"):
@@ -187,7 +187,7 @@ def test_the_passes_are_those_of_the_step_on_every_rank_and_after_a_resume() -> 
 
 def test_a_filler_counts_no_truncated_row() -> None:
     batches = stream(1, rank=1, ranks=2, micro_batches=1)
-    batches.start_at(13)  # row 13 is cut, and stands in the filler's place
+    batches.start_at(13)  # row 13 is cut, and is in the filler's place
     (batch,) = batches.next_step()
 
     assert (batch["ids"].tolist(), int(batch["truncated"])) == ([FILLER], 0)
@@ -227,7 +227,7 @@ def test_max_rows_bounds_a_streamed_file(tmp_path: Path) -> None:
     assert whole[2] != few[2]
 
 
-def test_a_broken_line_of_a_streamed_file_is_told_with_its_place(tmp_path: Path) -> None:
+def test_a_broken_line_of_a_streamed_file_is_reported_with_its_place(tmp_path: Path) -> None:
     for name in ("train", "validation"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": "a" * 1000}] * 20000)
     with (tmp_path / "train.jsonl").open("a") as file:
@@ -240,7 +240,7 @@ def test_a_broken_line_of_a_streamed_file_is_told_with_its_place(tmp_path: Path)
     assert re.search(place, str(refused.value)), refused.value
 
 
-def test_a_network_that_breaks_off_is_told_and_may_be_resumed() -> None:
+def test_a_lost_network_connection_is_reported_and_may_be_resumed() -> None:
     def rows() -> Iterator[dict[str, Any]]:
         yield {"id": 0}
         raise ConnectionError("no route\nto the hub")

@@ -110,7 +110,7 @@ def test_a_piece_that_the_tokenizer_does_not_know_is_lost_though_its_name_is_sho
         check_lossless(["<unk>"], ["<unk>"], [ids], tokenizer, [3], "data")
 
 
-def test_an_unknown_token_that_also_ends_texts_is_no_loss() -> None:
+def test_an_unknown_token_that_also_ends_texts_is_not_a_loss() -> None:
     """As GPT-2's, whose vocabulary of bytes knows everything."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*alphabet, "<end>"])}, []))
@@ -123,7 +123,7 @@ def test_an_unknown_token_that_also_ends_texts_is_no_loss() -> None:
         check(tokenizer, "total", "a <end> b")
 
 
-def test_spaces_that_a_tokenizer_moves_are_told_with_what_they_cost(caplog: pytest.LogCaptureFixture) -> None:
+def test_spaces_that_a_tokenizer_moves_are_reported_with_what_they_cost(caplog: pytest.LogCaptureFixture) -> None:
     vocabulary = {piece: i for i, piece in enumerate(["[UNK]", "[SEP]", "12", "50", ".", "tea", "##s"])}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -16,7 +16,7 @@ from forge.errors import UnreadableRows, UsageError
 BAD = {"messages": [{"role": "user", "content": "x"}]}
 
 
-def test_what_went_wrong_is_told_in_one_sentence_whoever_prepared_the_rows() -> None:
+def test_an_error_is_one_sentence_in_any_process_that_prepares_rows() -> None:
     def broken(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(2, "No such file", "a.png")
 
@@ -49,7 +49,7 @@ def test_a_rank_other_than_the_first_names_its_own_bad_row(tmp_path: Path) -> No
     assert "Traceback" not in said.split("ChildFailedError")[0].split("Traceback (most recent call last):\n  File")[0]
 
 
-def test_a_stream_of_which_nothing_can_be_learned_is_told(tmp_path: Path) -> None:
+def test_a_stream_without_anything_to_learn_is_an_error(tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "red " * 80}, {"role": "assistant", "content": "one"}]}
     config_on(tmp_path, write_chat_model(tmp_path / "model"), [long] * 9, [conversation(0)])
     settings = ("--set", "task.dataset.streaming=true", "--set", "evaluation.baseline=false")
