@@ -1,5 +1,7 @@
 """The divergences' rows against the oracle: gradients, limits, bounds, what T^2 does, and the edges of their inputs."""
 
+import math
+
 import loss_oracle
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from forge.losses.checks import check_formula
 from forge.losses.kd_arguments import Formula
-from forge.losses.kd_settings import EQUAL, Settings, teacher_share
+from forge.losses.kd_settings import EQUAL, TAIL_FLOOR, Settings, teacher_share
 from forge.losses.linear_kd_plain import divergence_rows, sparse_rows
 
 MISSING_MASS = ["tail", "renormalise", "zero"]
@@ -221,6 +223,15 @@ def test_a_row_without_any_entry_says_nothing(missing_mass: str) -> None:
     assert value.isfinite().all()
     assert gradient.isfinite().all()
     assert (value != 0).sum() == 5
+
+
+def test_the_tail_of_a_student_that_is_certain_of_the_top_k_is_not_below_the_floor() -> None:
+    """1 - p is 0 in floating point: its logarithm would be infinite, and the gradient too."""
+    student = torch.tensor([[60.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    log_q, indices = torch.tensor([[0.5]], dtype=torch.float64).log(), torch.tensor([[0]])
+    value, gradient = sparse_rows(student, log_q, indices, Settings(1.0, 1.0, missing_mass="tail"))
+    assert value.item() == pytest.approx(0.5 * math.log(0.5) + 0.5 * math.log(0.5 / TAIL_FLOOR))
+    assert gradient.isfinite().all()
 
 
 def test_the_tail_never_says_more_than_all_of_the_teacher_and_tends_to_it() -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forge.losses import linear_kd as module
-from forge.losses.kd_arguments import Formula, HeadInput, KDLoss
+from forge.losses.kd_arguments import Computing, Formula, HeadInput, KDLoss
 from forge.losses.kd_settings import Chunks, Inputs, Needs, Settings, plain_rows, plan_chunks, row_pitch
 from forge.losses.linear_kd import linear_kd
 from forge.losses.linear_kd_plain import plain_linear_kd
@@ -280,6 +280,28 @@ def test_plain_torch_keeps_its_budget_too() -> None:
         for options in ({}, {"memory_budget": 2**22}, {"low_memory": True}, {"chunks": Chunks(7, 9)}):
             flat_linear_kd(**x, **options)
     assert rows == [1024, 43, 699, 7]
+
+
+@pytest.mark.parametrize(
+    ("precision", "teacher", "bytes_per_column"),
+    [("difference", True, 2), ("fp32", True, 8), ("fp32", False, 4), ("bf16", True, 2), ("bf16", False, 0)],
+)
+def test_the_chunks_of_the_kernels_follow_precision_and_memory(
+    precision: str, teacher: bool, bytes_per_column: int
+) -> None:
+    """The logits of both models count, in the dtype that they have between product and loss."""
+    N, V, H = 8192, 128256, 2048
+    hidden, head = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((N, H), (V, H)))
+    given = Inputs(hidden, head, torch.empty(N, device="meta"), dtype=torch.bfloat16)
+    given = dataclasses.replace(given, teacher_hidden=hidden, teacher_head=head) if teacher else given
+    for needs, bytes_of_head in ((Needs(True, True, False), 2), (Needs(True, False, False), 0)):
+        for computing in (Computing(), Computing(low_memory=True), Computing(memory_budget=2**30)):
+            found = module.planned_chunks(given, needs, computing, precision)
+            assert found == plan_chunks(
+                *(N, V, H), logit_bytes=bytes_per_column, gradient_bytes=2, head_gradient_bytes=bytes_of_head,
+                memory_budget=computing.memory_budget, low_memory=computing.low_memory,
+            )  # fmt: skip
+    assert module.planned_chunks(given, needs, Computing(low_memory=True), precision).wide <= 2048
 
 
 def test_the_plan_keeps_its_budget_and_does_not_grow_with_the_batch() -> None:

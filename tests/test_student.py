@@ -25,7 +25,8 @@ from forge.losses.kd_arguments import Computing, Formula, HeadInput, KDLoss
 from forge.losses.linear_kd import linear_kd
 from forge.model.adapter import attach
 from forge.model.head import LinearHead, find_head
-from forge.student.objective import Objective
+from forge.student.evaluation import CALIBRATION_BINS, _calibrate
+from forge.student.objective import Objective, tied_for_argmax
 from forge.student.student import Student
 from forge.teacher.teacher import ModelTeacher
 
@@ -354,3 +355,19 @@ def test_what_a_top_k_lacks_is_treated_as_the_config_says() -> None:
         assert kd.divergence_sum.item() == pytest.approx(float(expected), rel=1e-5)
         divergences.append(kd.divergence_sum.item())
     assert len({round(value, 3) for value in divergences}) == 3
+
+
+def test_a_column_that_a_model_lacks_is_never_its_argmax() -> None:
+    logits = torch.tensor([[2.0, 1.0, 2.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    assert tied_for_argmax(logits, torch.tensor([2, 1, 3])).tolist() == [True, False, False]
+
+
+def test_calibration_has_a_bin_for_certainty_and_bears_a_nan() -> None:
+    """The bins are [0, 1/15), [1/15, 2/15), ...; a confidence of 1 is in the last of them."""
+    outputs = {"confidences": torch.tensor([1.0, 0.5, torch.nan]), "predictions": torch.tensor([[4, 5, 6, 7]])}
+    batch = {"labels": torch.tensor([[4, 0, 0, 7]]), "positions": torch.tensor([0, 1, 3])}
+    bins = torch.zeros(CALIBRATION_BINS, 2, dtype=torch.float64)
+    _calibrate(bins, outputs, batch)
+    assert bins[[14, 7]].tolist() == [[1.0, 1.0], [0.0, 0.5]]
+    assert bins[0, 0].item() == 1.0
+    assert bins[:, 0].sum().item() == 2.0
