@@ -87,7 +87,7 @@ def teacher_metrics(
         origin: The teacher's origin; None if it is not known, and then nothing is read or stored.
         compute: evaluate_teacher with its arguments. It may return None if the teacher is not in memory: then one
             warning is logged, and None returned.
-        made_by: The run or command, for whoever reads the file.
+        made_by: The run or command, recorded in the file.
     """
     root, key = Path(config.output_root), None
     if origin is not None:

@@ -236,10 +236,10 @@ def _fill(
     labels = 0
 
     def write(shard: Shard) -> int:
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             arrays, sums = stop.breaks(lambda: writer.compute(shard))
-            seconds = round(time.monotonic() - begun, 3)
+            seconds = round(time.monotonic() - start, 3)
             return stop.breaks(lambda: files.write_shard(folder, shard, arrays, sums, name, seconds)).labels
         except UnreadableRows:
             if stop.reason is not None:  # a signal that came while rows were prepared
