@@ -346,15 +346,15 @@ def test_the_command_keeps_the_metrics_that_runs_will_want_and_no_others(
 
     caplog.set_level(logging.INFO, "forge")
     cache = filled("evaluation.teacher=false")
-    keep_teacher_metrics(replace(cache, teacher=unwanted), StopRequest())
+    keep_teacher_metrics(replace(cache, teacher=unwanted))
     assert not (Path(cache.config.output_root) / ".teachers").exists()
     cache = filled()
-    keep_teacher_metrics(cache, StopRequest())
+    keep_teacher_metrics(cache)
     key = metrics_key(cache.config, cache.task, cache.origin, "float32")
     stored = stored_metrics(Path(cache.config.output_root), key)
     assert stored is not None
     assert stored.made_by == "forge cache-teacher"
-    keep_teacher_metrics(replace(cache, teacher=unwanted), StopRequest())
+    keep_teacher_metrics(replace(cache, teacher=unwanted))
     assert caplog.text.count(f"matched/accuracy {stored.metrics['matched/accuracy']:.4f}") == 2
 
 

@@ -154,7 +154,7 @@ def _cache_teacher(args: argparse.Namespace, stop: "StopRequest", log: "RunLog")
     if rank() > 0 or not log.console.is_terminal:
         hide_progress_bars()
     cache = job.cache_teacher(config, stop)
-    keep_teacher_metrics(cache, stop)
+    keep_teacher_metrics(cache)
     cache.close()
 
 

@@ -16,7 +16,6 @@ from accelerate.utils import align_module_device
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor
 
-from forge.cluster.signals import StopRequest
 from forge.config.former_names import current_metrics
 from forge.config.schema import Config
 from forge.data.batches import Batch, with_teacher_inputs
@@ -24,7 +23,6 @@ from forge.errors import Stopped, TrainingError
 from forge.model.origin import Origin
 from forge.ranks.agreement import on_rank_0
 from forge.ranks.deepspeed import gathered
-from forge.ranks.stop_vote import StopVote
 from forge.run.files import write_atomically
 from forge.run.state import now
 from forge.student.evaluation import Evaluator
@@ -87,7 +85,7 @@ def teacher_metrics(
         origin: The teacher's origin; None if it is not known, and then nothing is read or stored.
         compute: evaluate_teacher with its arguments. It may return None if the teacher is not in memory: then one
             warning is logged, and None returned.
-        made_by: The run or command, for whoever reads the file.
+        made_by: The run or command, recorded in the file.
     """
     root, key = Path(config.output_root), None
     if origin is not None:
@@ -144,14 +142,14 @@ def evaluate_teacher(
     return metrics
 
 
-def keep_teacher_metrics(cache: FilledCache, stop: StopRequest) -> None:
+def keep_teacher_metrics(cache: FilledCache) -> None:
     """Evaluate the teacher of a cache for the runs that will not have it in memory, unless that is done or unwanted.
 
     All ranks call it together. Raises Stopped.
     """
     if not evaluates_teacher(cache.config):
         return
-    vote = StopVote(cache.accelerator, stop)
+    accelerator, vote = cache.ranks.accelerator, cache.ranks.vote
 
     def between_batches() -> None:
         if vote.now():
@@ -160,10 +158,10 @@ def keep_teacher_metrics(cache: FilledCache, stop: StopRequest) -> None:
             )
 
     def compute() -> Metrics | None:
-        return evaluate_teacher(cache.config, cache.task, cache.teacher(), cache.accelerator, between_batches)
+        return evaluate_teacher(cache.config, cache.task, cache.teacher(), accelerator, between_batches)
 
     logger.info("the teacher's own metrics on the validation rows")
-    asked = (cache.config, cache.task, cache.origin, cache.accelerator)
+    asked = (cache.config, cache.task, cache.origin, accelerator)
     metrics = teacher_metrics(*asked, compute, "forge cache-teacher") or {}
     shown = [f"{name} {value:.4f}" for name, value in metrics.items() if name.split("/")[-1] in cache.task.headline]
     logger.info("%s", "  ".join(shown))

@@ -19,8 +19,9 @@ from forge.model.load import LoadedModel
 from forge.model.origin import Origin
 from forge.model.source import load_model_config, with_run_paths
 from forge.ranks.accelerator import build_accelerator
-from forge.ranks.agreement import gather_values, on_every_rank, on_rank_0, rank_0_first
+from forge.ranks.agreement import gather_values, on_every_rank
 from forge.ranks.stop_vote import StopVote
+from forge.ranks.world import Ranks
 from forge.run.directory import check_writable
 from forge.run.state import now
 from forge.task.load import load_task
@@ -59,12 +60,12 @@ class FilledCache:
     config: Config
     task: Task  # as its student and its teacher need it
     origin: Origin  # of the teacher
-    accelerator: Accelerator
+    ranks: Ranks
     teacher: Callable[[], ModelTeacher]  # loads the teacher unless the job has; all ranks call it together
 
     def close(self) -> None:
         """Leave the other ranks."""
-        self.accelerator.end_training()
+        self.ranks.accelerator.end_training()
 
 
 def cache_teacher(config: Config, stop: StopRequest) -> FilledCache:
@@ -77,39 +78,40 @@ def cache_teacher(config: Config, stop: StopRequest) -> FilledCache:
     _check(config)
     training = config.training
     accelerator = build_accelerator(training.mixed_precision, training.seed, deterministic=training.deterministic)
-    on_rank_0(accelerator, lambda: check_writable(Path(config.output_root)))
-    task = rank_0_first(accelerator, lambda: stop.breaks(lambda: load_task(config)))
-    student = on_every_rank(accelerator, lambda: stop.breaks(lambda: _student(config, task)))
+    ranks = Ranks(accelerator, stop, StopVote(accelerator, stop))
+    ranks.on_rank_0(lambda: check_writable(Path(config.output_root)))
+    task = ranks.rank_0_first(lambda: load_task(config))
+    student = ranks.on_every_rank(lambda: _student(config, task))
     task = task if student is None else task.for_model(student)
-    task = rank_0_first(accelerator, lambda: stop.breaks(lambda: for_teacher(config, task)))
+    task = ranks.rank_0_first(lambda: for_teacher(config, task))
     check_loss(config, top_k=not keeps_whole_logits(task))
     wanted = wanted_cache(config, task, student, accelerator)
     del student
-    folder = on_rank_0(accelerator, lambda: cache_folder(config, wanted.key))
-    key = on_rank_0(accelerator, lambda: _usable_key(folder, wanted.key))
+    folder = ranks.on_rank_0(lambda: cache_folder(config, wanted.key))
+    key = ranks.on_rank_0(lambda: _usable_key(folder, wanted.key))
     layers = tuple(key[LAYERS])
     width = load_model_config(wanted.source, "teacher.path").get_text_config(decoder=True).hidden_size if layers else 0
     shards = _plan(config, task, len(layers) * width)
-    load = _loader(config, task, wanted.origin, accelerator, stop)
+    load = _loader(config, task, wanted.origin, ranks)
 
     with ExitStack() as held:
-        on_rank_0(accelerator, lambda: _take(folder, key, wanted.source.name, held))
-        mine = on_every_rank(accelerator, lambda: stop.breaks(lambda: _unfinished(folder, shards, accelerator)))
+        ranks.on_rank_0(lambda: _take(folder, key, wanted.source.name, held))
+        mine = ranks.on_every_rank(lambda: _unfinished(folder, shards, accelerator))
         missing = sorted((shard for part in gather_values(mine) for shard in part), key=shards.index)
-        manifest = on_rank_0(accelerator, lambda: files.complete_manifest(folder, shards))
+        manifest = ranks.on_rank_0(lambda: files.complete_manifest(folder, shards))
         if not missing and manifest is not None:
             logger.info("the cache is complete already; nothing is computed")
         else:
             source, teacher = load()
             writer = CacheWriter(config, task, teacher, accelerator, layers)
             logger.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
-            on_rank_0(accelerator, lambda: _reopen(folder))
-            _fill(writer, folder, digest(key), missing, shards, stop)
+            ranks.on_rank_0(lambda: _reopen(folder))
+            _fill(writer, folder, digest(key), missing, shards, ranks)
             about = {"digest": digest(key), "key": key, "teacher": source.facts(), "made_at": now()}
-            manifest = on_rank_0(accelerator, lambda: _complete(folder, shards, writer.form, about))
+            manifest = ranks.on_rank_0(lambda: _complete(folder, shards, writer.form, about))
     for line in report(folder, manifest):
         logger.info(line)
-    return FilledCache(folder, manifest, config, task, wanted.origin, accelerator, lambda: load()[1])
+    return FilledCache(folder, manifest, config, task, wanted.origin, ranks, lambda: load()[1])
 
 
 def report(folder: Path, manifest: Manifest) -> list[str]:
@@ -151,19 +153,19 @@ def _student(config: Config, task: Task) -> LoadedModel | None:
 
 
 def _loader(
-    config: Config, task: Task, origin: Origin, accelerator: Accelerator, stop: StopRequest
+    config: Config, task: Task, origin: Origin, ranks: Ranks
 ) -> Callable[[], tuple[LoadedTeacher, ModelTeacher]]:
     """Return a function that loads and places the teacher, once; all ranks call it together."""
     placement = "offload" if config.teacher.placement == "offload" else "replicated"
 
     @functools.cache
     def load() -> tuple[LoadedTeacher, ModelTeacher]:
-        loaded = on_every_rank(accelerator, lambda: stop.breaks(lambda: load_teacher(config, task)))
+        loaded = ranks.on_every_rank(lambda: load_teacher(config, task))
         source = LoadedTeacher(
             replace(loaded, origin=origin), config.teacher.model_copy(update={"placement": placement})
         )
         # The cache has the teacher's own order of labels, from which each student takes its own.
-        return source, source.place(accelerator, task, None)
+        return source, source.place(ranks.accelerator, task, None)
 
     return load
 
@@ -223,23 +225,22 @@ def _reopen(folder: Path) -> None:
 
 
 def _fill(
-    writer: CacheWriter, folder: Path, name: str, missing: Sequence[Shard], shards: Sequence[Shard], stop: StopRequest
+    writer: CacheWriter, folder: Path, name: str, missing: Sequence[Shard], shards: Sequence[Shard], ranks: Ranks
 ) -> None:
     """Write the missing shards, every W-th on each of W ranks; all ranks stop together, after a finished shard.
 
     name is the digest of the cache's key.
     """
-    accelerator = writer.accelerator
-    vote = StopVote(accelerator, stop)
-    ranks, rank = accelerator.num_processes, accelerator.process_index
+    accelerator, stop, vote = ranks.accelerator, ranks.stop, ranks.vote
+    rank = accelerator.process_index
     started = reported = time.monotonic()
     labels = 0
 
     def write(shard: Shard) -> int:
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             arrays, sums = stop.breaks(lambda: writer.compute(shard))
-            seconds = round(time.monotonic() - begun, 3)
+            seconds = round(time.monotonic() - start, 3)
             return stop.breaks(lambda: files.write_shard(folder, shard, arrays, sums, name, seconds)).labels
         except UnreadableRows:
             if stop.reason is not None:  # a signal that came while rows were prepared
@@ -249,15 +250,15 @@ def _fill(
             raise _unwritable(folder / shard.file, error) from error
 
     try:
-        for first in range(0, len(missing), ranks):
-            mine = missing[first : first + ranks][rank : rank + 1]
+        for first in range(0, len(missing), ranks.count):
+            mine = missing[first : first + ranks.count][rank : rank + 1]
             labels += on_every_rank(accelerator, lambda: sum(write(shard) for shard in mine))  # noqa: B023
             if vote.now():
                 raise stopped_early(vote.reason())
             if time.monotonic() - reported > REPORT_EVERY_S:
                 reported = time.monotonic()
-                speed = labels * ranks / (reported - started)
-                logger.info("shard %d of %d, %.0f labels a second", first + ranks, len(missing), speed)
+                speed = labels * ranks.count / (reported - started)
+                logger.info("shard %d of %d, %.0f labels a second", first + ranks.count, len(missing), speed)
     except Stopped:
         done = sum(files.finished(folder, shard) is not None for shard in shards)
         reason = stop.reason or "a signal to another rank"

@@ -102,7 +102,7 @@ def changed(old: ContentKey, new: ContentKey) -> list[str]:
 
 
 def _tokens(task: Task) -> str:
-    """Return the SHA-256 of all numbers in the rows, whatever code made them of the texts; a stream has none yet."""
+    """Return the SHA-256 of all numbers in the rows, independent of the code that made them; a stream has none yet."""
     hashed = hashlib.sha256()
     for split, rows in {"train": task.train, **task.validation}.items():
         if isinstance(rows, Dataset):
