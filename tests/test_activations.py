@@ -172,7 +172,7 @@ def test_checkpointing_keeps_inputs_and_one_layer(name: str) -> None:
     twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     held = saved_bytes(twin, form)
     assert held > 4 * B * T * WIDTH * 4  # each layer's input
-    assert counted.kept == pytest.approx(held, rel=0.02)
+    assert held < counted.kept < 1.05 * held  # a mask and positions besides, which no hook sees
     assert counted.kept + layer < counted.peak < counted.kept + 1.6 * layer
     assert counted.peak < plain.peak
     again = step_bytes(model, batch_of(model), Pass(form), B)
@@ -209,8 +209,8 @@ def test_a_teacher_keeps_nothing() -> None:
     deeper = on_meta("llama", 6).requires_grad_(False)
     forward = forward_bytes(teacher, batch_of(teacher), Form(2, 2))
     assert forward == forward_bytes(deeper, batch_of(deeper), Form(2, 2))
-    # In the MLP, for each token: two of the residual stream, three of the inner width; in bf16.
-    assert forward.of(B) == pytest.approx(B * T * (2 * WIDTH + 3 * INNER) * 2, rel=0.25)
+    # In the MLP, for each token: three of the residual stream, three of the inner width, and a mask; in bf16.
+    assert forward.of(B) == pytest.approx(B * T * (3 * WIDTH + 3 * INNER + T) * 2, rel=0.15)
 
 
 def test_more_is_counted_than_there_is_memory() -> None:
@@ -297,11 +297,11 @@ def test_keys_and_values_that_heads_share() -> None:
 
 
 def test_autocast_on_cuda_normalises_in_float32_and_attends_in_bf16() -> None:
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16), AsOnCuda(autocast=True):
+    with FakeTensorMode() as mode, torch.autocast("cpu", torch.bfloat16), AsOnCuda(autocast=True):
         half, whole = torch.empty(2, 6, 8, dtype=torch.bfloat16), torch.empty(1, 2, 6, 8)
         assert F.layer_norm(half, (8,)).dtype == torch.float32
         assert half.softmax(-1).dtype == torch.float32
         assert F.softmax(half, dim=-1).dtype == torch.float32
         assert F.scaled_dot_product_attention(whole, whole, whole).dtype == torch.bfloat16
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+    with mode, torch.autocast("cpu", torch.bfloat16):
         assert F.layer_norm(half, (8,)).dtype == torch.bfloat16  # of a CPU

@@ -426,4 +426,5 @@ def test_help_and_a_wrong_word_need_no_torch(config_file: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line for line in lines if line.startswith("exit")] == ["exit 0", "exit 2", "exit 2", "exit 2"]
     assert lines[-1] == "[]"
-    assert "'0' is no number of nodes; give 1 or more" in done.stderr
+    assert "--nodes" in done.stderr
+    assert "got '0'" in done.stderr

@@ -8,7 +8,7 @@ counted, whatever the architecture, its adapters, its frozen weights, its dropou
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -66,21 +66,19 @@ def step_bytes(model: PreTrainedModel, inputs: Inputs, each: Pass, rows: int) ->
     """
     form = each.form
     batch = inputs(rows)
-    with _no_memory(model, form) as fake, _without_head(model), _checkpointing(model, each.checkpointing):
+    with _no_memory(model, form) as fake, _without_head(model), _checkpointing(model, each):
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         storages = _Storages(model)
         for weight in weights:
             weight.register_post_accumulate_grad_hook(storages.leave_out_gradient)
         model.train()
-        with ExitStack() as modes:
-            modes.enter_context(storages)
-            if not form.on_cpu:
-                modes.enter_context(AsOnCuda(form.autocast))
-            with torch.autocast("cpu", torch.bfloat16, enabled=form.autocast):
-                output = _forward(model, storages.given(batch, form, fake))
+        with storages:
+            given = storages.given(batch, form, fake)
+            with _device(form), torch.autocast("cpu", torch.bfloat16, enabled=form.autocast):
+                output = _forward(model, given)
             kept = storages.alive()
             if output.requires_grad:
-                torch.autograd.backward(output, torch.ones_like(output))  # its method would leave the modes meanwhile
+                output.backward(torch.ones_like(output))
         return StepBytes(kept, storages.peak())
 
 
@@ -93,10 +91,10 @@ def forward_bytes(model: PreTrainedModel, inputs: Inputs, form: Form) -> RowByte
     for batch in (inputs(FEW), inputs(MORE)):
         with _no_memory(model, form) as fake, _without_head(model):
             model.eval()
-            with _Storages(model) as storages, ExitStack() as modes, torch.no_grad():
-                if not form.on_cpu:
-                    modes.enter_context(AsOnCuda(autocast=False))
-                _forward(model, storages.given(batch, form, fake))
+            with _Storages(model) as storages, torch.no_grad():
+                given = storages.given(batch, form, fake)
+                with _device(form):
+                    _forward(model, given)
             peaks.append(storages.peak())
     few, more = peaks
     fixed = max(0, few - FEW * (more - few) // (MORE - FEW))
@@ -203,7 +201,7 @@ class _Storages(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         try:
-            result = function(*args, **(kwargs or {}))
+            result = _called(function, args, kwargs or {})
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             result = _all_selected(function, args, error)
         casts_weight = function is torch.ops.aten._to_copy.default and id(args[0].untyped_storage()) in self._weights
@@ -254,6 +252,14 @@ class _Storages(TorchDispatchMode):
         self._bytes.append(storage.nbytes())
         self._events.append((number, 1))
         self._alive[key] = number, weakref.ref(storage, dies)
+
+
+def _called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator; grouped_mm, which knows no dtype but bf16 where no memory is, gives the dtype of its input."""
+    if function is not torch.ops.aten._grouped_mm.default:
+        return function(*args, **kwargs)
+    half = (arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+    return function(*half, **kwargs).to(args[0].dtype)
 
 
 def _all_selected(function: Any, args: tuple[Any, ...], error: Exception) -> Any:
@@ -324,15 +330,23 @@ def _without_head(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    if not wanted:
+def _checkpointing(model: PreTrainedModel, each: Pass) -> Iterator[None]:
+    if not each.checkpointing:
         yield
         return
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # a random state has no value without memory
+    options = {
+        "use_reentrant": False,
+        "preserve_rng_state": False,  # a random state has no value without memory
+        "context_fn": lambda: (nullcontext(), _device(each.form)),  # backward, which recomputes, leaves all such modes
+    }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # these names are to go, but the new ones are not everywhere yet
+        warnings.simplefilter("ignore", FutureWarning)  # these names are to go, but older versions have no others
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         try:
             yield
         finally:
             model.gradient_checkpointing_disable()
+
+
+def _device(form: Form) -> AbstractContextManager[Any]:
+    return nullcontext() if form.on_cpu else AsOnCuda(form.autocast)
