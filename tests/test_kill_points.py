@@ -14,7 +14,7 @@ WAIT, KILL, PAST = Decision.WAIT, Decision.KILL, Decision.PAST
 def snapshot(
     stage: Stage, *, checkpoints: tuple[int, ...] = (), staging: int | None = None, name: str = "x"
 ) -> Snapshot:
-    state = TrainingState("run", stage, pipeline_complete=stage == Stage.COMPLETE, attempts=1)
+    state = TrainingState(run_id="run", stage=stage, pipeline_complete=stage == Stage.COMPLETE, attempts=1)
     return Snapshot(state, {} if staging is None else {f".tmp-{staging}-{name}": staging}, checkpoints)
 
 

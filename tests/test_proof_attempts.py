@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
+from recorded_runs import metadata_of
 
 from forge.config.loader import load_config
 from forge.proof import procedure
@@ -166,7 +167,9 @@ def test_hardware_is_named_only_where_it_may_be_the_cause(
 ) -> None:
     unbroken = RunDirectory(tmp_path / "unbroken")
     unbroken.path.mkdir()
-    write_json(unbroken.metadata_file, {"world": {"device": device}})
+    metadata = metadata_of(unbroken)
+    metadata["world"]["device"] = device
+    write_json(unbroken.metadata_file, metadata)
     proof = Proof(load_config(config_file, settings), 1, 1, 0, unbroken)
     found = DIFFERENCE.model_copy(update={"part": part})
     proof.comparisons = [BitComparison([ComparedPart("curve", {}, None), ComparedPart(part, {}, found)])]
