@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from forge.checkpoint.commit import _discard
-from forge.checkpoint.contents import _rng_state, _saves
+from forge.checkpoint.contents import PickledFile, _rng_state
 from forge.checkpoint.manifest import (
     FORMAT,
     MODEL_FILES,
@@ -97,14 +97,15 @@ def the_files(args: argparse.Namespace, folder: Path) -> Rows:
         for rank in range(args.ranks):
             for name in (f"model-{rank:05d}.safetensors", f"optimizer-{rank:05d}.safetensors"):
                 files[name] = store(staging / name, lambda file: file.write(shard))
-            files[rng_file(rank)] = store(staging / rng_file(rank), _saves(rng))
+            files[rng_file(rank)] = store(staging / rng_file(rank), PickledFile(rng).write)
         # What no rank shares: the model's config and the state of the run; and the names that a whole model would have.
         for name in (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE):
             files[name] = store(staging / name, lambda file: file.write(shard))
 
     written_s = seconds(write)
     manifest = Manifest(
-        FORMAT, "a-run", 1, 1, 0.5, 8 * args.ranks, 10**6, args.ranks, 8 * args.ranks, "bf16",
+        format=FORMAT, run_id="a-run", attempt=1, step=1, epoch=0.5, samples=8 * args.ranks, tokens=10**6,
+        ranks=args.ranks, rows_per_step=8 * args.ranks, mixed_precision="bf16",
         config={"training": {"seed": 42}}, config_hash="0" * 64, data_fingerprint="0" * 64, base=None,
         created_at=now(), files=files, **code_facts(),
     )  # fmt: skip
@@ -139,7 +140,7 @@ def the_files(args: argparse.Namespace, folder: Path) -> Rows:
 def the_talk(args: argparse.Namespace, folder: Path) -> Rows:
     """What gloo ranks tell each other, beside a training group that carries nothing."""
     names = (rng_file(1023), "model-01023.safetensors", "optimizer-01023.safetensors")
-    outcome = ({name: StoredFile(10**9, f"{number:064}") for number, name in enumerate(names)}, None)
+    outcome = ({name: StoredFile(bytes=10**9, sha256=f"{number:064}") for number, name in enumerate(names)}, None)
     large = b"0" * 300_000  # about a manifest of 1,024 ranks
     counts, found = sorted(args.gloo), {}
     for ranks in counts:

@@ -58,7 +58,7 @@ def write_run(
     steps = tree["training"]["max_steps"] or 100
     complete: dict[str, Any] = {"stage": Stage.COMPLETE, "pipeline_complete": True, "step": steps, "total_steps": steps}
     values = complete | {"step_sizes": [[0, 32]]} | (state or {})
-    TrainingState(run_id=f"id-{folder.name}", **values).save(run.state_file)
+    record_of(TrainingState, {"run_id": f"id-{folder.name}", **values}).save(run.state_file)
     evaluations = {"baseline": baseline, "teacher": teacher}
     for stage, numbers in evaluations.items():
         if numbers is not None:

@@ -65,7 +65,7 @@ def test_the_best_checkpoint_stays_beside_the_last(build_trainer: Build) -> None
 
 def test_an_unknown_best_metric_is_named_beside_those_there_are(build_trainer: Build) -> None:
     trainer = build_trainer("evaluation.every_steps=1", "checkpoint.best_metric=matched/bleu")
-    with pytest.raises(UsageError, match=r"best_metric is matched/bleu, and the evaluation has: matched/ce, matc"):
+    with pytest.raises(UsageError, match=r"best_metric is matched/bleu, .* matched/ce, matched/accuracy"):
         trainer.train()
 
 
@@ -152,9 +152,9 @@ def test_a_stop_commits_the_step_it_comes_at_and_a_resume_ends_the_same(build_tr
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
         stopped.train()
     assert stopped.state.latest_checkpoint == "checkpoint-5"
-    assert stopped.callbacks.evaluations == []  # broken off
+    assert stopped.attempt.callbacks.evaluations == []  # broken off
     assert (stopped.state.samples, stopped.state.evaluated_step) == (40, 0)
-    before = [report["loss"] for report in stopped.callbacks.reports]
+    before = [report["loss"] for report in stopped.attempt.callbacks.reports]
     run = stopped.run
 
     resumed = build_trainer(*settings)
@@ -422,7 +422,7 @@ def test_every_random_number_generator_is_restored(build_trainer: Build, tmp_pat
 
 
 def test_a_rank_that_the_checkpoint_does_not_know_draws_numbers_of_its_own(build_trainer: Build) -> None:
-    trainer = build_trainer("checkpoint.every_steps=3", "checkpoint.keep_last=2")
+    trainer = build_trainer("model.dropout=0.1", "checkpoint.every_steps=3", "checkpoint.keep_last=2")
     trainer.train()
 
     def drawn_by(rank: int, step: int) -> list[float]:

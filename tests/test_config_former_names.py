@@ -1,7 +1,6 @@
 """A run that an earlier version started is read with its former names; a user's config with them is refused."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -143,12 +142,16 @@ def test_a_checkpoint_of_an_older_run_shows_no_change() -> None:
     recorded["evaluation"] = yaml.safe_load(FORMER)["evaluation"] | {
         key: value for key, value in recorded["evaluation"].items() if key not in ("max_rows", "shown_texts")
     }
-    values = {field.name: None for field in fields(Manifest)}
-    values |= {"format": FORMAT, "config": recorded, "files": {"a": {"bytes": 1, "sha256": "0"}}}
+    values = {
+        "format": FORMAT, "run_id": "mine", "attempt": 1, "step": 2, "epoch": 0.5, "samples": 16, "tokens": 99,
+        "ranks": 1, "rows_per_step": 8, "mixed_precision": "no", "config": recorded, "config_hash": "0",
+        "data_fingerprint": "0", "base": None, "git_commit": None, "versions": {},
+        "created_at": "2026-11-23T00:00:00+00:00", "files": {"a": {"bytes": 1, "sha256": "0"}},
+    }  # fmt: skip
     Path(MANIFEST_FILE).write_text(json.dumps(values | {"digest": digest(values)}))
     manifest = Manifest.read(Path.cwd())
     assert manifest.config == effective(config)
-    assert manifest.files == {"a": StoredFile(1, "0")}
+    assert manifest.files == {"a": StoredFile(bytes=1, sha256="0")}
     assert changes(manifest.config, config, rows_per_step_old=1, rows_per_step_new=1) == []
     changed = load_config(Path("config.yaml"), ["evaluation.max_rows=201"]).config
     (change,) = changes(manifest.config, changed, rows_per_step_old=1, rows_per_step_new=1)

@@ -269,9 +269,9 @@ def test_the_best_numbers_are_told_where_there_are_several(
     for number, step in enumerate(steps):
         stage = "final" if number + 1 == len(steps) else "training" if step else "baseline"
         append_json_line(run.metrics_file, {"step": step, "stage": stage, "a/accuracy": 0.5 + step / 100})
-    callback.finished(TrainingState("id"))
+    callback.finished(TrainingState(run_id="id"))
     assert "best" not in caplog.text
-    callback.completing(TrainingState("id"))
+    callback.completing(TrainingState(run_id="id"))
     assert [record.message for record in caplog.records] == (["best: a/accuracy 0.5500 at step 5"] if told else [])
 
 

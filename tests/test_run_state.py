@@ -55,7 +55,6 @@ def test_a_stage_is_reached_by_itself_and_by_all_that_follow() -> None:
         Stage.TRAINING: False,
         Stage.EXPORT: True,
         Stage.FINAL_EVALUATION: True,
-        Stage.CONTROL: True,
         Stage.COMPLETE: True,
     }
 
