@@ -41,7 +41,6 @@ from forge.checkpoint.manifest import (
     StoredFile,
     check_files,
     rng_file,
-    sha256_of,
     store,
     verify,
 )
@@ -51,7 +50,7 @@ from forge.data.batches import Share, epoch_steps, evaluation_batches, split_ste
 from forge.ranks.agreement import gather_values, on_rank_0
 from forge.ranks.stop_vote import StopVote
 from forge.run.directory import RunDirectory, find_runs
-from forge.run.files import open_to_others, sync_folder, write_json
+from forge.run.files import open_to_others, sha256_of, sync_folder, write_json
 from forge.run.provenance import code_facts, provenance
 from forge.run.registry import incomplete_runs, register
 from forge.run.state import Stage, TrainingState, now
