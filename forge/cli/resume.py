@@ -1,6 +1,7 @@
 """The command resume: one run, or every run that is incomplete, on this machine."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ def _train_to_the_end(run: RunDirectory, args: argparse.Namespace, relay: "Signa
     if nothing_left(run):
         print(complete_message(run), flush=True)
         return EXIT_COMPLETE
-    overrides = Overrides.of(args)
+    overrides = replace(Overrides.of(args), output_root=None)  # where it looks for the run, not a change of it
     overrides.load(run.config_file)  # a wrong override is reported here, once, and not by every rank
     arguments = [f"--resume={run.path}", *overrides.arguments(), *resume_arguments(args)]
     return run_training(arguments, args.processes or read_metadata(run).attempts[-1].ranks, relay=relay)
