@@ -1,4 +1,4 @@
-"""Creates a run, or reopens one: its directory, config, metadata, state and registry entry are there from the start."""
+"""Creates a run, or reopens one, with its config, metadata, state and registry entry."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ from forge.run.state import TrainingState, new_run_id
 
 @dataclass(frozen=True)
 class AttemptFacts:
-    """What the run's metadata tell of an attempt beside its provenance; as it stands, the first one of a run."""
+    """What metadata records of an attempt besides its provenance; with its defaults, the first one of a run."""
 
     number: int = 1  # from the run's lock
-    changes: list[str] = field(default_factory=list)  # of the config since the checkpoint it begins at, one line each
+    changes: list[str] = field(default_factory=list)  # of the config since its checkpoint, one line each
     allowed: dict[str, str] = field(default_factory=dict)  # those that change the meaning, and their new values
-    guard: Guard = unguarded  # the lock's, asked before each write
+    guard: Guard = unguarded  # the lock's check, called before each write
 
 
 def open_run(
@@ -35,12 +35,15 @@ def open_run(
     attempt: AttemptFacts | None = None,
     place: Path | None = None,
 ) -> tuple[RunDirectory, TrainingState]:
-    """A new run named run_name, or the next attempt of `resumed`. On rank 0 only.
+    """Create a run named run_name, or open the next attempt at `resumed`; on rank 0 only.
 
-    facts: what the run trains on, and how; run_metadata.json holds them beside one entry of provenance per attempt.
-    attempt: the one that goes on with `resumed`. place: the new run's folder below the output root; None: as the
-    config's file says.
-    Raises UsageError for a name that is taken and for a run whose files are broken.
+    Args:
+        facts: What the run trains on and how, for run_metadata.json, which also has the provenance of each attempt.
+        attempt: The attempt at `resumed`.
+        place: The new run's folder under the output root; None: as the config's file says.
+
+    Raises:
+        UsageError: The name is taken, or the files of the run are broken.
     """
     output_root = Path(loaded.config.output_root)
     if resumed is not None:
@@ -59,7 +62,7 @@ def open_run(
         }
         _record_attempt(loaded, run, state, metadata, command, facts, AttemptFacts())
     except BaseException:
-        shutil.rmtree(run.path, ignore_errors=True)  # nothing of a run that did not come to be
+        shutil.rmtree(run.path, ignore_errors=True)  # leave nothing of a run that was not created
         raise
     return run, state
 

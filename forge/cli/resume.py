@@ -74,7 +74,7 @@ def _train_to_the_end(run: RunDirectory, args: argparse.Namespace, relay: "Signa
     if nothing_left(run):
         print(complete_message(run), flush=True)
         return EXIT_COMPLETE
-    overrides = replace(Overrides.of(args), output_root=None)  # here it says where to look for the run
+    overrides = replace(Overrides.of(args), output_root=None)  # where it looks for the run, not a change of it
     overrides.load(run.config_file)  # a wrong override is reported here, once, and not by every rank
     arguments = [*option_words(resume=run.path), *overrides.arguments(), *resume_arguments(args)]
     return run_training(arguments, args.processes or read_metadata(run).attempts[-1].ranks, relay=relay)

@@ -1,4 +1,4 @@
-"""Keeps a run's best numbers: the peak of every metric over its evaluations, with the step that it was reached at."""
+"""Keeps the best value of every metric over a run's evaluations, with its step."""
 
 import json
 import logging
@@ -14,20 +14,20 @@ from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("baseline", "training", "final")  # of the student; the teacher's numbers are no peak of its
-AVERAGED, AVERAGED_STAGES = "agreement", ("training", "final")  # what an untrained student has is no property of it
+STAGES = ("baseline", "training", "final")  # of the student, not of the teacher
+AVERAGED, AVERAGED_STAGES = "agreement", ("training", "final")  # not the untrained student's
 
 
 class PeakMetrics(Callback):
-    """Writes peak_metrics.json: for each metric {"value", "step", "stage"}, for agreement also the mean over the
-    evaluations of the trained student and their number: each step counts once, and the untrained student not at all.
+    """Writes peak_metrics.json: {"value", "step", "stage"} for each metric.
 
-    It is derived from metrics.jsonl after each evaluation, and when a resumed run has dropped rows of it; so it comes
-    behind MetricsFile in the list of callbacks.
+    For agreement also the mean over the evaluations of the trained student, each step counted once, and their number.
+    It is derived from metrics.jsonl after each evaluation, and after a resumed run has dropped rows of it, so it comes
+    after MetricsFile in the list of callbacks.
     """
 
     def __init__(self, run: RunDirectory, headline: Sequence[str]):
-        """headline: the metrics that are told in the log at the end."""
+        """headline: the metrics that the log reports at the end."""
         self._run, self._headline = run, (*headline, AVERAGED)
 
     def training_started(self, state: TrainingState) -> None:
@@ -38,12 +38,12 @@ class PeakMetrics(Callback):
 
     def completing(self, state: TrainingState) -> None:
         rows = [row for row in read_metrics(self._run.metrics_file) if row.get("stage") in STAGES]
-        if len({row["step"] for row in rows}) < 2:  # the best of one is no news
+        if len({row["step"] for row in rows}) < 2:  # the best of one evaluation says nothing new
             return
         best = peaks(rows)
-        told = [_told(name, peak) for name, peak in best.items() if name.split("/")[-1] in self._headline]
-        if told:
-            logger.info("best: %s", "; ".join(told))
+        shown = [_shown(name, peak) for name, peak in best.items() if name.split("/")[-1] in self._headline]
+        if shown:
+            logger.info("best: %s", "; ".join(shown))
 
     def _write(self) -> None:
         found = peaks(read_metrics(self._run.metrics_file))
@@ -54,10 +54,12 @@ class PeakMetrics(Callback):
 
 
 def peaks(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of the rows of metrics.jsonl, by `split/metric`; of equal values the earliest. Counts have no peak, nor has what
-    is not finite."""
+    """Return the peaks in the rows of metrics.jsonl, by `split/metric`; of equal values, the earliest.
+
+    Counts have no peak, and values that are not finite are left out.
+    """
     best: dict[str, dict[str, Any]] = {}
-    averaged: dict[str, dict[int, float]] = {}  # by step: after the last one there may be two evaluations
+    averaged: dict[str, dict[int, float]] = {}  # by step: the last one may have two evaluations
     for row in rows:
         if row.get("stage") not in STAGES:
             continue
@@ -76,7 +78,7 @@ def peaks(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def read_peaks(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """What peak_metrics.json holds; empty where there is none, or a broken one."""
+    """Return what peak_metrics.json holds; empty if it is missing or broken."""
     try:
         found = json.loads(run.peak_file.read_bytes())
     except (OSError, ValueError):
@@ -84,6 +86,6 @@ def read_peaks(run: RunDirectory) -> dict[str, dict[str, Any]]:
     return found if isinstance(found, dict) else {}
 
 
-def _told(name: str, peak: Mapping[str, Any]) -> str:
+def _shown(name: str, peak: Mapping[str, Any]) -> str:
     mean = f" (mean {peak['mean']:.4f} of {peak['evaluations']})" if "mean" in peak else ""
     return f"{name} {peak['value']:.4f} at step {peak['step']}{mean}"

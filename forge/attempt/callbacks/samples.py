@@ -1,4 +1,4 @@
-"""Keeps what the model itself writes at evaluations: in a folder of the run, to be read by people and by programs."""
+"""Keeps the texts that the model generates in evaluations, for people and for programs."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ SHOWN = 100  # characters of a text in a line of the log
 
 
 class SamplesFolder(Callback):
-    """samples/STAGE-STEP/ with samples.jsonl, the images, and index.md, which shows them beside the texts."""
+    """samples/STAGE-STEP/ with samples.jsonl, the images, and index.md, which shows images and texts."""
 
     def __init__(self, run: RunDirectory):
         self._folder = run.samples
@@ -52,7 +52,7 @@ def _write(folder: Path, stage: str, step: int, samples: Samples) -> None:
 
 
 def _page(sample: Sample, image: str | None) -> str:
-    """One row in Markdown; the texts as code, so that nothing in them is taken for markup."""
+    """One row in Markdown, with the texts as code, so that nothing in them is read as markup."""
     picture = f"![row {sample.row}]({image})\n" if image else ""
     texts = {"prompt": sample.prompt, "model": sample.prediction, "reference": sample.reference}
     blocks = "".join(f"\n{name}\n\n{_indented(text)}\n" for name, text in texts.items() if text is not None)
@@ -68,5 +68,5 @@ def _beginning(text: str) -> str:
 
 
 def _end(text: str) -> str:
-    """Of a prompt: what was asked last."""
+    """The end of a prompt, which asks the question."""
     return json.dumps(text if len(text) <= SHOWN else f"…{text[-SHOWN:]}", ensure_ascii=False)

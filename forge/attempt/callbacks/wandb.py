@@ -1,4 +1,4 @@
-"""Sends a run's config, metadata and metrics to Weights & Biases; whatever fails there, training goes on."""
+"""Sends a run's config, metadata and metrics to Weights & Biases; no failure there stops training."""
 
 import io
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class WandbTracker(Callback):
-    """One W&B run for one forge run, under the forge run's id."""
+    """One W&B run for each forge run, with the forge run's id."""
 
     def __init__(self, config: WandbConfig, run: RunDirectory, state: TrainingState, contents: dict[str, Any]):
         """contents: the run's config and metadata, shown as the W&B run's config."""
@@ -62,7 +62,7 @@ class WandbTracker(Callback):
             resume="allow",
             dir=str(run.path),
             config=contents,
-            # forge keeps the console in output.log; without a login there is nobody to answer a question at 3 a.m.
+            # forge keeps the console in output.log, and nobody is there to answer a login prompt
             settings=wandb.Settings(console="off", init_timeout=60, login_timeout=20, silent=True),
         )
         self._run.define_metric("step")
