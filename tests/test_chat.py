@@ -283,7 +283,7 @@ def test_a_template_with_todays_date_writes_the_same_on_every_day(
     template = load_template(tokenizer, None)
 
     assert template.write(said(TURNS)).text.startswith("Today: 26 Jul 2024\n<|im_start|>user\nHi there")
-    assert "forge writes 2024-07-26 instead, on every day" in caplog.text
+    assert "2024-07-26" in caplog.text
 
 
 def test_the_prompt_of_a_reply_is_the_text_before_it() -> None:

@@ -104,7 +104,7 @@ def test_positions_are_those_of_the_part_that_writes() -> None:
     model = AutoModelForImageTextToText.from_config(llava()[1])
 
     check_fits(model, 128, TrainingConfig())
-    with pytest.raises(UsageError, match="the model has 128 positions"):
+    with pytest.raises(UsageError, match="128 positions"):
         check_fits(model, 129, TrainingConfig())
 
 
@@ -128,6 +128,27 @@ def ocr_and_model(checkpoint: Path, tmp_path: Path) -> tuple[Ocr, Any]:
     ocr = load_ocr(config)
     loaded = ocr.load_model(config.model, config.training)
     return ocr.for_model(loaded), loaded.model.eval()
+
+
+def test_the_prompt_counts_among_the_positions_of_the_longest_row(checkpoint: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "lines" / "train", TEXTS)
+    write_images(tmp_path / "lines" / "validation", TEXTS[:3])
+
+    def loaded(max_length: int) -> Ocr:
+        settings = {"prompt": "Read it.", "max_length": max_length}
+        config = config_of(tmp_path / "lines", settings, {"path": str(checkpoint)})
+        ocr = load_ocr(config)
+        ocr.load_model(config.model, config.training)
+        return ocr
+
+    ocr = loaded(16)
+    longest = max(range(len(ocr.train)), key=lambda i: ocr.train[i]["length"])
+    row = ocr.collate(rows_of(ocr, longest))
+    prompt = row["input_ids"].shape[1] - int(row["tokens"])
+    assert prompt > 0
+    loaded(128 - prompt)
+    with pytest.raises(UsageError, match="128 positions"):
+        loaded(129 - prompt)
 
 
 def test_the_reply_alone_is_learned_and_the_loss_is_the_models_own(ocr_and_model: tuple[Ocr, Any]) -> None:

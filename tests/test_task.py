@@ -11,7 +11,8 @@ from test_ocr import TINY, config_of
 from transformers import BertConfig, BertForSequenceClassification
 
 from forge.config.loader import load_config
-from forge.config.schema import CausalLmTask, Config, ModelConfig, OcrTask
+from forge.config.schema import Config, ModelConfig
+from forge.config.task_schema import CausalLmTask, OcrTask
 from forge.data.fingerprints import text_hash
 from forge.errors import UsageError
 from forge.task.causal_lm.task import CausalLm
