@@ -115,19 +115,20 @@ def _value_and_gradient(
             # Each vector is a query in its row and a key in its column.
             gradient[part] = ((d_scores + d_scores.mT) @ s / s.shape[-1] ** 0.5).to(gradient.dtype)
     if gradient is not None:
-        gradient = gradient.unflatten(0, (B, heads)).transpose(1, 2).flatten(2)  # (B, T, Ds)
+        gradient = gradient.reshape(B, heads, T, Ds // heads).transpose(1, 2).flatten(2)  # (B, T, Ds)
     return value, gradient
 
 
 def _by_head(x: Tensor, mask: Tensor, heads: int) -> Tensor:
     """Return (B, T, D) as (B * heads, T, D / heads), zero where mask is false."""
     x = torch.where(mask[..., None], x, 0.0)
-    return x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    B, T, D = x.shape
+    return x.reshape(B, T, heads, D // heads).transpose(1, 2).flatten(0, 1)
 
 
 def _log_relations(x: Tensor, keys: Tensor) -> Tensor:
     """Return log softmax of x x^T / sqrt(width) over the keys that count, -inf at the others: (n, T, T)."""
-    scores = x @ x.mT / x.shape[-1] ** 0.5
+    scores: Tensor = x @ x.mT / x.shape[-1] ** 0.5
     return scores.masked_fill(~keys[:, None, :], -torch.inf).log_softmax(-1)
 
 

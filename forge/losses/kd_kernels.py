@@ -1,6 +1,6 @@
 """The Triton kernels of the distillation loss: the difference product, the row kernel and the scale pass."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl

@@ -60,7 +60,7 @@ def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tenso
     if not wanted:
         return value
     tensors, gradients = zip(*wanted, strict=True)
-    joined: Tensor = _GivenGradients.apply(value, *tensors, *gradients)
+    joined: Tensor = _GivenGradients.apply(value, *tensors, *gradients)  # type: ignore[no-untyped-call]
     return joined
 
 
@@ -93,7 +93,7 @@ def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Ten
     work = torch.promote_types(gradient.dtype, torch.float32)
     out = torch.empty_like(gradient, dtype=dtype)
     rows = max(1, SCALED_AT_ONCE * gradient.shape[0] // max(gradient.numel(), 1))
-    for part, scaled_part in zip(gradient.split(rows), out.split(rows), strict=True):
+    for part, scaled_part in zip(torch.split(gradient, rows), torch.split(out, rows), strict=True):
         scaled_part.copy_(part.to(work) * factor.to(work))
     return out
 
