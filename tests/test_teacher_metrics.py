@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -363,9 +364,7 @@ def test_a_resume_with_another_teacher_is_refused() -> None:
     assert check_teacher(begun, None, []) is begun
     with pytest.raises(UsageError) as raised:
         check_teacher(begun, "b" * 64, ["training.seed"])
-    assert str(raised.value).startswith(
-        f"the weights of the teacher are {'b' * 12}, and the run was begun with {'a' * 12};"
-    )
+    assert re.search(rf"teacher are {'b' * 12}, .* {'a' * 12};", str(raised.value))
     other = check_teacher(begun, "b" * 64, ["teacher.path"])
     assert other.other_teacher
     assert other.changes == [f"changed: the weights of the teacher: {'a' * 12} -> {'b' * 12}"]
@@ -409,7 +408,7 @@ def test_a_run_goes_on_with_its_own_teacher_or_with_one_that_is_allowed(
     refused = forge("--resume", run, OMP_NUM_THREADS="1")
     assert refused.returncode == 2
     now = hash_of_files([other / "model.safetensors"])
-    assert f"the weights of the teacher are {now[:12]}, and the run was begun with {then[:12]}; bring" in refused.stderr
+    assert re.search(rf"the weights of the teacher are {now[:12]}, .* {then[:12]};", refused.stderr)
     before = [row for row in read_json_lines(run / "metrics.jsonl") if row.get("stage") == "teacher"]
 
     allowed = ("--set", f"teacher.path={other}", "--allow-change", "teacher.path")
