@@ -1,7 +1,5 @@
 """What a run writes of its memory: the growth of the resident set on a CPU, and the prediction."""
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,22 +10,29 @@ from accelerate import Accelerator
 from forge.attempt import measured_memory as module
 from forge.attempt.measured_memory import measured_memory
 from forge.memory.totals import GIB, Estimate
+from forge.run.metadata import Memory
 
 MIB = 2**20
 PREDICTED = Estimate(1 * MIB, 2 * MIB, 3 * MIB, 0, 4 * MIB, 5 * MIB, 0, 7 * MIB)
 
 
 @pytest.fixture
-def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    file = tmp_path / "run_metadata.json"
-    file.write_text('{"run_id": "x"}')
+def attempt(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(module, "predict_memory", lambda *given: PREDICTED)
+    written: dict[str, Any] = {}
+
+    def amend(run: Any, check: Any, *, memory: Memory) -> None:
+        check()
+        written.update(memory.model_dump())
+
+    monkeypatch.setattr(module, "amend_metadata", amend)
     return SimpleNamespace(
         config=None,
         ranks=SimpleNamespace(accelerator=Accelerator(cpu=True)),
         state=SimpleNamespace(step=4),
         components=SimpleNamespace(teacher=None, task=SimpleNamespace(train=None)),
-        run=SimpleNamespace(metadata_file=file),
+        run=None,
+        written=written,
         lock=SimpleNamespace(check=lambda: None),
     )
 
@@ -36,19 +41,13 @@ def training(model: torch.nn.Module) -> Any:
     return SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()), projections=None)
 
 
-def written(attempt: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(attempt.run.metadata_file.read_text())
-    return found
-
-
 def test_growth_and_prediction_are_recorded(attempt: Any) -> None:
     model: Any = torch.nn.Linear(2048, 4096)  # 32 MiB, there from the start
     with measured_memory(attempt, model, training(model)):
         attempt.state.step += 1
         taken = torch.ones(96 * MIB // 4)
         del taken
-    memory = written(attempt)["memory"]
-    assert written(attempt)["run_id"] == "x"
+    memory = attempt.written
     assert 120 * MIB < memory["measured_gib"] * GIB < 180 * MIB
     assert memory["measured_gib_by_rank"] == [memory["measured_gib"]]
     assert (memory["device"], memory["predicted_gib"]) == ("cpu", round(15 * MIB / GIB, 6))  # without the host's
@@ -60,7 +59,7 @@ def test_what_cannot_be_predicted_is_null(attempt: Any, monkeypatch: pytest.Monk
     model: Any = torch.nn.Linear(2, 2)
     with measured_memory(attempt, model, training(model)):
         attempt.state.step += 1
-    memory = written(attempt)["memory"]
+    memory = attempt.written
     assert (memory["predicted_gib"], memory["predicted_parts"]) == (None, None)
     assert memory["measured_gib"] >= 0
 
@@ -77,7 +76,7 @@ def test_nothing_is_recorded_without_a_step_or_after_an_error(attempt: Any) -> N
 
     with pytest.raises(KeyError):
         fails()
-    assert "memory" not in written(attempt)
+    assert not attempt.written
 
 
 def test_the_optimizers_state_is_held_from_the_start_of_a_resumed_run(attempt: Any) -> None:
@@ -91,5 +90,5 @@ def test_the_optimizers_state_is_held_from_the_start_of_a_resumed_run(attempt: A
             parts.optimizer.zero_grad()
         with measured_memory(attempt, model, parts):
             attempt.state.step += 1
-        found[name] = written(attempt)["memory"]["measured_gib"] * GIB
+        found[name] = attempt.written["measured_gib"] * GIB
     assert found["resumed"] - found["new"] == pytest.approx(2 * 32 * MIB, abs=12 * MIB)  # two moments
