@@ -160,7 +160,7 @@ def test_uld_between_equal_tokenizers_is_taken_with_a_line(
 def test_what_does_not_go_with_uld_is_refused(
     build: Callable[..., Any], teacher: Path, chat_model: Path, tmp_path: Path
 ) -> None:
-    aligns = "distillation.divergence is uld, which aligns the rows of student and teacher one by one before training; "
+    aligns = "distillation.divergence is uld, which aligns each row of student and teacher before training; "
     for key in ("task.packing", "task.dataset.streaming"):
         with pytest.raises(ConfigError) as refused:
             build(f"{key}=true")
