@@ -78,9 +78,8 @@ def test_training_with_a_missing_file_or_with_a_base_says_so(tmp_path: Path) -> 
     assert sentences(done) == [f"x.yaml: there is no such config file; check the path (you are in {tmp_path})"]
     done = run(*FORGE_PY, "--config", "configs/base.yaml", folder=REPO)
     assert done.returncode == 2
-    assert sentences(done) == [
-        "configs/base.yaml: is a base for other configs, it sets neither task nor model; inherit it, or set both"
-    ]
+    (sentence,) = sentences(done)
+    assert sentence.startswith("configs/base.yaml: sets neither task nor model")
 
 
 def test_a_resumed_run_keeps_its_name_and_its_size_and_must_exist(tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_validate_judges_each_file(tmp_path: Path) -> None:
         f"{QUICKSTART}: valid",
         "notice.yaml: valid; without effect in this run: distillation.temperature "
         "(notice.yaml:3: distillation.alpha is 0)",
-        "base.yaml: valid, a base for other configs: it sets neither task nor model",
+        "base.yaml: valid, but only a base for other configs: it sets neither task nor model",
     ]
     assert run(*CLI, "config", "validate", str(QUICKSTART), str(DISTILBERT)).returncode == 0
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from facts import about
 
 from forge.config.changes import RULES, Change, Kind, allowances, changes, check_changes
 from forge.config.explain import effective, to_yaml, with_absolute_paths
@@ -104,8 +105,10 @@ def test_a_change_of_meaning_is_refused_until_its_key_is_allowed(setting: str) -
     assert [change.key for change in refused] == [key]
     (problem,) = problems(found(setting))
     assert problem == (
-        f"{key}: {MEANING[setting]} changes the meaning of the run: {refused[0].reason}; set it back, or add "
-        f"--allow-change {key}"
+        about(
+            f"{key}: {MEANING[setting]} changes the meaning of the run: {refused[0].reason}; set it back, or add "
+            f"--allow-change {key}"
+        )
     )
     line = next(line for line in check_changes(found(setting), [key]) if line.startswith(f"{key}: "))
     assert line.startswith(f"{key}: {MEANING[setting]} (allowed by --allow-change, ")
@@ -204,16 +207,18 @@ def test_all_problems_are_told_at_once_and_an_allowed_key_allows_no_other() -> N
 @pytest.mark.parametrize(
     ("allowed", "expected"),
     [
-        ("training", "is a part of the config and allows nothing; name each key: --allow-change training.seed"),
-        ("evaluation", "is a part of the config and allows nothing, and none of its keys changes; take it out"),
-        ("training.learning_rate", "the key does not change; take it out"),
+        ("training", "is a section, not a key; name each key: --allow-change training.seed"),
+        ("evaluation", "is a section, not a key, and none of its keys changes; remove it"),
+        ("training.learning_rate", "the key does not change; remove it"),
         ("training.learning_rat", "is not a config key; did you mean training.learning_rate?"),
         ("lr", "is not a config key; did you mean training.learning_rate?"),
-        ("model.config.layers", "the key does not change; take it out"),
+        ("model.config.layers", "the key does not change; remove it"),
     ],
 )
 def test_an_allowance_of_nothing_is_an_error(allowed: str, expected: str) -> None:
-    assert problems(found("training.seed=1"), allowed, "training.seed") == [f"--allow-change {allowed}: {expected}"]
+    assert problems(found("training.seed=1"), allowed, "training.seed") == about(
+        [f"--allow-change {allowed}: {expected}"]
+    )
     assert len(problems(found("training.seed=1"), allowed)) == 2  # and the refused change itself
 
 
@@ -228,15 +233,15 @@ def test_an_allowance_holds_for_its_value_in_later_attempts() -> None:
     before = allowances(first)
     assert before == {"training.seed": "1"}
     length, seed = check_changes(first, [], before)
-    assert length.startswith("training.max_steps: 20 -> 40 (how long ")
+    assert length.startswith("training.max_steps: 20 -> 40 (")
     assert seed.startswith("training.seed: 42 -> 1 (allowed in an earlier attempt, ")
     (other,) = problems(found("training.seed=2"), before=before)
     assert other.startswith("training.seed: 42 -> 2 changes the meaning of the run: ")
     # The same command once more, after a checkpoint has the new value.
     assert check_changes([], ["training.seed"], before) == []
-    assert problems([], "training.weight_decay", before=before) == [
-        "--allow-change training.weight_decay: the key does not change; take it out"
-    ]
+    assert problems([], "training.weight_decay", before=before) == about(
+        ["--allow-change training.weight_decay: the key does not change; remove it"]
+    )
 
 
 def test_a_harmless_change_may_be_allowed_and_a_key_named_twice() -> None:
@@ -260,9 +265,11 @@ class TestTheRowsOfAStep:
         other = found("training.batch_size=128", rows_old=64, rows_new=128)
         (problem,) = problems(other)
         assert problem == (
-            "training.batch_size: 64 rows a step -> 128 rows a step changes the meaning of the run: a step would have "
-            "128 rows where it had 64, and each row another place in the epoch; keep it with "
-            "`--set training.batch_size=64`; set it back, or add --allow-change training.batch_size"
+            about(
+                "training.batch_size: 64 rows per step -> 128 rows per step changes the meaning of the run: a step "
+                "would have 128 rows instead of 64, and each row another place in the epoch; keep the size with "
+                "`--set training.batch_size=64`; set it back, or add --allow-change training.batch_size"
+            )
         )
         assert len(check_changes(other, ["training.batch_size"])) == 1
 
@@ -303,13 +310,13 @@ class TestAnAlternative:
         more = judge(load(), load("training.warmup_steps=10"))
         assert [problem.split(" changes")[0] for problem in problems(more)] == ["training.warmup_steps: null -> 10"]
         assert check_changes(more, ["training.warmup_steps"])[0] == (
-            "training.warmup_ratio: 0.1 -> (no effect) (since training.warmup_steps is set)"
+            "training.warmup_ratio: 0.1 -> (no effect) (because training.warmup_steps is set)"
         )
 
     def test_place_of_the_data_is_left_to_the_fingerprint(self) -> None:
         hub = WHOLE.replace("{path: data}", "{name: glue, config: mnli, revision: r}")
         lines = check_changes(judge(load(text=hub), load()), [])
-        assert [line.split(" (since")[0] for line in lines if "since" in line] == [
+        assert [line.split(" (because")[0] for line in lines if "because" in line] == [
             "task.dataset.name: glue -> (no effect)",
             "task.dataset.config: mnli -> (no effect)",
             "task.dataset.revision: r -> (no effect)",
@@ -332,9 +339,9 @@ class TestAnAlternative:
         deeper = judge(load(text=scratch), load("model.config.layers=3", text=scratch))
         assert [str(change) for change in deeper] == ["model.config.layers: 2 -> 3"]
         assert len(check_changes(deeper, ["model.config.layers"])) == 1
-        assert problems(deeper, "model.config.layers", "model.config.heads") == [
-            "--allow-change model.config.heads: the key does not change; take it out"
-        ]
+        assert problems(deeper, "model.config.layers", "model.config.heads") == about(
+            ["--allow-change model.config.heads: the key does not change; remove it"]
+        )
 
 
 def test_a_key_that_comes_into_effect_with_its_default_needs_no_allowance() -> None:
@@ -372,8 +379,8 @@ class TestAnotherForge:
         new = load("training.length_grouping=false", "checkpoint.keep_last=5").config
         more = changes(old, new, rows_per_step_old=1, rows_per_step_new=1)
         assert [(str(change), change.kind) for change in more] == [
-            ("training.length_grouping: (not known to the forge that saved it) -> false", Kind.MEANING),
-            ("checkpoint.keep_last: (not known to the forge that saved it) -> 5", Kind.HARMLESS),
+            ("training.length_grouping: (unknown to the version that saved it) -> false", Kind.MEANING),
+            ("checkpoint.keep_last: (unknown to the version that saved it) -> 5", Kind.HARMLESS),
         ]  # fmt: skip
 
     def test_with_a_key_of_its_own_is_judged_by_where_it_stands(self) -> None:
@@ -383,9 +390,9 @@ class TestAnotherForge:
         old["rl"] = {"rewards": ["length"]}
         newer = changes(old, load().config, rows_per_step_old=1, rows_per_step_new=1)
         assert {(str(change), change.kind) for change in newer} == {
-            ("training.label_smoothing: 0.1 -> (not known to this forge)", Kind.MEANING),
-            ("logging.colour: red -> (not known to this forge)", Kind.HARMLESS),
-            ("rl.rewards: [length] -> (not known to this forge)", Kind.MEANING),
+            ("training.label_smoothing: 0.1 -> (unknown to this version)", Kind.MEANING),
+            ("logging.colour: red -> (unknown to this version)", Kind.HARMLESS),
+            ("rl.rewards: [length] -> (unknown to this version)", Kind.MEANING),
         }
         assert len(check_changes(newer, ["training.label_smoothing", "rl.rewards"])) == 3
 

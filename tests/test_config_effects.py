@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from facts import about, tells
 
 from forge.config.effects import inert_keys, unsupported
 from forge.config.explain import effective
@@ -23,62 +24,72 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_file_that_sets_both_is_wrong() -> None:
-    assert problems(WHOLE + "distillation:\n  temperature: 4\n  alpha: 0\n") == [
-        "c.yaml:4: distillation.temperature has no effect, since distillation.alpha is 0 (c.yaml:5); "
-        "take one of them out"
-    ]
+    assert problems(WHOLE + "distillation:\n  temperature: 4\n  alpha: 0\n") == about(
+        [
+            "c.yaml:4: distillation.temperature has no effect because distillation.alpha is 0 (c.yaml:5); "
+            "take one of them out"
+        ]
+    )
 
 
 def test_a_command_line_that_sets_both_is_wrong() -> None:
-    assert problems(WHOLE, "distillation.alpha=0", "distillation.temperature=4") == [
-        "--set distillation.temperature=4: distillation.temperature has no effect, since distillation.alpha is 0 "
-        "(--set distillation.alpha=0); take one of them out"
-    ]
+    assert problems(WHOLE, "distillation.alpha=0", "distillation.temperature=4") == about(
+        [
+            "--set distillation.temperature=4: distillation.temperature has no effect because distillation.alpha is 0 "
+            "(--set distillation.alpha=0); remove one of them"
+        ]
+    )
 
 
 def test_a_parent_that_sets_both_is_wrong_for_its_heirs_too() -> None:
     Path("b.yaml").write_text("distillation: {alpha: 0, temperature: 4}\n")
-    assert problems("inherits: b.yaml\n" + WHOLE) == [
-        "b.yaml:1: distillation.temperature has no effect, since distillation.alpha is 0 (b.yaml:1); "
-        "take one of them out [inherited by c.yaml]"
-    ]
+    assert problems("inherits: b.yaml\n" + WHOLE) == about(
+        [
+            "b.yaml:1: distillation.temperature has no effect because distillation.alpha is 0 (b.yaml:1); "
+            "take one of them out [inherited by c.yaml]"
+        ]
+    )
 
 
 def test_a_control_run_of_a_distillation_is_one_notice() -> None:
     loaded = load(WHOLE + "distillation:\n  temperature: 4\nteacher: {path: t}\n", "distillation.alpha=0")
-    assert loaded.notices == [
-        "without effect in this run: distillation.temperature (c.yaml:4: distillation.alpha is 0), "
-        "teacher.path (c.yaml:5: distillation.alpha is 0)"
-    ]
+    assert loaded.notices == about(
+        [
+            "without effect in this run: distillation.temperature (c.yaml:4: distillation.alpha is 0), "
+            "teacher.path (c.yaml:5: distillation.alpha is 0)"
+        ]
+    )
 
 
 def test_a_new_tokenizer_of_a_config_is_left_where_the_command_line_names_a_model() -> None:
     text = WHOLE.replace("path: m", "config: {model_type: bert}, new_tokenizer: {kind: characters}")
     loaded = load(text, "model.path=m")
     assert loaded.config.model.config is None
-    assert loaded.notices == ["without effect in this run: model.new_tokenizer (c.yaml:2: model.path is set)"]
+    assert loaded.notices == about(["without effect in this run: model.new_tokenizer (c.yaml:2: model.path is set)"])
 
 
 @pytest.mark.parametrize(("parent", "child"), [(ALPHA_0, HOT), (HOT, ALPHA_0)])
 def test_a_parent_and_its_child_are_two_authors(parent: str, child: str) -> None:
     Path("b.yaml").write_text(parent)
     place = "b.yaml:1" if parent == HOT else "c.yaml:4"
-    assert load(f"inherits: b.yaml\n{WHOLE}{child}").notices == [
-        f"without effect in this run: distillation.temperature ({place}: distillation.alpha is 0)"
-    ]
+    assert load(f"inherits: b.yaml\n{WHOLE}{child}").notices == about(
+        [f"without effect in this run: distillation.temperature ({place}: distillation.alpha is 0)"]
+    )
 
 
 def test_a_file_and_the_command_line_are_two_authors() -> None:
-    assert load(WHOLE + ALPHA_0, "distillation.temperature=4").notices == [
-        "without effect in this run: distillation.temperature "
-        "(--set distillation.temperature=4: distillation.alpha is 0)"
-    ]
+    assert load(WHOLE + ALPHA_0, "distillation.temperature=4").notices == about(
+        [
+            "without effect in this run: distillation.temperature "
+            "(--set distillation.temperature=4: distillation.alpha is 0)"
+        ]
+    )
 
 
 def test_a_mode_that_nobody_set_makes_a_notice() -> None:
-    assert load(WHOLE + HOT).notices == [
-        "without effect in this run: distillation.temperature (c.yaml:3: distillation.alpha is 0)"
-    ]
+    assert load(WHOLE + HOT).notices == about(
+        ["without effect in this run: distillation.temperature (c.yaml:3: distillation.alpha is 0)"]
+    )
 
 
 def test_a_default_and_a_null_are_not_spoken_of() -> None:
@@ -183,9 +194,9 @@ def test_without_alpha_a_teacher_is_there_for_evaluations_alone() -> None:
     inert = set(inert_keys(config))
     assert not {"teacher.path", "teacher.dtype", "teacher.placement"} & inert
     assert {"distillation.temperature", "distillation.hidden", "evaluation.control"} <= inert
-    assert problems(WHOLE + "evaluation: {teacher: yes}\n") == [
-        "c.yaml:3: evaluation.teacher is true, and there is no teacher; set teacher.path"
-    ]
+    assert problems(WHOLE + "evaluation: {teacher: yes}\n") == about(
+        ["c.yaml:3: evaluation.teacher is true, but there is no teacher; set teacher.path"]
+    )
 
 
 LM = "task: {type: causal_lm, dataset: {path: data}}\nmodel: {path: m}\n"
@@ -205,7 +216,7 @@ KD = "teacher: {path: t}\ndistillation: {alpha: 0.5}\n"
 def test_what_does_not_go_together_with_a_teacher_is_refused(text: str, setting: str, problem: str) -> None:
     found = problems(text + KD + "training: {max_steps: 5}\n", setting, "teacher.placement=cached")
     assert len(found) == 1
-    assert found[0].startswith(f"--set {setting}: {problem}") or f": {problem}" in found[0]
+    assert tells(found[0], problem)
 
 
 def test_how_a_loss_is_computed_is_for_language_models() -> None:
@@ -217,12 +228,14 @@ def test_how_a_loss_is_computed_is_for_language_models() -> None:
     (notice,) = load("inherits: b.yaml\n" + WHOLE).notices
     reason = "b.yaml:1: task.type is classification, whose loss is computed from logits"
     assert notice == (
-        f"without effect in this run: training.loss.low_memory ({reason}), training.loss.precision ({reason})"
+        about(f"without effect in this run: training.loss.low_memory ({reason}), training.loss.precision ({reason})")
     )
-    assert problems(WHOLE + "training: {loss: {low_memory: yes}}\n") == [
-        "c.yaml:3: training.loss.low_memory has no effect, since task.type is classification, whose loss is computed "
-        "from logits (c.yaml:1); take one of them out"
-    ]
+    assert problems(WHOLE + "training: {loss: {low_memory: yes}}\n") == about(
+        [
+            "c.yaml:3: training.loss.low_memory has no effect because task.type is classification, whose loss is "
+            "computed from logits (c.yaml:1); remove one of them"
+        ]
+    )
     assert problems(LM + "training: {loss: {memory_budget_gib: 0}}\n")[0].startswith(
         "c.yaml:3: training.loss.memory_budget_gib is 0"
     )
@@ -263,7 +276,7 @@ def test_a_stream_has_its_own_keys_with_and_without_effect() -> None:
 )
 def test_a_stream_that_cannot_be_trained_on_is_refused_with_the_way_out(text: str, expected: str) -> None:
     (problem,) = problems(text)
-    assert problem.endswith(f": task.dataset.streaming is true, and {expected}")
+    assert tells(problem, f"task.dataset.streaming is true: {expected}")
 
 
 def test_of_an_export_what_is_written_has_an_effect() -> None:

@@ -103,7 +103,7 @@ def test_allowances_of_earlier_attempts_keep_their_values() -> None:
     [
         ("samples_per_second", "rows_per_second"),
         ("matched/samples", "matched/rows"),
-        ("a/b/samples_of", "a/b/rows_of"),
+        ("a/correct/samples", "a/correct/samples"),  # a label that is called samples
         ("samples", "samples"),  # not of a split
         ("matched/accuracy", "matched/accuracy"),
         ("step", "step"),

@@ -53,7 +53,9 @@ def test_a_base_says_that_it_is_one(file: Path) -> None:
     with pytest.raises(BaseConfigError) as error:
         load_config(file)
     (problem,) = error.value.problems
-    assert problem.endswith("is a base for other configs, it sets neither task nor model; inherit it, or set both")
+    assert problem.endswith(
+        "sets neither task nor model, so it is only a base for other configs; inherit it, or set both"
+    )
 
 
 def test_a_base_with_a_mistake_is_not_excused(write: Write) -> None:

@@ -361,7 +361,7 @@ def test_a_config_that_cannot_be_is_refused(
 def test_a_model_from_scratch_has_no_layers_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(f"{WHOLE}model: {{config: {{model_type: bert}}, tokenizer: t, keep_layers: [0]}}\n")
-    with pytest.raises(ConfigError, match=r"model\.keep_layers has no effect, since the model is built from"):
+    with pytest.raises(ConfigError, match=r"model\.keep_layers has no effect because the model is built from"):
         load_config(Path("c.yaml"))
     Path("c.yaml").write_text(f"{WHOLE}model: {{path: m, keep_layers: [0, 3]}}\n")
     scratch = load_config(Path("c.yaml"), ["model.config={model_type: bert}", "model.tokenizer=t"])

@@ -87,9 +87,9 @@ def test_a_run_goes_on_in_many_processes(
     [
         (
             ["c.yaml", "--deepspeed", "zero9"],
-            "--set deepspeed.student=zero9: deepspeed.student is zero9: there is no such plan; ds_configs/ has zero1, "
-            "zero2, zero2_offload, zero3, zero3_offload, teacher_zero3, teacher_zero3_offload, and a path ends in "
-            ".json",
+            "--set deepspeed.student=zero9: deepspeed.student is zero9: no such plan; ds_configs/ has zero1, "
+            "zero2, zero2_offload, zero3, zero3_offload, teacher_zero3, teacher_zero3_offload, and the path of a file "
+            "ends in .json",
         ),
         (
             ["c.yaml", "--set", "training.sed=1"],

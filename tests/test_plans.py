@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from facts import about, tells
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forge.config.loader import load_config
@@ -41,8 +42,10 @@ def test_every_plan_that_is_shipped_is_taken(config_file: Path) -> None:
 
 def test_a_plan_that_is_not_there_is_told_with_those_that_are(config_file: Path) -> None:
     assert problem(config_file, "deepspeed.student=zero4") == (
-        "--set deepspeed.student=zero4: deepspeed.student is zero4: there is no such plan; ds_configs/ has zero1, "
-        "zero2, zero2_offload, zero3, zero3_offload, teacher_zero3, teacher_zero3_offload, and a path ends in .json"
+        about(
+            "--set deepspeed.student=zero4: deepspeed.student is zero4: there is no such plan; ds_configs/ has zero1, "
+            "zero2, zero2_offload, zero3, zero3_offload, teacher_zero3, teacher_zero3_offload, and a path ends in .json"
+        )
     )
     assert "own.json cannot be read (No such file" in problem(config_file, "deepspeed.student=own.json")
 
@@ -52,29 +55,35 @@ def test_a_plan_that_is_not_there_is_told_with_those_that_are(config_file: Path)
     [
         (
             {"zero_optimization": {"stage": 0}},
-            "must be a map with zero_optimization.stage 1, 2 or 3, and the stage is 0",
+            "must be a map with zero_optimization.stage 1, 2 or 3, got stage 0",
         ),
-        ({"zero_optimization": {"stage": True}}, "and the stage is True"),
-        ({"zero_optimization": 2}, "and the stage is None"),
-        ({"bf16": True}, "has bf16 True, and it is a map"),
+        ({"zero_optimization": {"stage": True}}, "stage True"),
+        ({"zero_optimization": 2}, "stage None"),
+        ({"bf16": True}, "has bf16 True, but it must be a map"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer 'cpu', and it is a map"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            "zero_optimization.offload_optimizer 'cpu', but it must be a map",
+        ),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device nvme"),
-        ({"torch_autocast": {"enabled": True}}, "has torch_autocast, with which"),
-        ({"optimizer": {"type": "Adam"}}, "has optimizer, which training.learning_rate"),
-        ({"fp16": {"enabled": True}}, "has fp16, which training.mixed_precision decide"),
-        ({"gradient_clipping": 0.5}, "has gradient_clipping 0.5, and training.max_grad_norm is 1.0"),
-        ({"train_batch_size": 16}, "has train_batch_size 16, and training.batch_size is 8"),
-        ({"gradient_accumulation_steps": 4}, "has gradient_accumulation_steps 4, which follows from the config"),
-        ({"train_micro_batch_size_per_gpu": 4}, "has train_micro_batch_size_per_gpu 4, and training.per_device_batch"),
-        ({"bf16": {"enabled": True}}, "has bf16.enabled true, and training.mixed_precision is no"),
+        ({"torch_autocast": {"enabled": True}}, "has torch_autocast, which forge does not support"),
+        ({"optimizer": {"type": "Adam"}}, "has optimizer, but training.learning_rate"),
+        ({"fp16": {"enabled": True}}, "has fp16, but training.mixed_precision decide"),
+        ({"gradient_clipping": 0.5}, "has gradient_clipping 0.5, but training.max_grad_norm is 1.0"),
+        ({"train_batch_size": 16}, "has train_batch_size 16, but training.batch_size is 8"),
+        ({"gradient_accumulation_steps": 4}, "has gradient_accumulation_steps 4, but that follows from the config"),
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            "has train_micro_batch_size_per_gpu 4, but training.per_device_batch_size is 32",
+        ),
+        ({"bf16": {"enabled": True}}, "has bf16.enabled true, but training.mixed_precision is no"),
     ],
 )
 def test_what_contradicts_the_config_names_both_places(
     config_file: Path, tmp_path: Path, changes: dict[str, Any], told: str
 ) -> None:
     found = problem(config_file, f"deepspeed.student={plan_file(tmp_path, **changes)}")
-    assert told in found
+    assert tells(found, told)
     assert "own.json" in found
 
 
@@ -85,11 +94,8 @@ def test_a_plan_that_says_the_same_as_the_config_is_taken(config_file: Path, tmp
 
 def test_broken_json_says_where(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2},}')
-    assert "own.json is no JSON (Illegal trailing comma before end of object: line 1" in problem(
-        config_file, f"deepspeed.student={tmp_path / 'own.json'}"
-    ) or "own.json is no JSON (Expecting property name" in problem(
-        config_file, f"deepspeed.student={tmp_path / 'own.json'}"
-    )
+    assert "own.json is not JSON (" in (found := problem(config_file, f"deepspeed.student={tmp_path / 'own.json'}"))
+    assert "line 1 column" in found
 
 
 @pytest.mark.parametrize(
@@ -97,17 +103,20 @@ def test_broken_json_says_where(config_file: Path, tmp_path: Path) -> None:
     [
         (["teacher.placement=zero3"], "DeepSpeed shards both models or none; set deepspeed.student, such as zero1"),
         (["teacher.placement=zero3", "deepspeed.student=zero1", "deepspeed.teacher=zero2"], "only stage 3 shards"),
-        (["teacher.placement=zero3", "deepspeed.student=zero1", "teacher.dtype=float16"], "set it to bfloat16, or to"),
+        (
+            ["teacher.placement=zero3", "deepspeed.student=zero1", "teacher.dtype=float16"],
+            "set teacher.dtype to bfloat16 or auto",
+        ),
         (["deepspeed.student=teacher_zero3"], "is teacher_zero3, a plan for teachers; take one of zero1, zero2"),
-        (["deepspeed.student=zero2", "training.mixed_precision=fp16"], "is fp16, and deepspeed.student is zero2"),
+        (["deepspeed.student=zero2", "training.mixed_precision=fp16"], "is fp16, but deepspeed.student is zero2"),
     ],
 )
 def test_what_does_not_go_together_is_refused(config_file: Path, settings: list[str], told: str) -> None:
-    assert told in problem(config_file, "teacher.path=t", "distillation.alpha=0.5", *settings)
+    assert tells(problem(config_file, "teacher.path=t", "distillation.alpha=0.5", *settings), told)
 
 
 def test_another_toolkits_word_is_answered(config_file: Path) -> None:
-    assert "fsdp is not a config key: forge shards by DeepSpeed alone" in problem(config_file, "fsdp.version=2")
+    assert "fsdp is not a config key: forge shards only with DeepSpeed" in problem(config_file, "fsdp.version=2")
 
 
 def test_a_plan_of_the_launcher_is_refused(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,8 @@ def test_changes_are_judged_recorded_and_hold_for_later_attempts(config_file: Pa
 
     refused = forge("--resume", run, "--set", "training.learning_rate=1e-3")
     assert refused.returncode == 2
-    assert (
-        "training.learning_rate: 0.003 -> 0.001 changes the meaning of the run: the steps to come would not be those "
-        "of the run that was begun; set it back, or add --allow-change training.learning_rate"
-    ) in refused.stderr
+    assert "training.learning_rate: 0.003 -> 0.001 changes the meaning of the run" in refused.stderr
+    assert "--allow-change training.learning_rate" in refused.stderr
     assert (run / "config.yaml").read_text() == written
 
     # An attempt that may, and is killed before any checkpoint has the new rate.
@@ -35,7 +33,7 @@ def test_changes_are_judged_recorded_and_hold_for_later_attempts(config_file: Pa
     rest = forge("--resume", run)
     assert rest.returncode == 0, rest.stderr
     assert "training.learning_rate: 0.003 -> 0.001 (allowed in an earlier attempt" in rest.stderr
-    assert "training.max_steps: 400 -> 60 (how long the run goes on" in rest.stderr
+    assert "training.max_steps: 400 -> 60 (" in rest.stderr
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["training"]["learning_rate"], config["training"]["max_steps"]) == (1e-3, 60)
     attempts = read_json(run / "run_metadata.json")["attempts"]
@@ -70,7 +68,7 @@ def test_a_step_of_another_size_is_refused_and_goes_on_where_it_is_allowed(confi
     assert ended_at("step 7/400", signal.SIGTERM, *new) == 75
     refused = forge("--resume", run, "--set", "training.batch_size=12")
     assert refused.returncode == 2
-    assert "training.batch_size: 5 rows a step -> 12 rows a step changes the meaning" in refused.stderr
+    assert "training.batch_size: 5 rows per step -> 12 rows per step changes the meaning" in refused.stderr
     assert "keep it with `--set training.batch_size=5`" in refused.stderr
 
     step = read_json(run / "training_state.json")["step"]
