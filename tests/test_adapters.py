@@ -99,7 +99,7 @@ def test_a_run_is_found_by_its_name_unless_a_folder_has_it(tmp_path: Path, monke
     second = tmp_path / "outputs" / "ocr" / "first"
     second.mkdir(parents=True)
     TrainingState(run_id=new_run_id()).save(second / "training_state.json")
-    with pytest.raises(UsageError, match="2 runs below outputs are named first; give the path of one"):
+    with pytest.raises(UsageError, match="2 runs in outputs are named first; give the path of one"):
         with_run_paths(config)
 
 
@@ -343,7 +343,7 @@ def test_an_adapter_is_trained_further(adapter: Path, expected: torch.Tensor) ->
     named = ModelConfig(path=str(adapter), adapter="the one on it", continue_adapter=True)
     facts = with_lora(LoadedModel(model, None, [], []), named, seed=1).adapter
     assert facts is not None
-    assert facts["continues"] == "the one on it"
+    assert facts.continues == "the one on it"
     source = model_source(config, "model")
     assert origin_of(source, "model").without_last().weights_sha256 == hash_of_files(
         weight_files(Path(source.location))

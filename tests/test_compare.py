@@ -24,6 +24,7 @@ from forge.report.groups import counts, group_runs
 from forge.report.table import comparison_markdown, print_comparison
 from forge.run.directory import RunDirectory
 from forge.run.files import append_json_line, read_json_lines
+from forge.run.state import Stage
 
 T_2 = 0.95 * (2 / (1 - 0.95**2)) ** 0.5  # 4.302653: the 97.5 % quantile of t with 2 degrees of freedom, in closed form
 KD = {"distillation.alpha": 0.9}
@@ -221,9 +222,11 @@ def test_numbers_of_other_rows_are_refused(options: dict[str, Any], sentence: st
 
 def test_incomplete_runs_are_named_with_their_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "a", of(accuracy=0.8))
-    at = {"stage": "training", "pipeline_complete": False, "step": 40}
+    at = {"stage": Stage.TRAINING, "pipeline_complete": False, "step": 40}
     b = write_run(tmp_path / "b", state=at)
-    early = write_run(tmp_path / "c", state={"stage": "setup", "pipeline_complete": False, "step": 0, "total_steps": 0})
+    early = write_run(
+        tmp_path / "c", state={"stage": Stage.SETUP, "pipeline_complete": False, "step": 0, "total_steps": 0}
+    )
     assert main(["compare", "a", "b", "c", "--output_root", str(tmp_path)]) == 2
     printed = capsys.readouterr().err
     assert f": {b.path} (training, step 40/100), {early.path} (setup, step 0/?);" in printed

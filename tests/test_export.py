@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
+    GenerationConfig,
     PreTrainedModel,
 )
 
@@ -291,6 +292,17 @@ def test_an_adapter_is_exported_in_float32_and_merges_only_if_asked(tmp_path: Pa
         {"F32"},
         {"BF16"},
     )
+
+
+def test_an_exported_adapter_and_its_merged_model_stop_where_the_trained_model_does(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    model = llama(base)
+    model.generation_config.eos_token_id = 7  # as a task sets it
+    write_adapter(model, base, tmp_path / "adapter")
+    merged(model, base, tmp_path / "adapter")
+    assert GenerationConfig.from_pretrained(base).eos_token_id != 7
+    for folder in (tmp_path / "adapter", tmp_path / "adapter" / "merged"):
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == 7
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -73,9 +73,9 @@ def width_of(model: nn.Module, name: str) -> int:
 
 @contextmanager
 def capture_outputs(model: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
-    """What each named module gives in the forwards within, (B, T, D) with their gradients, under its key in modules.
+    """Capture what each named module returns in a forward, (B, T, D) with its gradient, under its key in `modules`.
 
-    Only the first that it gives: DeBERTa then calls it again, on positions. Nothing stays on the model afterwards.
+    Only the first output: DeBERTa calls the modules again, on positions. No hook stays on the model afterwards.
     """
     captured: dict[str, Tensor] = {}
 
