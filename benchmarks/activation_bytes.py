@@ -79,8 +79,8 @@ def saved_bytes(model: Any, form: Form, batch: dict[str, Tensor]) -> int:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
     model = model.bfloat16() if form.weights == 2 else model
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {shape for p in model.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    shapes = {shape for p in model.parameters() if p.dim() > 1 for shape in (p.shape, p.mT.shape)}
     held: dict[int, Tensor] = {}  # the tensors too, so that no other storage gets their place
 
     def hold(tensor: Tensor) -> Tensor:

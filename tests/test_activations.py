@@ -99,8 +99,8 @@ def saved_bytes(model: Any, form: Form) -> int:
 
     Weights are left out, and autocast's copies of them.
     """
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {shape for p in model.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    shapes = {shape for p in model.parameters() if p.dim() > 1 for shape in (p.shape, p.mT.shape)}
     held: dict[int, torch.Tensor] = {}  # the tensors too, so that no other storage gets their place
 
     def hold(tensor: torch.Tensor) -> torch.Tensor:
