@@ -9,14 +9,16 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from forge.cli.arguments import EPILOG, Parser, add_train_arguments
-from forge.cli.train import train
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains, and returns the exit code."""
+    """Train, and return the exit code."""
     parser = Parser(prog="forge.py", description="Train a model from one YAML config.", epilog=EPILOG)
     add_train_arguments(parser)
-    return train(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    from forge.cli.train import train  # after --help and a wrong command line have had their answer
+
+    return train(args)
 
 
 if __name__ == "__main__":

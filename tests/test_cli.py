@@ -85,7 +85,7 @@ def test_training_with_a_missing_file_or_with_a_base_says_so(tmp_path: Path) -> 
 def test_a_resumed_run_keeps_its_name_and_its_size_and_must_exist(tmp_path: Path) -> None:
     done = run(*FORGE_PY, "--resume", "r", "--debug", "--run_name", "s", "--max_steps", "3", folder=tmp_path)
     assert (done.returncode, sentences(done)) == (
-        2, ["--debug, --run_name cannot be combined with --resume: a run goes on as what it is"]
+        2, ["--debug, --run_name cannot be combined with --resume: a resumed run stays what it is"]
     )  # fmt: skip
     done = run(*FORGE_PY, "--resume", "r", folder=tmp_path)
     assert (done.returncode, sentences(done)) == (
@@ -214,11 +214,9 @@ def test_runs_lists_every_run_and_incomplete_those_that_can_go_on(tmp_path: Path
     assert "OSError: [Errno 28] No space left" in table
     listed = runs("--incomplete", root=Path("../") / tmp_path.name / "out [a]").stdout  # registered by another path
     assert "sft/done" not in listed
-    assert listed.splitlines()[-1] == (
-        f"go on with one of them: python forge.py --resume '../{tmp_path.name}/out [a]/sft/stopped'"
-    )
-    assert runs(root=Path("empty")).stdout == "no runs below empty\n"
-    assert runs("--incomplete", root=Path("empty")).stdout == "no incomplete runs below empty\n"
+    assert listed.splitlines()[-1].endswith(f"-m forge.cli resume '../{tmp_path.name}/out [a]/sft/stopped'")
+    assert runs(root=Path("empty")).stdout == "no runs under empty\n"
+    assert runs("--incomplete", root=Path("empty")).stdout == "no incomplete runs under empty\n"
     assert runs("--json", root=Path("empty")).stdout == "[]\n"
 
 

@@ -132,7 +132,7 @@ def test_the_ranks_are_those_of_the_last_attempt(
         (["r", "--set", "training.sed=1"], "--set training.sed=1: training.sed is not a config key; did you mean "
          "training.seed?"),
         (["r", "--epochs", "2", "--max_steps", "3"], "--epochs: training.epochs is an alternative to "
-         "training.max_steps (--max_steps); keep one of them"),
+         "training.max_steps (--max_steps); keep only one of them"),
         (["q"], "no run in outputs is named 'q', and no run directory has that path; `forge runs` lists the runs"),
         (["--all", "--take-over"], "--take-over cannot be combined with --all: it is for one run that you know to be "
          "dead"),
@@ -225,10 +225,10 @@ def test_incomplete_runs_are_listed_with_what_a_resume_needs_to_know(
     assert "none" in lines[1]
     assert f"{pid_of(far)} on node-9, " in lines[2]
     assert f"{pid_of(live)}, alive" in lines[3]
-    assert lines[-1] == "go on with one of them: python forge.py --resume outputs/sft/far"
+    assert lines[-1].endswith("-m forge.cli resume outputs/sft/far")
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     main(["runs", "--incomplete"])
-    assert capfd.readouterr().out.splitlines()[-1] == "go on with one of them: forge resume outputs/sft/far"
+    assert capfd.readouterr().out.splitlines()[-1] == "resume one of them: forge resume outputs/sft/far"
 
 
 @pytest.mark.parametrize("flag", [["--allow-change", "training.seed"], ["--take-over"]])

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Callable
+from importlib import import_module
 
 from forge import __version__
 from forge.cli.arguments import (
@@ -17,10 +19,7 @@ from forge.cli.arguments import (
     positive,
 )
 from forge.cli.configs import add_config_commands
-from forge.cli.console import print_error, table_console
-from forge.cli.resume import resume
-from forge.cli.runs import compare, runs
-from forge.cli.train import cache_teacher, launch, train
+from forge.cli.console import print_error
 from forge.errors import EXIT_COMPLETE, ForgeError
 
 
@@ -44,11 +43,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="train from a config, or resume a run", epilog=EPILOG)
     add_train_arguments(command)
-    command.set_defaults(run=train)
+    command.set_defaults(run=_later("forge.cli.train", "train"))
 
     command = commands.add_parser("launch", help="train in several processes on this machine", epilog=EPILOG)
     add_launch_arguments(command)
-    command.set_defaults(run=launch)
+    command.set_defaults(run=_later("forge.cli.train", "launch"))
 
     command = commands.add_parser(
         "resume", help="resume one run, or all incomplete ones, on this machine", epilog=EPILOG
@@ -62,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add_override_arguments(command)
     add_resume_arguments(command)
     add_output_root(command)
-    command.set_defaults(run=resume)
+    command.set_defaults(run=_later("forge.cli.resume", "resume"))
 
     add_config_commands(commands.add_parser("config", help="show, check and compare configs"))
 
@@ -77,14 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--processes", type=int, default=1, metavar="P", help="ranks on this machine (default: 1)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random kill times (default: 0)")
     add_config_arguments(command)
-    command.set_defaults(run=_prove_resume)
+    command.set_defaults(run=_later("forge.proof.procedure", "prove_resume"))
 
     command = commands.add_parser(
         "cache-teacher", help="compute a teacher's outputs once, for teacher.placement: cached", epilog=EPILOG
     )
     command.add_argument("config", metavar="X.yaml")
     add_config_arguments(command)
-    command.set_defaults(run=cache_teacher)
+    command.set_defaults(run=_later("forge.cli.train", "cache_teacher"))
 
     command = commands.add_parser("plan", help="will it fit? memory per GPU under each plan; see docs/plan.md")
     command.add_argument("config", metavar="X.yaml")
@@ -92,13 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--nodes", type=positive, default=1, metavar="M", help="number of such nodes (default: 1)")
     command.add_argument("--json", action="store_true", help="every number, for scripts")
     add_config_arguments(command)
-    command.set_defaults(run=_plan)
+    command.set_defaults(run=_later("forge.cli.plan", "plan"))
 
     command = commands.add_parser("runs", help="list runs")
     command.add_argument("--incomplete", action="store_true", help="only those that can be resumed, and how")
     command.add_argument("--json", action="store_true", help="one JSON list, for scripts")
     add_output_root(command)
-    command.set_defaults(run=runs)
+    command.set_defaults(run=_later("forge.cli.runs", "runs"))
 
     command = commands.add_parser(
         "compare", help="one table of complete runs, with 95 %% intervals over their seeds; see docs/compare.md"
@@ -115,17 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="every number of every run, for scripts")
     form.add_argument("--markdown", action="store_true", help="the table for a document")
     add_output_root(command)
-    command.set_defaults(run=compare)
+    command.set_defaults(run=_later("forge.cli.runs", "compare"))
     return parser
 
 
-def _prove_resume(args: argparse.Namespace) -> int:
-    from forge.proof.procedure import prove_resume
+def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    """A command whose module is imported when it runs, so that --help answers at once."""
 
-    return prove_resume(args)
+    def run(args: argparse.Namespace) -> int:
+        code: int = getattr(import_module(module), function)(args)
+        return code
 
-
-def _plan(args: argparse.Namespace) -> int:
-    from forge.cli.plan import plan
-
-    return plan(args, table_console())
+    return run

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forge.config.loader import load_config
+from forge.cli.arguments import Overrides
+from forge.cli.console import table_console
 from forge.config.schema import Config
 from forge.errors import EXIT_COMPLETE
 from forge.memory.advice import DDP, Advice, Line, Machine, advise, as_json, read_gpus, shardings_of, table_of
@@ -18,11 +19,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def plan(args: argparse.Namespace, console: "Console") -> int:
+def plan(args: argparse.Namespace) -> int:
     """Print the table, or the JSON, and return the exit code. Raises ForgeError."""
     machine = read_gpus(args.gpus, args.nodes)  # refused before a config is read, and both before any heavy import
-    overrides = {"max_steps": args.max_steps, "epochs": args.epochs, "output_root": args.output_root}
-    config = load_config(Path(args.config), args.set, debug=args.debug, **overrides).config
+    config = Overrides.of(args).load(Path(args.config)).config
 
     from forge.memory.meta import meta_job
     from forge.model.source import with_run_paths
@@ -37,7 +37,7 @@ def plan(args: argparse.Namespace, console: "Console") -> int:
     if args.json:
         print(json.dumps({**_facts(job, machine, models), **as_json(lines, advice)}, indent=2, allow_nan=False))
     else:
-        _print(config, job, machine, models, lines, advice, console)
+        _print(config, job, machine, models, lines, advice, table_console())
     return EXIT_COMPLETE
 
 
