@@ -150,7 +150,7 @@ def test_show_names_the_origin_of_each_key() -> None:
         "seed: 7": "--set training.seed=7",
         "max_steps: 9": "--max_steps",
         "demo: nli": f"{file}:{written['dataset: {demo: nli}']}",
-        "weight_decay: 0.01": "configs/base.yaml:11",
+        "weight_decay: 0.01": "configs/base.yaml:13",
         "max_rows: null": "default",
     }.items()
 
