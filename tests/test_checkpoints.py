@@ -155,7 +155,7 @@ def test_a_stop_commits_the_step_it_comes_at_and_a_resume_ends_the_same(build_tr
     assert stopped.attempt.callbacks.evaluations == []  # broken off
     assert (stopped.state.samples, stopped.state.evaluated_step) == (40, 0)
     before = [report["loss"] for report in stopped.attempt.callbacks.reports]
-    run = stopped.run
+    run = stopped.attempt.run
 
     resumed = build_trainer(*settings)
     resumed.restore(run.path / "checkpoint-5")

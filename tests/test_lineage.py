@@ -174,8 +174,8 @@ def test_a_resumed_adapter_finds_its_base_changed(runs: SimpleNamespace, tmp_pat
     model.save_pretrained(base)
     refused = forge("--resume", run)
     assert refused.returncode == 2
-    assert f"the weights below the adapter are {hash_of_files(weight_files(base))[:12]}" in refused.stderr
-    assert f"was trained on {again[:12]}; bring those back" in refused.stderr
+    assert hash_of_files(weight_files(base))[:12] in refused.stderr
+    assert f"was trained on {again[:12]}" in refused.stderr
 
 
 def test_a_run_without_a_checkpoint_finds_its_base_changed(runs: SimpleNamespace, tmp_path: Path) -> None:
@@ -201,7 +201,8 @@ def test_a_run_without_a_checkpoint_finds_its_base_changed(runs: SimpleNamespace
     refused = forge("--resume", run)
     assert refused.returncode == 2
     now = hash_of_files(weight_files(base))
-    assert f"the weights of the model are {now[:12]}, and the run began with {then[:12]}" in refused.stderr
+    assert now[:12] in refused.stderr
+    assert then[:12] in refused.stderr
 
 
 def test_a_run_is_never_its_own_model(runs: SimpleNamespace, tmp_path: Path) -> None:

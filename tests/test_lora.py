@@ -236,9 +236,7 @@ def test_a_run_that_starts_again_from_other_weights_is_refused() -> None:
     check_base(point, None, "a" * 64)
     check_base(point, None, None)  # not known
     check_base(ResumePoint(), None, "b" * 64)
-    with pytest.raises(
-        UsageError, match=f"the weights of the model are {'b' * 12}, and the run began with {'a' * 12};"
-    ):
+    with pytest.raises(UsageError, match=f"the weights of the model are {'b' * 12}, .*{'a' * 12}"):
         check_base(point, None, "b" * 64)
 
 
