@@ -39,7 +39,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -135,33 +135,20 @@ def starts() -> Iterator[None]:
 
 
 def _start_warm(popen: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, *rest: Any) -> None:
-    """In the place of subprocess.Popen._execute_child."""
-    pass_fds, cwd, env, _, _, shell, *pipes, _, gid, gids, uid, umask, new_session, group = rest
-    stdin, _, _, stdout, _, stderr = pipes
-    arguments = [os.fsdecode(word) for word in args] if isinstance(args, list | tuple) else []
-    environment = dict(os.environ if env is None else env)
-    special = (executable, preexec_fn, pass_fds, shell, gid, gids, uid)
-    servable = _is_program(arguments) and not any(special) and umask == -1 and close_fds
-    program = Program(arguments, None if cwd is None else os.fspath(cwd), environment, new_session, group)
-    if not servable or _too_long(program) or not warm_python().serves(environment):
+    """In place of subprocess.Popen._execute_child, in a process that is not warm."""
+    program, descriptors, pipes = _request(args, executable, close_fds, rest)
+    if program is None or preexec_fn is not None or not warm_python().serves(program.environment):
         _execute_child(popen, args, executable, preexec_fn, close_fds, *rest)
         return
-    descriptors = tuple(i if given == -1 else given for i, given in enumerate((stdin, stdout, stderr)))
-    popen.pid = warm_python().start(program, descriptors)  # type: ignore[arg-type]
+    popen.pid = warm_python().start(program, descriptors)
     popen._child_created = True
     popen._close_pipe_fds(*pipes)
 
 
 def _fork_warm(popen: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, *rest: Any) -> None:
-    """The same within a warm program: a fork of the program itself, which knows its own parent."""
-    pass_fds, cwd, env, _, _, shell, *pipes, _, gid, gids, uid, umask, new_session, group = rest
-    stdin, _, _, stdout, _, stderr = pipes
-    arguments = [os.fsdecode(word) for word in args] if isinstance(args, list | tuple) else []
-    environment = dict(os.environ if env is None else env)
-    special = (executable, pass_fds, shell, gid, gids, uid)
-    servable = _is_program(arguments) and not any(special) and umask == -1 and close_fds
-    program = Program(arguments, None if cwd is None else os.fspath(cwd), environment, new_session, group)
-    if not servable or _too_long(program) or _read_at_import(environment) != _read_at_import(dict(os.environ)):
+    """The same in a warm program: a fork of the program itself, which is its parent."""
+    program, descriptors, pipes = _request(args, executable, close_fds, rest)
+    if program is None or _read_at_import(program.environment) != _read_at_import(dict(os.environ)):
         _execute_child(popen, args, executable, preexec_fn, close_fds, *rest)
         return
     sys.stdout.flush()
@@ -173,9 +160,24 @@ def _fork_warm(popen: Any, args: Any, executable: Any, preexec_fn: Any, close_fd
     if popen.pid == 0:
         atexit._clear()
         gc.freeze()
-        _become(program, [i if given == -1 else given for i, given in enumerate((stdin, stdout, stderr))], preexec_fn)
+        _become(program, descriptors, preexec_fn)
     popen._child_created = True
     popen._close_pipe_fds(*pipes)
+
+
+def _request(
+    args: Any, executable: Any, close_fds: Any, rest: tuple[Any, ...]
+) -> tuple[Program | None, tuple[int, int, int], list[int]]:
+    """What a Popen asks for: the program, None if it cannot be a fork; its stdin, stdout and stderr; all its pipes."""
+    pass_fds, cwd, env, _, _, shell, *pipes, _, gid, gids, uid, umask, new_session, group = rest
+    given = (pipes[0], pipes[3], pipes[5])  # -1: the starting process's own
+    stdin, stdout, stderr = (number if number != -1 else own for own, number in enumerate(given))
+    arguments = [os.fsdecode(word) for word in args] if isinstance(args, list | tuple) else []
+    environment = dict(os.environ if env is None else env)
+    program = Program(arguments, None if cwd is None else os.fspath(cwd), environment, new_session, group)
+    special = any((executable, pass_fds, shell, gid, gids, uid)) or umask != -1 or not close_fds
+    servable = not special and _is_program(arguments) and not _too_long(program)
+    return program if servable else None, (stdin, stdout, stderr), pipes
 
 
 def _is_program(arguments: list[str]) -> bool:
@@ -297,7 +299,7 @@ def _read_packages_once() -> None:
 # Of a fork.
 
 
-def _become(program: Program, descriptors: list[int], preexec_fn: Any = None) -> None:
+def _become(program: Program, descriptors: Sequence[int], preexec_fn: Any = None) -> None:
     """Turns this process into the program, and ends with it."""
     try:
         _take_place(program, descriptors)
@@ -326,7 +328,7 @@ def _become(program: Program, descriptors: list[int], preexec_fn: Any = None) ->
     _leave(code)
 
 
-def _take_place(program: Program, descriptors: list[int]) -> None:
+def _take_place(program: Program, descriptors: Sequence[int]) -> None:
     """Session, folder, descriptors and signals, as between a fork and an exec."""
     high = [os.dup2(os.dup(given), 200 + i) for i, given in enumerate(descriptors)]
     for i, given in enumerate(high):
