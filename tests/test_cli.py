@@ -185,7 +185,10 @@ def test_schema_is_json_with_descriptions() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     schema = json.loads(done.stdout)
     rate = schema["$defs"]["TrainingConfig"]["properties"]["learning_rate"]
-    assert (rate["description"], rate["type"]) == ("The peak learning rate, reached at the end of the warm-up.", "number")
+    assert (rate["description"], rate["type"]) == (
+        "The peak learning rate, reached at the end of the warm-up.",
+        "number",
+    )
 
 
 def test_runs_lists_every_run_and_incomplete_those_that_can_go_on(tmp_path: Path) -> None:
