@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-COUNTED = ("rows", "tokens", "truncated")  # beside the labels, which the loss is a mean over
+COUNTED = ("rows", "tokens", "truncated")  # in addition to the labels, over which the loss is a mean
 
 
 class StepMeter:
@@ -21,7 +21,7 @@ class StepMeter:
         self.restart()
 
     def restart(self, progress: dict[str, Any] | None = None) -> None:
-        """Begins anew, or where `progress` was taken."""
+        """Start again, or continue from where `progress` was taken."""
         # Settled: one entry for each step since the last report, over all ranks.
         self._loss_sums: list[float] = []
         self._label_counts: list[int] = []
@@ -38,8 +38,14 @@ class StepMeter:
         self._start = time.perf_counter() - seconds
 
     def add(self, sums: dict[str, Tensor], labels: Tensor, grad_norm: Tensor, counts: dict[str, int]) -> None:
-        """sums: this rank's, loss_sum and, where it has several, its parts, the same in each step; labels: of all
-        ranks; grad_norm: before clipping; counts: this rank's, by COUNTED."""
+        """Add a step, without waiting for the device.
+
+        Args:
+            sums: This rank's loss_sum and, if the loss has several, its parts, the same ones in each step: () float32.
+            labels: Labels of the step over all ranks: () int64.
+            grad_norm: The gradient norm before clipping: ().
+            counts: This rank's counts, by the names in COUNTED.
+        """
         self._step_sums.append(sums)
         self._step_labels.append(labels)
         self._step_norms.append(grad_norm)
@@ -54,7 +60,7 @@ class StepMeter:
         self._start += time.perf_counter() - entered
 
     def settle(self) -> int:
-        """Adds up over the ranks what came since the last call, and returns the tokens of it. On every rank at once."""
+        """Add up over the ranks what came since the last call; return its tokens. All ranks call it together."""
         if not self._step_sums:
             return 0
         counts = torch.tensor([self._step_counts[name] for name in COUNTED], device=self._accelerator.device)
@@ -73,7 +79,7 @@ class StepMeter:
     def progress(self) -> dict[str, Any]:
         """What the next report has so far, for a checkpoint. After settle."""
         return {
-            "loss_sums": list(self._loss_sums),  # copies: training goes on while they are written
+            "loss_sums": list(self._loss_sums),  # copies: training continues while they are written
             "labels": list(self._label_counts),
             "grad_norms": list(self._norms),
             "parts": {name: list(sums) for name, sums in self._parts.items()},
