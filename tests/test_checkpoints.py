@@ -107,6 +107,15 @@ def test_three_saves_that_fail_in_a_row_end_the_run(build_trainer: Build, monkey
     assert [path.name for path in trainer.attempt.run.path.glob("*checkpoint-*")] == ["checkpoint-1"]
 
 
+def test_saves_that_fail_with_a_good_one_between_do_not_end_the_run(
+    build_trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build_trainer("checkpoint.every_steps=1")
+    fail_to_write(monkeypatch, {1, 2, 4, 5}, trainer)
+    trainer.train()
+    assert trainer.state.latest_checkpoint == "checkpoint-6"
+
+
 def test_a_save_that_fails_at_a_stop_is_no_clean_stop(build_trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build_trainer("checkpoint.every_steps=2")
     fail_to_write(monkeypatch, {3}, trainer)
