@@ -207,6 +207,19 @@ def test_macro_f1_counts_a_label_that_is_only_predicted_and_none_that_never_occu
     assert metrics.compute()["macro_f1"] == pytest.approx((2 * 3 / (4 + 3) + 0) / 2)
 
 
+def test_a_teacher_with_the_same_tokens_is_padded_on_the_students_side(tiny_model: Path, data_folder: Path) -> None:
+    task = load(tiny_model, {"path": str(data_folder)})
+    own = AutoTokenizer.from_pretrained(tiny_model, padding_side="left")
+    own.model_input_names = ["input_ids", "attention_mask"]  # other inputs, such as DistilBERT's, of the same tokens
+    taught = task.for_teacher(own)
+
+    assert taught.same_tokens
+    assert own.padding_side == "left"  # the caller's tokenizer stays as it was
+    batch = taught.collate([taught.train[i] for i in range(6)])
+    assert torch.equal(batch["teacher_attention_mask"], batch["attention_mask"])
+    assert torch.equal(batch["teacher_input_ids"], batch["input_ids"])
+
+
 def test_the_fingerprint_and_the_cache_follow_the_tokenizer_and_the_code(
     tiny_model: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
