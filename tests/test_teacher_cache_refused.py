@@ -32,6 +32,7 @@ from forge.ranks.world import join_ranks
 from forge.run.files import read_json
 from forge.task.classification import Classification
 from forge.task.load import load_task
+from forge.teacher.teacher import ModelTeacher
 from forge.teacher_cache import files as storage
 from forge.teacher_cache.files import Manifest, Shard, only_writer
 from forge.teacher_cache.job import report
@@ -307,6 +308,23 @@ def test_a_torn_manifest_is_told_and_written_anew(config_file: Path, teacher: Pa
     for use in (lambda: opened(cached), lambda: fill(cached)):
         with pytest.raises(UsageError, match=rf"key\.json is damaged \(.*; delete {folder}"):
             use()
+
+
+def test_a_manifest_of_as_many_shards_with_other_bytes_is_not_that_of_these(config_file: Path, teacher: Path) -> None:
+    folder, manifest = fill(load_config(config_file, distilled(teacher)).config)
+    shards = [Shard(*(item[name] for name in ("split", "number", "first", "rows"))) for item in manifest["shards"]]
+    assert storage.complete_manifest(folder, shards) == storage.read_manifest(folder)
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert storage.complete_manifest(folder, shards) is None
+
+
+def test_a_model_that_gives_fewer_hidden_states_than_its_config_says_is_refused(
+    config_file: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelTeacher, "hidden_widths", lambda self, batch: (32, 32))
+    with pytest.raises(UsageError, match="teacher's layer 2, but it has only 1"):
+        fill(load_config(config_file, distilled(teacher, "distillation.hidden.layers={1: 2}")).config)
 
 
 def test_a_kill_before_the_key_leaves_a_folder_that_can_be_used(
