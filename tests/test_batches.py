@@ -5,7 +5,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-from forge.data.batches import FILLER, Loading, Share, StepBatches, epoch_steps, evaluation_batches, split_step
+from forge.data.batches import (
+    FILLER,
+    Loading,
+    Share,
+    StepBatches,
+    epoch_steps,
+    evaluated_rows,
+    evaluation_batches,
+    split_step,
+)
 from forge.losses.cross_entropy import IGNORE
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, size=1003)
@@ -76,6 +85,16 @@ def test_a_rank_works_out_its_own_part_of_what_numpy_deals_out_to_all(count: int
 def test_a_short_step_fills_empty_places_so_that_every_rank_takes_part() -> None:
     dealt = [split_step(np.array([7, 8, 9]), Share(rank, ranks=2, micro_batches=2)) for rank in (0, 1)]
     assert dealt == [[[7], [9]], [[8], [FILLER]]]
+
+
+def test_evaluated_rows_are_drawn_by_the_seed_and_come_in_ascending_order() -> None:
+    drawn = evaluated_rows(100, 10, seed=3).tolist()
+    assert drawn == sorted({*drawn})
+    assert len(drawn) == 10
+    assert drawn == evaluated_rows(100, 10, seed=3).tolist() != evaluated_rows(100, 10, seed=4).tolist()
+    assert max(drawn) >= 10  # not the first rows
+    for most in (None, 100, 101):
+        assert evaluated_rows(100, most, seed=3).tolist() == list(range(100))
 
 
 def test_evaluation_covers_every_row_once_with_as_many_batches_on_each_rank() -> None:
