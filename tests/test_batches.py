@@ -136,6 +136,15 @@ def test_starting_anywhere_gives_the_same_rows_as_running_there(num_workers: int
         assert ledger(batches(num_workers), start, 17 - start) == whole[start:]
 
 
+def test_a_loader_leaves_torchs_random_numbers_alone() -> None:
+    """Else the dropout after an evaluation or a resume would differ from that of an uninterrupted run."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for start in (0, 3):
+        ledger(batches(), start, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_two_ranks_together_take_the_rows_that_one_takes() -> None:
     alone = [set(step) - {None} for step in ledger(batches(), 0, 12)]
     first, second = (ledger(batches(rank=rank, ranks=2), 0, 12) for rank in (0, 1))
