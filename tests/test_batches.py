@@ -5,7 +5,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-from forge.data.batches import FILLER, Loading, Share, StepBatches, epoch_steps, evaluation_batches, split_step
+from forge.data.batches import (
+    FILLER,
+    Loading,
+    Share,
+    StepBatches,
+    epoch_steps,
+    evaluated_rows,
+    evaluation_batches,
+    split_step,
+)
 from forge.losses.cross_entropy import IGNORE
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, size=1003)
@@ -78,6 +87,16 @@ def test_a_short_step_fills_empty_places_so_that_every_rank_takes_part() -> None
     assert dealt == [[[7], [9]], [[8], [FILLER]]]
 
 
+def test_evaluated_rows_are_drawn_by_the_seed_and_come_in_ascending_order() -> None:
+    drawn = evaluated_rows(100, 10, seed=3).tolist()
+    assert drawn == sorted({*drawn})
+    assert len(drawn) == 10
+    assert drawn == evaluated_rows(100, 10, seed=3).tolist() != evaluated_rows(100, 10, seed=4).tolist()
+    assert max(drawn) >= 10  # not the first rows
+    for most in (None, 100, 101):
+        assert evaluated_rows(100, most, seed=3).tolist() == list(range(100))
+
+
 def test_evaluation_covers_every_row_once_with_as_many_batches_on_each_rank() -> None:
     lengths = np.arange(13)
     dealt = evaluation_batches(lengths, np.arange(13), batch_size=4, ranks=3)
@@ -115,6 +134,15 @@ def test_starting_anywhere_gives_the_same_rows_as_running_there(num_workers: int
     assert sorted(row for step in whole[:6] for row in step if row is not None) == list(range(21))
     for start in (1, 5, 6, 13):
         assert ledger(batches(num_workers), start, 17 - start) == whole[start:]
+
+
+def test_a_loader_leaves_torchs_random_numbers_alone() -> None:
+    """Else the dropout after an evaluation or a resume would differ from that of an uninterrupted run."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for start in (0, 3):
+        ledger(batches(), start, 2)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_two_ranks_together_take_the_rows_that_one_takes() -> None:
