@@ -222,7 +222,7 @@ def test_a_model_that_cannot_be_run_without_memory_says_so(
 
 @pytest.mark.parametrize("lora", [(), ("model.lora.rank=2",)])
 def test_a_running_job_is_that_of_its_config(config_file: Path, chat_model: Path, lora: tuple[str, ...]) -> None:
-    settings = (f"model.path={chat_model}", "training.mixed_precision=no", *lora)
+    settings = (f"model.path={chat_model}", f"teacher.path={chat_model}", "training.mixed_precision=no", *lora)
     config = load_config(config_file, settings).config
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     if lora:
