@@ -172,7 +172,7 @@ def test_checkpointing_keeps_inputs_and_one_layer(name: str) -> None:
     twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     held = saved_bytes(twin, form)
     assert held > 4 * B * T * WIDTH * 4  # each layer's input
-    assert held < counted.kept < 1.05 * held  # a mask and positions besides, which no hook sees
+    assert held <= counted.kept < 1.05 * held  # a mask and positions besides, which no hook sees
     assert counted.kept + layer < counted.peak < counted.kept + 1.6 * layer
     assert counted.peak < plain.peak
     again = step_bytes(model, batch_of(model), Pass(form), B)
@@ -224,11 +224,11 @@ def test_more_is_counted_than_there_is_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
-def test_experts_and_images_are_counted_though_what_is_selected_depends_on_values() -> None:
+def test_experts_are_counted_though_it_depends_on_values_which_are_taken() -> None:
     with torch.device("meta"):
         model = lm("qwen3_moe", 2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=INNER)
-    one = step_bytes(model, batch_of(model), Pass(FORMS["float32"]), B).kept
-    assert one > step_bytes(dense := on_meta("qwen3", 2), batch_of(dense), Pass(FORMS["float32"]), B).kept
+    dense, form = on_meta("qwen3", 2), Pass(FORMS["float32"])
+    assert step_bytes(model, batch_of(model), form, B).kept > step_bytes(dense, batch_of(dense), form, B).kept
 
 
 class Saved:
