@@ -104,6 +104,14 @@ def test_what_a_library_would_read_at_its_import_gets_a_fresh_interpreter(tmp_pa
     assert run("-I", "-c", code).stdout == "False\n"
 
 
+def test_what_a_library_sets_in_this_process_keeps_programs_warm() -> None:
+    import deepspeed  # noqa: F401
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    assert python("-c", "import sys; print('torch' in sys.modules)").stdout == "True\n"
+
+
 def test_every_attempt_draws_numbers_of_its_own() -> None:
     code = "import random, numpy, torch; print(random.random(), numpy.random.rand(), torch.initial_seed())"
     one, other = (run("-c", code, cwd=REPOSITORY).stdout.split() for _ in range(2))

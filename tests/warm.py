@@ -46,8 +46,9 @@ from types import TracebackType
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# A program that wants another value of these than the warm process has gets a fresh interpreter.
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "DATASETS_", "TRITON_", "TORCHINDUCTOR_", "ARROW_", "USE_", "LD_", "PYTHON")
+# A program that wants another value of these than the warm process has gets a fresh interpreter. None of them is set by
+# a library as it is imported (as TORCHINDUCTOR_CACHE_DIR is): then all that follows would start fresh, unnoticed.
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "DATASETS_", "TRITON_INTERPRET", "ARROW_", "USE_", "LD_", "PYTHON")
 NOT_AT_IMPORT = ("PYTHONPATH", "PYTHONUNBUFFERED")
 # No thread may have started before a fork: a pool would be lost in the child.
 WITHOUT_POOLS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
