@@ -7,7 +7,7 @@ nothing else of files. The order of calls is the page of forge/pipeline.py.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
 
@@ -22,7 +22,6 @@ from forge.attempt.resume import ResumePoint, check_base, check_rows, check_teac
 from forge.checkpoint.commit import Checkpoints, RunFacts, Saved
 from forge.checkpoint.contents import Training
 from forge.config.explain import config_name, effective, with_absolute_paths
-from forge.config.loader import LoadedConfig
 from forge.config.schema import Config
 from forge.data.progress import hide_progress_bars
 from forge.errors import Stopped, TrainingError
@@ -67,12 +66,7 @@ class Attempt:
     checkpoints: Checkpoints
 
     def __init__(self, request: Request, ranks: Ranks):
-        self.request, self.ranks = request, ranks
-        self.loaded = request.loaded
-        if request.resumed is None:  # a resumed config has paths already: a name in it is the hub's
-            self.loaded = LoadedConfig(
-                with_run_paths(request.config), request.loaded.file, request.loaded.origins, request.loaded.notices
-            )
+        self.request, self.ranks, self.loaded = request, ranks, request.loaded
         self.lock = RunLock(request.resumed) if request.resumed is not None else None
         self.point = ResumePoint()
         self._loop: Saveable | None = None
@@ -87,7 +81,7 @@ class Attempt:
             AlreadyComplete: Another process has completed it.
             TrainingError: It has checkpoints, and none can be trusted.
         """
-        attempt = cls(request, ranks)
+        attempt = cls(ranks.on_rank_0(lambda: _with_run_paths(request)), ranks)
         try:
             attempt.point = ranks.on_rank_0(attempt._resume_point)
             yield attempt
@@ -333,3 +327,10 @@ class Attempt:
 
     def _saved(self, state: TrainingState, saved: Saved) -> None:
         self.callbacks.saved(state, asdict(saved))
+
+
+def _with_run_paths(request: Request) -> Request:
+    """The request with the runs that a new config names as paths; rank 0's view of the disk counts for all ranks."""
+    if request.resumed is not None:  # its config has paths already: a name in it is the hub's
+        return request
+    return replace(request, loaded=replace(request.loaded, config=with_run_paths(request.config)))
