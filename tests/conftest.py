@@ -1,6 +1,5 @@
 """What the tests share: a tiny model and tokenizer, a small data folder, the true commands, and a trainer."""
 
-import contextlib
 import json
 import os
 import socket
@@ -153,7 +152,7 @@ def warm_starts(request: pytest.FixtureRequest) -> Iterator[None]:
     Not in a test that is marked fresh_interpreter.
     """
     fresh = request.node.get_closest_marker("fresh_interpreter") is not None
-    with contextlib.nullcontext() if fresh else warm.starts():
+    with warm.starts(fresh):
         yield
 
 
@@ -172,7 +171,7 @@ def python(
 
 
 def _ended(command: list[str], cwd: Path, environment: dict[str, str], fresh: bool) -> subprocess.CompletedProcess[str]:
-    with contextlib.nullcontext() if fresh else warm.starts():
+    with warm.starts(fresh):
         return subprocess.run(
             command,
             cwd=cwd,

@@ -125,10 +125,10 @@ def warm_python() -> WarmPython:
 
 
 @contextlib.contextmanager
-def starts() -> Iterator[None]:
-    """Within it, programs of this interpreter are started warm."""
+def starts(fresh: bool = False) -> Iterator[None]:
+    """Within it, programs of this interpreter are started warm; or fresh, also where they would be warm."""
     before = subprocess.Popen._execute_child  # type: ignore[attr-defined]
-    subprocess.Popen._execute_child = _start_warm  # type: ignore[attr-defined]
+    subprocess.Popen._execute_child = _execute_child if fresh else _start_warm  # type: ignore[attr-defined]
     try:
         yield
     finally:
