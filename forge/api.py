@@ -3,15 +3,16 @@
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from forge.attempt.control import control_of, next_control, nothing_left
+from forge.attempt.control import ControlCheck, control_of, next_control, nothing_left, run_of, wants_control
 from forge.attempt.request import Request
-from forge.cluster.processes import world_size
 from forge.cluster.signals import STOP_SIGNALS, StopRequest
 from forge.config.explain import inline
 from forge.config.loader import load_config as load_file
@@ -101,7 +102,7 @@ def resume(
     take_over: bool = False,
     output_root: str | Path = "outputs",
 ) -> Run:
-    """Resume a run to its end; a complete one is returned as it is.
+    """Resume a run to its end, and its control; a run with nothing left to do is returned as it is.
 
     Args:
         run: A run directory, or the name of a run if only one under output_root has it.
@@ -144,29 +145,50 @@ def _lines(settings: Settings) -> list[str]:
 
 
 def _to_the_end(request: Request) -> Run:
-    if world_size() > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("forge.train and forge.resume train with one rank; for several use `forge launch`")
+    if wants_control(request.config):
+        request = replace(request, before_training=ControlCheck(request.config, tuple(request.allowed_changes)))
     with _stops() as stop:
         run = request.resumed
         if run is None or not TrainingState.load(run.state_file).pipeline_complete:
             run = _pipeline(request, stop).run
-        if not nothing_left(run):
-            twin = next_control(run, request)
-            control = _pipeline(twin, stop).run if twin is not None else control_of(run)
-            from forge.attempt.outcome import record_control
+        from forge.attempt.outcome import record_control
 
-            record_control(run, control)
+        if (controlled := run_of(run)) is not None:  # this was a control, resumed by its own name
+            record_control(controlled, run)
+        elif not nothing_left(run):
+            twin = next_control(run, request)
+            record_control(run, _pipeline(twin, stop).run if twin is not None else control_of(run))
     return load_run(run.path)
 
 
 @contextmanager
 def _stops() -> Iterator[StopRequest]:
-    """Stop signals ask the run to stop while it trains; afterwards they do what they did before."""
+    """Stop signals ask the run to stop while it trains; afterwards they do what they did before.
+
+    A second Ctrl-C raises KeyboardInterrupt, and does not end the process as it does on the command line. In another
+    thread than the main one, no signal is heard.
+    """
     from forge.ranks.world import leave_ranks
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        try:
+            yield stop
+        finally:
+            leave_ranks()
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     stop.listen()
+    ask = signal.getsignal(signal.SIGINT)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        if stop.reason is not None or not callable(ask):
+            raise KeyboardInterrupt
+        ask(number, frame)
+
+    signal.signal(signal.SIGINT, interrupted)
     try:
         yield stop
     finally:

@@ -34,9 +34,9 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
     with Attempt.prepare(request, ranks) as attempt:  # resumed: locked, at a checkpoint; new: nothing on disk yet
         components = load_components(attempt.loaded, ranks, request.command)  # everything that bad input can break
         attempt.check(components)  # the same rows and weights as before, or the change is allowed
-        attempt.open(log)  # directory, metadata, state, output.log, callbacks
+        attempt.open(log)  # directory, metadata, state, output.log
 
-        with attempt.outcome_recorded(), closing(build_trainer(components, attempt)) as trainer:
+        with attempt.outcome_recorded(log), closing(build_trainer(components, attempt)) as trainer:
             trainer.restore(attempt.checkpoint)
             for stage in attempt.remaining_stages():
                 attempt.enter(stage)  # stops here, with a checkpoint, if any rank was asked to

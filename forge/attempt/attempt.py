@@ -15,8 +15,9 @@ from forge.attempt.best import BestMetric
 from forge.attempt.callbacks.build import build_callbacks
 from forge.attempt.callbacks.callback import Callback, Callbacks, Metrics, Samples
 from forge.attempt.components import Components
+from forge.attempt.control import remove_half_made
 from forge.attempt.opening import AttemptFacts, open_run
-from forge.attempt.outcome import Result, publish_result, record_outcome
+from forge.attempt.outcome import Result, last_evaluation, publish_result, record_outcome
 from forge.attempt.request import Request
 from forge.attempt.resume import ResumePoint, check_base, check_rows, check_teacher, prepare_resume
 from forge.checkpoint.commit import Checkpoints, RunFacts, Saved
@@ -26,7 +27,7 @@ from forge.config.schema import Config
 from forge.data.progress import hide_progress_bars
 from forge.errors import Stopped, TrainingError
 from forge.model.source import with_run_paths
-from forge.ranks.agreement import on_rank_0
+from forge.ranks.agreement import on_every_rank
 from forge.ranks.world import Ranks
 from forge.run.directory import RunDirectory, check_run_name, check_writable
 from forge.run.files import sync_file, unguarded
@@ -61,14 +62,14 @@ class Attempt:
     run: RunDirectory
     state: TrainingState
     components: Components
-    callbacks: Callback
     best: BestMetric
-    checkpoints: Checkpoints
 
     def __init__(self, request: Request, ranks: Ranks):
         self.request, self.ranks, self.loaded = request, ranks, request.loaded
-        self.lock = RunLock(request.resumed) if request.resumed is not None else None
+        self._lock = RunLock(request.resumed) if request.resumed is not None else None
         self.point = ResumePoint()
+        self.callbacks: Callback = Callbacks([])
+        self._checkpoints: Checkpoints | None = None
         self._loop: Saveable | None = None
 
     @classmethod
@@ -86,12 +87,24 @@ class Attempt:
             attempt.point = ranks.on_rank_0(attempt._resume_point)
             yield attempt
         finally:
-            if attempt.lock is not None:
-                attempt.lock.release()
+            if attempt._lock is not None:
+                attempt._lock.release()
 
     @property
     def config(self) -> Config:
         return self.loaded.config
+
+    @property
+    def lock(self) -> RunLock:
+        """The run's lock, which a new run has once it is open."""
+        assert self._lock is not None
+        return self._lock
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints, once a trainer is attached."""
+        assert self._checkpoints is not None
+        return self._checkpoints
 
     @property
     def checkpoint(self) -> Path | None:
@@ -113,9 +126,9 @@ class Attempt:
     def open(self, log: RunLog) -> None:
         """Create the run, or reopen it: directory, config, metadata, state, registry entry, output.log, callbacks."""
         self.run, self.state = self.ranks.on_rank_0(self._opened)
-        if self.lock is None:
-            self.lock = RunLock(self.run)
-            self.ranks.on_rank_0(self.lock.take)
+        if self._lock is None:
+            self._lock = RunLock(self.run)
+            self.ranks.on_rank_0(self._lock.take)
         log.open(self.run.log_file)
         hide_progress_bars()
         if self.ranks.is_main:
@@ -123,17 +136,20 @@ class Attempt:
                 logger.warning(notice)
         what = "new" if self.request.resumed is None else f"attempt {self.state.attempts}"
         logger.info("run %s (%s)", self.run.path, what)
-        own = build_callbacks(self.config, self.run, self.state, log, self.components.task.headline)
-        self.callbacks = Callbacks(own if self.ranks.is_main else [])
 
     @contextmanager
-    def outcome_recorded(self) -> Iterator[None]:
-        """However the attempt ends, the run's state says how; an outdated attempt leaves that to the later one."""
-        assert self.lock is not None
+    def outcome_recorded(self, log: RunLog) -> Iterator[None]:
+        """However the attempt ends, the run's state says how; an outdated attempt leaves that to the later one.
+
+        The callbacks live as long, and no half-written checkpoint outlives it.
+        """
         try:
             with record_outcome(self.run, self.state, self.ranks, self.lock):
+                self.callbacks = Callbacks(on_every_rank(lambda: self._own_callbacks(log)))
                 yield
         finally:
+            if self._checkpoints is not None:
+                self._checkpoints.abandon()
             self.callbacks.finished(self.state)
 
     # Stages
@@ -152,7 +168,6 @@ class Attempt:
 
     def complete(self) -> Result:
         """Write the model card, leave the registry, upload what the config says; return where it is and its numbers."""
-        assert self.lock is not None
         self.callbacks.completing(self.state)
         check = self.lock.check
         return self.ranks.on_rank_0(
@@ -163,7 +178,6 @@ class Attempt:
 
     def attach(self, training: Training, loop: Saveable) -> None:
         """Take charge of the checkpoints of a trainer's weights, optimizer and random numbers."""
-        assert self.lock is not None
         self._loop = loop
         accelerator = self.ranks.accelerator
         facts = RunFacts(
@@ -174,7 +188,10 @@ class Attempt:
             data_fingerprint=self.components.task.fingerprint,
             **code_facts(),
         )
-        self.checkpoints = Checkpoints(self.run, self.lock, training, self.config.checkpoint, facts, self._saved)
+        self._checkpoints = Checkpoints(self.run, self.lock, training, self.config.checkpoint, facts, self._saved)
+        if self.request.before_training is not None:
+            before_training = self.request.before_training
+            self.ranks.on_rank_0(lambda: before_training(self.run, self.state.total_steps))
 
     def stepped(self) -> None:
         """A step was taken. Does not wait for the device."""
@@ -261,12 +278,15 @@ class Attempt:
 
     def write(self, work: Callable[[], None]) -> None:
         """Run work on rank 0 if no later attempt has taken the run over; a full disk there ends all ranks."""
-        on_rank_0(self.ranks.accelerator, lambda: self._guarded(work))
+        self.ranks.on_rank_0(lambda: self._guarded(work))
+
+    def needs_teacher_metrics(self) -> bool:
+        """True if the run has no metrics of its teacher yet, or continues with another teacher."""
+        return self.point.other_teacher or not self.ranks.on_rank_0(lambda: bool(last_evaluation(self.run, "teacher")))
 
     # On rank 0
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        assert self.lock is not None
         self.lock.check()
         try:
             work()
@@ -277,12 +297,20 @@ class Attempt:
                 f"is {newest}. Free some space there, then resume"
             ) from error
 
+    def _own_callbacks(self, log: RunLog) -> list[Callback]:
+        """The callbacks of this rank: only rank 0 has any."""
+        if not self.ranks.is_main:
+            return []
+        return build_callbacks(self.config, self.run, self.state, log, self.components.task.headline)
+
     def _resume_point(self) -> ResumePoint:
         """Refuse a run that cannot be written, or not under its name, before the work and not after it."""
         output_root = Path(self.config.output_root)
         check_writable(output_root)
-        if self.lock is None or self.request.resumed is None:
+        if self.request.resumed is None:
             if self.request.run_name is not None:
+                if self.request.place is not None:
+                    remove_half_made(RunDirectory(output_root / self._place / self.request.run_name))
                 check_run_name(output_root, self._place, self.request.run_name)
             return ResumePoint()
         return prepare_resume(
@@ -303,7 +331,7 @@ class Attempt:
         return check_rows(point, components.task.fingerprint, components.task.description, allowed)
 
     def _opened(self) -> tuple[RunDirectory, TrainingState]:
-        guard = unguarded if self.lock is None else self.lock.check
+        guard = unguarded if self._lock is None else self._lock.check
         return open_run(
             self.loaded,
             self.request.run_name,
@@ -320,7 +348,6 @@ class Attempt:
         return self.request.place if self.request.place is not None else config_name(self.loaded.file)
 
     def _record_stage(self) -> None:
-        assert self.lock is not None
         sync_file(self.run.metrics_file)  # what a finished stage has written is not written again
         self.state.save(self.run.state_file, self.lock.check)
         update(Path(self.config.output_root), self.state.run_id, self.state.stage)
@@ -331,6 +358,6 @@ class Attempt:
 
 def _with_run_paths(request: Request) -> Request:
     """The request with the runs that a new config names as paths; rank 0's view of the disk counts for all ranks."""
-    if request.resumed is not None:  # its config has paths already: a name in it is the hub's
-        return request
+    if request.resumed is not None or request.place is not None:  # of a run or its control, whose config has paths
+        return request  # already: a name in it is the hub's, even if there is a run of that name now
     return replace(request, loaded=replace(request.loaded, config=with_run_paths(request.config)))

@@ -96,7 +96,7 @@ def cache_command(file: Path, command: Sequence[str]) -> str:
     parser.add_argument("--debug", action="store_true")
     valued = ("output_root", "max_steps", "epochs")
     for name in valued:
-        parser.add_argument(f"--{name}")
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     given, _ = parser.parse_known_args(list(command))
     options = option_words(**{name: getattr(given, name) for name in ("debug", *valued, "set")})
     return shlex.join(["forge", "cache-teacher", str(file), *options])

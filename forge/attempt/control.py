@@ -46,8 +46,7 @@ def next_control(run: RunDirectory, request: Request) -> Request | None:
     config = load_config(run.config_file).config
     state, metadata, control = TrainingState.load(run.state_file), read_metadata(run), control_of(run)
     twin = control_config(config, state.total_steps)
-    allowed = list(request.allowed_changes)
-    known = check_control(control, twin, steps=state.total_steps, facts=metadata, allowed=allowed)
+    known = check_control(control, twin, steps=state.total_steps, facts=metadata, allowed=request.allowed_changes)
     if known is not None and known.complete:
         return None
     root, place = place_of(run, config)
@@ -69,20 +68,37 @@ def check_free_for_control(run: RunDirectory, config: Config, allowed: Sequence[
         check_control(control_of(run), control_config(config, 1), allowed=allowed)
 
 
+@dataclass(frozen=True)
+class ControlCheck:
+    """Refuses, before the first step, a control that an earlier attempt left and that is not this run's twin."""
+
+    config: Config
+    allowed: tuple[str, ...] = ()
+
+    def __call__(self, run: RunDirectory, steps: int) -> None:
+        """run: open, with its metadata; steps: of the whole run. Raises UsageError."""
+        wanted = control_config(self.config, steps)
+        check_control(control_of(run), wanted, steps=steps, facts=read_metadata(run), allowed=self.allowed)
+
+
 def run_of(control: RunDirectory) -> RunDirectory | None:
-    """The complete run that a complete control belongs to, if it is next to it; None for any other run."""
+    """The complete run that a complete control belongs to and that has not its metrics yet; None for any other run."""
     if not control.name.endswith(SUFFIX):
         return None
     run = RunDirectory(control.path.with_name(control.name.removesuffix(SUFFIX)))
     if not run.state_file.is_file() or not TrainingState.load(run.state_file).pipeline_complete:
         return None
-    return run if read_metadata(control).control_of == named(run) else None
+    if read_metadata(control).control_of != named(run) or read_metadata(run).control is not None:
+        return None
+    return run
 
 
 def nothing_left(run: RunDirectory) -> bool:
     """True if the run is complete, and so is its control if it wants one, and the run has its metrics."""
     if not TrainingState.load(run.state_file).pipeline_complete:
         return False
+    if b"control: sft" not in run.config_file.read_bytes():  # loading a config takes milliseconds, for each of all runs
+        return True
     return not wants_control(load_config(run.config_file).config) or read_metadata(run).control is not None
 
 

@@ -30,7 +30,6 @@ PROOF_ROWS = 4  # rows whose logits are compared between the trained model and t
 def export(attempt: Attempt, weights: TrainedWeights, training: Training) -> None:
     """Publish the folder final/, on rank 0. Raises TrainingError if it cannot be written."""
     settings, model, task = attempt.config.export, weights.model, attempt.components.task
-    assert attempt.lock is not None
     run, check = attempt.run, attempt.lock.check
     state = _whole_state(training, weights.export_dtype(settings))
     proof: MergeProof | None = None

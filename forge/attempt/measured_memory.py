@@ -64,7 +64,6 @@ def measured_memory(attempt: Attempt, model: PreTrainedModel, training: Training
             measured_gib_by_rank=measured,
             predicted_parts=None if predicted is None else predicted.as_gib(),
         )
-        assert attempt.lock is not None
         amend_metadata(attempt.run, attempt.lock.check, memory=facts)
         known = "not predicted" if predicted is None else f"{_gib(predicted.total):.2f} GiB predicted"
         logger.info("memory: %.2f GiB measured at most, %s", max(measured), known)
@@ -90,7 +89,7 @@ def predict_memory(
     try:
         job = running_job(config, student, teacher, form=form, rows=micro_batch, longest=longest)
         uncounted = job.uncounted
-    except UsageError as error:
+    except (UsageError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         uncounted = str(error)
     if uncounted:
         logger.warning("the memory of %s cannot be predicted (%s)", type(student).__name__, uncounted)

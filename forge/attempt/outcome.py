@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.attempt.control import wants_control
 from forge.config.loader import load_config
 from forge.config.schema import Config
 from forge.errors import LostRank, Stopped, Superseded
@@ -19,7 +20,7 @@ from forge.run.directory import RunDirectory
 from forge.run.files import Guard, unguarded, write_atomically
 from forge.run.hints import resume_command
 from forge.run.lock import RunLock
-from forge.run.metadata import amend_metadata, named, read_metadata
+from forge.run.metadata import RunMetadata, amend_metadata, named, read_metadata
 from forge.run.metrics import read_metrics
 from forge.run.registry import unregister
 from forge.run.state import Stage, TrainingState
@@ -85,28 +86,32 @@ def record_outcome(run: RunDirectory, state: TrainingState, ranks: Ranks, lock: 
 def publish_result(
     run: RunDirectory, state: TrainingState, config: Config, headline: Sequence[str], check: Guard
 ) -> Result:
-    """Write the model card, mark the run complete and upload it; on rank 0."""
+    """Write the model card, mark the run complete and upload it; on rank 0.
+
+    A run that has a control to come is uploaded with its metrics, by record_control.
+    """
     result = result_of(run, config, headline)
-    write_card(result, config, state.step, check)
+    write_card(result, read_metadata(run), config, state.step, check)
     state.stage, state.pipeline_complete = Stage.COMPLETE, True
     state.save(run.state_file, check)
     unregister(Path(config.output_root), state.run_id)
-    if config.export.push_to_hub is not None:
+    if config.export.push_to_hub is not None and not wants_control(config):
         push_to_hub(run.final, config.export.push_to_hub)
     return result
 
 
 def record_control(run: RunDirectory, control: RunDirectory) -> Result:
-    """Note a complete control in the metadata and the model card of its run; return the run's result with it.
+    """Write a complete control into the model card and the metadata of its run; return the run's result with it.
 
-    Nobody else writes into a complete run, so there is no lock to take.
+    The metadata come last: a run without `control` in them has this still to be done.
     """
     config, state = load_config(run.config_file).config, TrainingState.load(run.state_file)
-    metadata = amend_metadata(run, control=named(control))
+    metadata = read_metadata(run).model_copy(update={"control": named(control)})
     result = result_of(run, config, metadata.task.headline, control)
-    write_card(result, config, state.step)
+    write_card(result, metadata, config, state.step)
     if config.export.push_to_hub is not None:
         push_to_hub(run.final, config.export.push_to_hub)
+    amend_metadata(run, control=named(control))
     return result
 
 
@@ -119,11 +124,11 @@ def result_of(
     return Result(run, before, after, tuple(headline), compared)
 
 
-def write_card(result: Result, config: Config, steps: int, check: Guard = unguarded) -> None:
-    """Write the model card, final/README.md, from the run's files."""
+def write_card(result: Result, metadata: RunMetadata, config: Config, steps: int, check: Guard = unguarded) -> None:
+    """Write the model card, final/README.md."""
     run, compared = result.run, result.evidence
     table = evidence_markdown(compared) if compared else None
-    card = model_card(read_metadata(run), steps, config, result.before, result.after, table)
+    card = model_card(metadata, steps, config, result.before, result.after, table)
     write_atomically(run.final / "README.md", card, check)
 
 

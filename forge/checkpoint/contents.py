@@ -224,7 +224,7 @@ def _restore_parts(training: Training, folder: Path) -> None:
     assert named is not None
     order = list(named.trained)
     # A rank that cannot read the files must not leave the others waiting.
-    with on_every_rank(training.accelerator, lambda: SavedTensors(folder, training.weights.file, order)) as saved:
+    with on_every_rank(lambda: SavedTensors(folder, training.weights.file, order)) as saved:
         if differing := sorted({*named.trained} ^ {*saved.weights}):
             raise UsageError(
                 f"{folder} was saved with other tensors than are trained now (the first is {differing[0]}); {SET_BACK}"
@@ -232,7 +232,7 @@ def _restore_parts(training: Training, folder: Path) -> None:
         if partitions is None:
             _load_whole(training, named, saved)
             return
-        on_every_rank(training.accelerator, lambda: load_parts(saved, named, partitions))
+        on_every_rank(lambda: load_parts(saved, named, partitions))
         partitions.publish()
         for name in [name for name in named.constant if name in saved.constant]:
             tensor = named.constant[name]

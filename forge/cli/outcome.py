@@ -4,8 +4,11 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from forge.cluster.launch import write_outcome
 from forge.cluster.processes import rank, world_size
@@ -24,46 +27,55 @@ from forge.run.hints import forge_command, train_command
 from forge.run.log import RunLog, start_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from forge.attempt.outcome import Result
 
-T = TypeVar("T")
+
+@dataclass
+class Outcome:
+    """The log of a command while it runs, and its exit code afterwards."""
+
+    log: RunLog
+    exit_code: int = EXIT_COMPLETE
+
+    @property
+    def complete(self) -> bool:
+        return self.exit_code == EXIT_COMPLETE
 
 
-def with_log(work: "Callable[[RunLog], T]") -> "tuple[int, T | None]":
-    """Run work with a log on the console, and report its errors there; return the exit code and what work gave."""
-    log = start_logging(rank())
+@contextmanager
+def logged() -> Iterator[Outcome]:
+    """Log to the console inside; an error ends the block there, is reported, and sets the exit code."""
+    outcome = Outcome(start_logging(rank()))
     logger = logging.getLogger("forge")
     try:
-        return EXIT_COMPLETE, work(log)
+        yield outcome
     except AlreadyComplete as error:
         logger.info("%s", error)
-        return error.exit_code, None
+        outcome.exit_code = error.exit_code
     except Stopped as stopped:
         if rank() == 0:
             logger.warning("%s", stopped)
-        return stopped.exit_code, None
+        outcome.exit_code = stopped.exit_code
     except ForgeError as error:
         if rank() == 0 or isinstance(error, LostRank | UnreadableRows):
             for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
                 logger.error(problem)
-        return error.exit_code, None
+        outcome.exit_code = error.exit_code
     except OSError as error:
         logger.error("stopped by the system: %s", error)
-        return EXIT_FAILED, None
+        outcome.exit_code = EXIT_FAILED
     except Exception as error:
+        outcome.exit_code = EXIT_FAILED
         if "forge.ranks.agreement" in sys.modules and sys.modules["forge.ranks.agreement"].lost_rank(error):
             logger.error(
                 "another rank has died before the first stage; its own messages, or the system's log, say why (here: "
                 "%s)",
                 str(error).splitlines()[0][:200],
             )
-            return EXIT_FAILED, None
-        logger.exception("forge failed; this is a bug in forge or in a library it calls; the traceback shows where")
-        return EXIT_FAILED, None
+        else:
+            logger.exception("forge failed; this is a bug in forge or in a library it calls; the traceback shows where")
     finally:
-        log.close()
+        outcome.log.close()
 
 
 def heard_signals() -> StopRequest:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from forge.attempt.control import nothing_left
 from forge.cli.console import PLAIN_WIDTH, print_table, table_console
 from forge.errors import EXIT_COMPLETE, UsageError
 from forge.run.directory import RunDirectory, find_run, find_runs
@@ -72,7 +73,7 @@ def incomplete_under(root: Path) -> list[tuple[RunDirectory, IncompleteRun]]:
         except UsageError:  # a broken state: only the registry knows that the run is not complete
             found += [(run, entry)] if entry is not None else []
             continue
-        if not state.pipeline_complete:
+        if not (state.pipeline_complete and nothing_left(run)):  # its control may be left
             known = IncompleteRun(
                 run_id=state.run_id,
                 path=run.path.absolute(),

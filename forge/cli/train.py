@@ -1,33 +1,35 @@
 """The commands that train: train, launch and cache-teacher."""
 
 import argparse
-import functools
 import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge.attempt.control import (
+    ControlCheck,
     check_free_for_control,
     control_of,
     next_control,
     nothing_left,
-    remove_half_made,
     run_of,
     wants_control,
 )
 from forge.attempt.request import Request
 from forge.cli.arguments import Overrides, training_arguments
-from forge.cli.outcome import announce, heard_signals, print_summary, with_log
+from forge.cli.outcome import announce, heard_signals, logged, print_summary
 from forge.cluster.processes import rank, world_size
 from forge.config.explain import config_name
 from forge.config.loader import LoadedConfig, load_config
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, ForgeError, Stopped, UsageError
 from forge.run.directory import RunDirectory, complete_message, find_run
 from forge.run.hints import resume_command
+from forge.run.lock import RunLock
 from forge.run.state import TrainingState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from forge.attempt.outcome import Result
     from forge.cluster.signals import StopRequest
     from forge.run.log import RunLog
@@ -39,18 +41,22 @@ def train(args: argparse.Namespace) -> int:
     """Train a run, and then its control, which is a second run; return the exit code, also to the parent process."""
     stop = heard_signals()
     announce(EXIT_FAILED)  # until the end says otherwise
-    code, done = with_log(functools.partial(_train, args, stop))
-    if done is not None:
-        run, request = done
-        if _control_is_left(run):
-            code, control = with_log(functools.partial(_train_control, run, request, stop))
-            if control is not None:
-                code, _ = with_log(functools.partial(_report_with_control, run, control))
-        elif rank() == 0 and (controlled := run_of(run)) is not None:
-            code, _ = with_log(functools.partial(_report_with_control, controlled, run))
-    if code == EXIT_COMPLETE and "forge.ranks.world" in sys.modules:
+    control: RunDirectory | None = None
+    left = False
+    with logged() as outcome:
+        run, request = _train(args, stop, outcome.log)
+        left = _control_is_left(run)
+        if (controlled := run_of(run)) is not None:  # this was a control, resumed by its own name
+            run, control = controlled, run
+    if outcome.complete and left:
+        with logged() as outcome:
+            control = _train_control(run, request, stop, outcome.log)
+    if outcome.complete and control is not None and rank() == 0:
+        with logged() as outcome:
+            _report_with_control(run, control, outcome.log)
+    if outcome.complete and "forge.ranks.world" in sys.modules:
         sys.modules["forge.ranks.world"].leave_ranks()
-    return announce(code)
+    return announce(outcome.exit_code)
 
 
 def launch(args: argparse.Namespace) -> int:
@@ -72,14 +78,18 @@ def launch(args: argparse.Namespace) -> int:
 def cache_teacher(args: argparse.Namespace) -> int:
     """Compute a teacher's outputs into its cache, and return the exit code."""
     stop = heard_signals()
-    code, _ = with_log(functools.partial(_cache_teacher, args, stop))
-    return announce(code)
+    with logged() as outcome:
+        _cache_teacher(args, stop, outcome.log)
+    return announce(outcome.exit_code)
 
 
 def _train(args: argparse.Namespace, stop: "StopRequest", log: "RunLog") -> tuple[RunDirectory, Request]:
     """Train to the end; the run, complete now or before, and what was asked."""
     loaded, resumed = _checked(args)
-    request = Request(loaded, sys.orig_argv, args.run_name, resumed, args.allow_change, args.take_over)
+    check = ControlCheck(loaded.config, tuple(args.allow_change)) if wants_control(loaded.config) else None
+    request = Request(
+        *(loaded, sys.orig_argv, args.run_name, resumed, args.allow_change, args.take_over), before_training=check
+    )
     if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
         ignored = " (what else the command line asks for was not done)" if Overrides.of(args).change_training else ""
         logger.info("%s%s", complete_message(resumed), ignored)
@@ -87,24 +97,32 @@ def _train(args: argparse.Namespace, stop: "StopRequest", log: "RunLog") -> tupl
     if resumed is not None or args.run_name is not None:  # a run named by the time has a control with a new name
         place = Path(loaded.config.output_root) / config_name(loaded.file) / (args.run_name or "")
         check_free_for_control(resumed or RunDirectory(place), loaded.config, args.allow_change)
-    result = _run(request, stop, log)
+    result = _imported_page(stop, log)(request, log, stop)
     if rank() == 0 and not wants_control(loaded.config):
         print_summary(result)
     return result.run, request
 
 
 def _train_control(run: RunDirectory, request: Request, stop: "StopRequest", log: "RunLog") -> RunDirectory:
-    """Train the control of a complete run to its end."""
-    twin = next_control(run, request)
-    control = control_of(run)
-    if twin is None:
-        logger.info("the control run %s is complete already", control.path)
-        return control
-    if rank() == 0:
-        remove_half_made(control)
-    logger.info("control run %s: the same without the teacher, %s steps", control.path, twin.config.training.max_steps)
+    """Train the control of a complete run, under the run's lock, so that no other process does the same."""
+    run_pipeline = _imported_page(stop, log)
+    from forge.ranks.agreement import on_every_rank
+
+    control, lock = control_of(run), RunLock(run)
+
+    def locked() -> Request | None:
+        if rank() == 0:
+            lock.take(take_over=request.take_over)
+        return next_control(run, request)
+
     try:
-        _run(twin, stop, log)
+        twin = on_every_rank(locked)
+        if twin is None:
+            logger.info("the control run %s is complete already", control.path)
+            return control
+        steps = twin.config.training.max_steps
+        logger.info("control run %s: the same without the teacher, %s steps", control.path, steps)
+        run_pipeline(twin, log, stop)
     except Stopped as stopped:
         if control.state_file.is_file():  # it says itself how to resume it
             raise
@@ -113,13 +131,13 @@ def _train_control(run: RunDirectory, request: Request, stop: "StopRequest", log
     except ForgeError:
         logger.warning("the run %s is complete; what follows is about its control", run.path)
         raise
+    finally:
+        lock.release()
     return control
 
 
 def _report_with_control(run: RunDirectory, control: RunDirectory, log: "RunLog") -> None:
     """Note a complete control in its run, and print the run's table with it."""
-    if rank() != 0:
-        return
     from forge.attempt.outcome import record_control
 
     log.open(run.log_file)
@@ -131,16 +149,17 @@ def _control_is_left(run: RunDirectory) -> bool:
     return wants_control(load_config(run.config_file).config) and not nothing_left(run)
 
 
-def _run(request: Request, stop: "StopRequest", log: "RunLog") -> "Result":
-    """The page, imported first: some seconds in which a signal is heard at once."""
-    stop.breaks(_import_pipeline)
+def _imported_page(stop: "StopRequest", log: "RunLog") -> "Callable[[Request, RunLog, StopRequest], Result]":
+    """The page, whose import takes some seconds, in which a signal is heard at once."""
+    if "forge.pipeline" not in sys.modules:  # else the ranks are joined, and no rank may leave alone
+        stop.breaks(_import_pipeline)
     from forge.data.progress import hide_progress_bars
     from forge.pipeline import run_pipeline
 
     log.adopt_library_loggers()
     if rank() > 0 or not log.console.is_terminal:
         hide_progress_bars()
-    return run_pipeline(request, log, stop)
+    return run_pipeline
 
 
 def _cache_teacher(args: argparse.Namespace, stop: "StopRequest", log: "RunLog") -> None:

@@ -36,7 +36,7 @@ def rank_0_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
-def on_every_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def on_every_rank(work: Callable[[], T]) -> T:
     """Run work on all ranks at once; an error on any rank is raised on all. The work must contain no collective."""
     result, error = _attempt(work)
     _raise_agreed(error)

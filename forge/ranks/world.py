@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import release_memory
 
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.schema import Config
-from forge.ranks.agreement import on_every_rank, on_rank_0, rank_0_first
+from forge.ranks.agreement import agreement_group, on_every_rank, on_rank_0, rank_0_first
 from forge.ranks.deepspeed import accelerator_of
 from forge.ranks.stop_vote import StopVote
 
@@ -44,7 +43,7 @@ class Ranks:
 
     def on_every_rank(self, work: Callable[[], T]) -> T:
         """Run work, which a signal may interrupt, on all ranks at once; an error on any of them is raised on all."""
-        return on_every_rank(self.accelerator, lambda: self.stop.breaks(work))
+        return on_every_rank(lambda: self.stop.breaks(work))
 
     def stop_early_if_asked(self) -> None:
         """Raise Stopped on all ranks if any was asked to stop; nothing has been written yet."""
@@ -69,4 +68,4 @@ def leave_ranks() -> None:
         PartialState().destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        torch.use_deterministic_algorithms(False)
+        agreement_group.cache_clear()

@@ -29,6 +29,11 @@ class Stage(StrEnum):
     FINAL_EVALUATION = "final_evaluation"
     COMPLETE = "complete"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        """Read the stage in which forge once trained a control inside its run, when all else was done, as complete."""
+        return cls.COMPLETE if value == "control" else None
+
     @property
     def order(self) -> int:
         return list(Stage).index(self)
@@ -80,12 +85,6 @@ class TrainingState(Record):
     error: str | None = None  # why the last attempt failed, if it did
     created_at: str = Field(default_factory=now)
     updated_at: str = Field(default_factory=now)
-
-    @field_validator("stage", mode="before")
-    @classmethod
-    def _current_stage(cls, stage: object) -> object:
-        """Read a control run that forge 0.1.0 trained inside its run, after all else was done, as complete."""
-        return Stage.COMPLETE if stage == "control" else stage
 
     def reached(self, stage: Stage) -> bool:
         """True if the run is in this stage or a later one."""

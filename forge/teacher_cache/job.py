@@ -252,7 +252,7 @@ def _fill(
     try:
         for first in range(0, len(missing), ranks.count):
             mine = missing[first : first + ranks.count][rank : rank + 1]
-            labels += on_every_rank(accelerator, lambda: sum(write(shard) for shard in mine))  # noqa: B023
+            labels += on_every_rank(lambda: sum(write(shard) for shard in mine))  # noqa: B023
             if vote.now():
                 raise stopped_early(vote.reason())
             if time.monotonic() - reported > REPORT_EVERY_S:

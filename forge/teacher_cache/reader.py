@@ -193,7 +193,7 @@ def find_teacher_cache(
     source, origin, key = wanted_cache(config, task, student, accelerator)
     folder = on_rank_0(accelerator, lambda: _folder(config, key, command))
     hashes = accelerator.is_main_process  # the other ranks check the sizes only
-    manifest = on_every_rank(accelerator, lambda: _checked(folder, key, command, every_byte=hashes))
+    manifest = on_every_rank(lambda: _checked(folder, key, command, every_byte=hashes))
     label_ids = align(task.label_names, manifest.labels, "teacher") if task.label_names else []
     check_loss(config, manifest.temperature is not None)
     logger.info("teacher: %s, from the cache %s", source.name, folder)

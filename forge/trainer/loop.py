@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from forge.attempt.attempt import Attempt
 from forge.attempt.components import Components
-from forge.attempt.outcome import last_evaluation
 from forge.checkpoint.contents import Training, restore
 from forge.checkpoint.shards import Named
 from forge.cluster.signals import in_loader_worker
@@ -27,7 +26,7 @@ from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
 from forge.model.weights import trained_weights
 from forge.ranks.accelerator import rank_seed
-from forge.ranks.agreement import on_every_rank, on_rank_0
+from forge.ranks.agreement import on_every_rank
 from forge.ranks.deepspeed import clip_grad_norm, device_to_build_on, plans_of, prepare, weights_to_round
 from forge.ranks.partitions import Partitions
 from forge.run.state import Stage
@@ -68,7 +67,7 @@ class LoopTrainer:
 
     def restore(self, checkpoint: Path | None) -> None:
         """Continue from a verified checkpoint; None: start from the beginning."""
-        on_every_rank(self.accelerator, lambda: self._restore(checkpoint))
+        on_every_rank(lambda: self._restore(checkpoint))
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint.name)
             self.attempt.prune()
@@ -83,8 +82,7 @@ class LoopTrainer:
         teacher, config = self.teacher, self.config
         if teacher is None or not evaluates_teacher(config):
             return
-        known = on_rank_0(self.accelerator, lambda: bool(last_evaluation(self.attempt.run, "teacher")))
-        if known and not self.attempt.point.other_teacher:
+        if not self.attempt.needs_teacher_metrics():
             return
         if config.distillation.aligns_tokens:
             logger.info("the teacher reads other tokens than the student: its own metrics are not evaluated")
@@ -129,8 +127,9 @@ class LoopTrainer:
         self.student.train()
         attempt.training_started()
         # The attempt before may have been stopped within the evaluation that was due at the checkpoint's step.
-        if state.step > state.evaluated_step and self._evaluation_is_due() and self._evaluate_in_training():
-            attempt.save()
+        with self.meter.paused():
+            if state.step > state.evaluated_step and self._evaluation_is_due() and self._evaluate_in_training():
+                attempt.save()
         while state.step < self.total_steps:
             rate = learning_rate(state.step, self.total_steps, config.training)
             with preparing(f"step {state.step + 1} of {self.total_steps}"):
@@ -142,7 +141,8 @@ class LoopTrainer:
                 self._report(rate)
             save = self._is_due(config.checkpoint.every_steps, at_end=True)
             if self._evaluation_is_due():
-                save = self._evaluate_in_training() or save
+                with self.meter.paused():
+                    save = self._evaluate_in_training() or save
             attempt.boundary(save=save)
         self.batches.close()
         attempt.training_ended()
@@ -150,10 +150,12 @@ class LoopTrainer:
     def close(self) -> None:
         """However training ended, leave no process, no thread, no half-written checkpoint and no model behind."""
         self.batches.close()
-        self.attempt.checkpoints.abandon()
         if self.teacher is not None:
             self.teacher.close()
-        self.accelerator.free_memory()
+        try:
+            self.accelerator.free_memory()
+        except RuntimeError as error:  # of a device that has failed: what it failed at is reported, and not this
+            logger.warning("the device's memory could not be freed (%s)", str(error).splitlines()[0][:200])
 
     def train_step(self, micro_batches: list[Batch], rate: float) -> None:
         """Take one optimizer step at the given rate.
@@ -338,9 +340,8 @@ class LoopTrainer:
 
     def _evaluate_in_training(self) -> bool:
         """Evaluate; True if a checkpoint of this step is to be kept as the best so far."""
-        with self.meter.paused():
-            self.settle()  # nothing that is not finite is evaluated
-            return self.attempt.is_new_best(self.evaluate("training"))
+        self.settle()  # nothing that is not finite is evaluated
+        return self.attempt.is_new_best(self.evaluate("training"))
 
     def _teacher_outputs_in_training(self, batch: Batch) -> TeacherOutputs | None:
         distillation = self.config.distillation
