@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from forge.attempt.control import ControlCheck, control_of, next_control, nothing_left, run_of, wants_control
 from forge.attempt.request import Request
+from forge.cluster.processes import world_size
 from forge.cluster.signals import STOP_SIGNALS, StopRequest
 from forge.config.explain import inline
 from forge.config.loader import load_config as load_file
@@ -145,7 +146,7 @@ def _lines(settings: Settings) -> list[str]:
 
 
 def _to_the_end(request: Request) -> Run:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UsageError("forge.train and forge.resume train with one rank; for several use `forge launch`")
     if wants_control(request.config):
         request = replace(request, before_training=ControlCheck(request.config, tuple(request.allowed_changes)))

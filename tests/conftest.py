@@ -245,8 +245,8 @@ def trainer_of(config: Any, folder: Path, mutate: Callable[[object], None] | Non
     attempt.check(components)
     attempt.run = create_run_directory(folder / "trainer_runs", Path("tiny"), None)
     attempt.state = TrainingState(run_id=new_run_id())
-    attempt.lock = RunLock(attempt.run)
-    attempt.lock.take()
+    attempt._lock = RunLock(attempt.run)
+    attempt._lock.take()
     attempt.callbacks = Recorder()
     return build_trainer(components, attempt)
 
