@@ -149,8 +149,8 @@ def test_the_teachers_numbers_are_its_own_and_computed_once(outputs: tuple[Path,
     own = evaluation(runs / "kd", "teacher")  # tests/test_teacher_metrics.py has them from the model itself
     assert own["matched/ce"] != evaluation(runs / "kd", "baseline")["matched/ce"]
     assert evaluation(runs / "kd-sft", "teacher") == own
-    assert "the teacher's numbers are those of" not in (runs / "kd" / "output.log").read_text()
-    reused = f"the teacher's numbers are those of {runs / 'kd'} ("
+    assert " stored at 20" not in (runs / "kd" / "output.log").read_text()
+    reused = f"{runs / 'kd'} stored at 20"
     assert reused in (runs / "kd-sft" / "output.log").read_text()
     assert len(list((runs.parent / ".teachers").iterdir())) == 1
 
@@ -373,7 +373,7 @@ def test_a_control_that_is_resumed_by_its_own_name_gives_its_run_its_metrics(
     assert done.returncode == 0, done.stderr
     assert read_json(runs / "named" / "run_metadata.json")["control"]["name"] == "named-sft"
     assert "gap closed" in done.stdout
-    assert done.stdout == (runs / "named" / "output.log").read_text()[-len(done.stdout) :]
+    assert (runs / "named" / "output.log").read_text().endswith(done.stdout[done.stdout.rindex("gap closed") :])
 
 
 @pytest.mark.multiprocess
