@@ -1,8 +1,9 @@
-# make demo        sets everything up, trains a teacher, distils it and compares, on this machine's CPU
-# make test        sets everything up and runs all tests (10 minutes on two idle cores); prints the slowest 20
-# make test-quick  without the slow tests and those on two ranks (2 minutes), for every day
+# make demo        sets everything up, trains a teacher, distils it and compares, on the CPU (3 minutes on two cores)
+# make test        sets everything up and runs all tests (10 minutes on two idle cores); prints the 20 slowest
+# make test-quick  the same without slow tests and those on two ranks (2 minutes), for every day
 # make faults      injects faults into running trainings and reports which survive (half an hour on two cores)
-# make lint        style and types
+# make lint        checks style and types
+# make setup       only creates .venv, with the pinned versions of constraints.txt
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ FAULTS ?=
 .PHONY: demo test test-quick faults lint setup clean
 .DELETE_ON_ERROR:
 
-# A second time the teacher is there already, and its run says so.
+# If the teacher is complete already, its resume only says so.
 TEACHER := outputs/quickstart/sft/nli-teacher
 demo: $(INSTALLED)
 	@if [ -e $(TEACHER)/training_state.json ]; \
@@ -41,7 +42,7 @@ lint: $(INSTALLED)
 
 setup: $(INSTALLED)
 
-# Debian splits venv from python3; root on a bare machine gets it, anybody else is told by venv itself.
+# Debian packages venv separately from python3: root installs it here, and anybody else gets venv's own message.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "forge needs Python 3.11 or newer; set PYTHON=…")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || [ "$$(id -u)" != 0 ] || \

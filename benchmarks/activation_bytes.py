@@ -1,9 +1,9 @@
-"""Compares what backward needs of a forward as `forge plan` counts it with the tensors that torch saves on this CPU.
+"""Compares the activations that `forge plan` counts for backward with the tensors that torch saves on this CPU.
 
     python benchmarks/activation_bytes.py X.yaml [--rows B] [--tokens T] [--set KEY=VALUE …]
 
-Each model is that of a config, takes random ids in rows of which one is padded, and is shown in three forms: float32,
-autocast to bf16, and bf16 weights. Shared storages count once; weights and autocast's copies of them are left out.
+The model of each config gets rows of random ids, one of them padded, and is measured in three forms: float32, autocast
+to bf16, and bf16 weights. A shared storage counts once; weights and autocast's copies of them are left out.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def padded_batch(config: Config, model: Any, rows: int, tokens: int | None) -> dict[str, Any]:
-    """Return what the task gives to the model, with padding in the first row and images of noise."""
+    """Return a batch of the task's inputs, with padding in the first row and noise as images."""
     task = task_class(config)
     batch = model_inputs(task.planned_batch(config, config.model, model.config, rows, tokens))
     for name, tensor in batch.items():
@@ -68,7 +68,7 @@ def padded_batch(config: Config, model: Any, rows: int, tokens: int | None) -> d
 
 
 def saved_bytes(model: Any, form: Form, batch: dict[str, Tensor]) -> int:
-    """Return the bytes of all storages that a forward below the head saves for backward, takes and gives."""
+    """Return the bytes of all storages that a forward without the head takes, saves for backward and returns."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
         for name, part in list(module.named_children()):
@@ -81,7 +81,7 @@ def saved_bytes(model: Any, form: Form, batch: dict[str, Tensor]) -> int:
     model = model.bfloat16() if form.weights == 2 else model
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     shapes = {shape for p in model.parameters() if p.dim() > 1 for shape in (p.shape, p.mT.shape)}
-    held: dict[int, Tensor] = {}  # the tensors too, so that no other storage gets their place
+    held: dict[int, Tensor] = {}  # holds the tensors too, so that no other storage gets the same address
 
     def hold(tensor: Tensor) -> Tensor:
         copy = form.autocast and tensor.dtype == torch.bfloat16 and tensor.shape in shapes

@@ -1,10 +1,10 @@
-"""How long training waits for a save: synchronous and asynchronous, beside torch.save of the same states.
+"""Measures how long training waits for a save, synchronous and asynchronous, compared with torch.save.
 
     python benchmarks/checkpoint_save.py [--hidden 1024 --layers 24] [--folder DIR] [--repeats 5]
 
-Prints one row per way with the median of the seconds that training waited, the seconds to the commit, and the ratio
-of the waiting to that of torch.save. The model is a BERT encoder in float32 with AdamW, so that a checkpoint takes
-12 bytes a parameter.
+Prints one row per method: the median of the seconds that training waited, the seconds until the commit, and the ratio
+of the waiting time to that of torch.save for the same states. The model is a BERT encoder in float32 with AdamW, so a
+checkpoint takes 12 bytes per parameter.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     args = parser.parse_args()
 
     accelerator = Accelerator(mixed_precision="no")
@@ -99,7 +99,7 @@ def _forge(
         state.step = step
         checkpoints.save(state, {})
         while asynchronous and not checkpoints.written:
-            time.sleep(0.01)  # training, for which the device is free
+            time.sleep(0.01)  # stands for training, which has the device to itself
         checkpoints.finish(state)
     lock.release()
     return times

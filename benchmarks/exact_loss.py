@@ -1,6 +1,6 @@
-"""The distillation loss in float64 by autograd, some rows at a time: what the benchmarks hold every number against.
+"""The distillation loss in float64 by autograd, some rows at a time: the reference for the benchmarks' numbers.
 
-Written from the formulas of docs/losses.md, with nothing of forge in it.
+Written from the formulas in docs/losses.md, without any code of forge.
 """
 
 import math
@@ -21,11 +21,14 @@ def exact_loss(
     top: tuple[Tensor, Tensor] | None = None,
     rows: int = 256,
 ) -> tuple[float, float, Tensor, Tensor]:
-    """The loss over the counted labels, D summed over them, and the loss's gradients in hidden (N, H) and head (V, H).
+    """Return the loss per counted label, the sum of D, and the gradients of the loss in hidden (N, H) and head (V, H).
 
-    x: student_hidden, student_head, labels, and with alpha > 0 teacher_hidden, teacher_head, in any float dtype.
-    share: beta of jsd, skew of the two skew divergences. top: a teacher's top k instead, with their log-probabilities
-    at the temperature; what they lack is one more event. rows: how many have their logits at a time.
+    Args:
+        x: student_hidden, student_head and labels; for alpha > 0 also teacher_hidden and teacher_head. Any float dtype.
+        share: beta of jsd, or skew of the two skew divergences.
+        top: instead of a whole teacher, its top k: log-probabilities at the temperature, and indices. The remaining
+            probability is one more event.
+        rows: number of rows whose logits exist at a time.
     """
     head = x["student_head"].detach().double().requires_grad_()
     teacher_head = x["teacher_head"].double() if alpha > 0 and top is None else None
@@ -56,7 +59,7 @@ def exact_loss(
 
 
 def of_distributions(divergence: str, log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """D(q || p) summed over rows, from log-probabilities of the student, p, and the teacher, q: (n, V) both."""
+    """Return D(q || p) summed over rows, from log-probabilities (n, V) of the student, p, and the teacher, q."""
     if divergence == "forward_kl":
         return kl(log_q, log_p)
     if divergence == "reverse_kl":
@@ -71,12 +74,12 @@ def of_distributions(divergence: str, log_p: Tensor, log_q: Tensor, share: float
     assert divergence == "tvd"
     p, q = log_p.exp(), log_q.exp()
     distance = (p - q).abs()
-    # Within 1e-4 of each other they count as equal, and pull nowhere: docs/kernels.md says why.
+    # Probabilities within 1e-4 of each other count as equal and give no gradient; docs/kernels.md says why.
     return torch.where(distance > 1e-4 * torch.maximum(p, q), distance, distance.detach()).sum() / 2
 
 
 def of_top_k(log_p: Tensor, log_q: Tensor, indices: Tensor) -> Tensor:
-    """Forward KL summed over rows of k events (n, k) and one more, which is all others together."""
+    """Return forward KL, summed over rows, of k events (n, k) and one more event for all other tokens."""
     among = log_p.gather(1, indices)
     rest, student_rest = 1 - log_q.exp().sum(-1), 1 - among.exp().sum(-1)
     return kl(log_q, among) + (rest * (rest / student_rest).log()).sum()
@@ -87,10 +90,10 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b)."""
+    """Return log(share a + (1 - share) b)."""
     return torch.logaddexp(log_a + math.log(share), log_b + math.log(1 - share))
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Of a whole tensor, in the Frobenius norm."""
+    """Return the relative error of a whole tensor, in the Frobenius norm."""
     return ((found.double() - exact).norm() / exact.norm()).item()

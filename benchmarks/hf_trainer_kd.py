@@ -1,9 +1,9 @@
-"""The same distillation as users write it for transformers' Trainer: both models' whole logits, and two losses on them.
+"""Distils as users do with transformers' Trainer: both models' whole logits, and two losses on them.
 
     python benchmarks/hf_trainer_kd.py X.yaml 'JSON list of settings' STEPS OUT.json
 
-A child of kd_step.py. The task, the student and the teacher are loaded by forge, so that both loops train the same
-models on the same rows. Writes the seconds of each step and the most memory that the process held.
+kd_step.py starts it. forge loads the task, the student and the teacher, so both loops train the same models on the same
+rows. Writes the seconds of each step and the peak memory of the process.
 """
 
 import json
@@ -15,26 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from forge.trainer.components import load_parts
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from forge.attempt.components import load_components
 from forge.cluster.signals import StopRequest
 from forge.config.loader import load_config
 from forge.data.batches import model_inputs
 from forge.losses.cross_entropy import IGNORE
-from forge.model.load import LoadedModel
+from forge.ranks.world import join_ranks, leave_ranks
+from forge.teacher.placement import LoadedTeacher
 
 
 def main() -> None:
     file, settings, steps, out = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     loaded = load_config(file, settings)
     training, distillation = loaded.config.training, loaded.config.distillation
-    parts = load_parts(loaded, Accelerator(), StopRequest(), [])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert isinstance(parts.teacher, LoadedModel)
+    parts = load_components(loaded, join_ranks(loaded.config, StopRequest()), [])
+    leave_ranks()  # the Trainer makes an Accelerator of its own
+    assert isinstance(parts.teacher, LoadedTeacher)
     times = [0.0]
 
     class Clock(TrainerCallback):

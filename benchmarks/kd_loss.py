@@ -1,18 +1,19 @@
-"""Prints time and memory of the distillation loss beside what else there is, forward and backward.
+"""Prints time and memory of the distillation loss and of its alternatives, forward and backward.
 
     python benchmarks/kd_loss.py                                   on a CUDA device, all shapes
     python benchmarks/kd_loss.py --shape 8192,128256,2048,4096     N, V, and the widths of student and teacher
     python benchmarks/kd_loss.py --device cpu                      the plain path on small shapes
 
-Times are of the device, with a cold L2 and a queue that is never empty, as within a training step; the column `host` is
-how long Python takes to enqueue a call. The floor is the four matrix products that no loss can do without, as cuBLAS
-does them in one chunk, in bfloat16. A GPU at its power limit changes its clock from call to call, so each call is
-preceded by one of its floor, and `x floor` is the median of their ratios. Peak memory is above the inputs and includes
-the gradients. Rows of other libraries are printed where they can be imported.
+Times are those of the device, with a cold L2 and a queue that is never empty, as within a training step; the column
+`host` is how long Python takes to enqueue a call. The floor is the four matrix products that every loss needs, computed
+by cuBLAS in one chunk, in bfloat16. A GPU at its power limit changes its clock from call to call, so each call follows
+a call of its floor, and `x floor` is the median of their ratios. Peak memory is in addition to the inputs and includes
+the gradients. Rows of other libraries are printed if these can be imported.
 
-What is timed is checked: each row's loss and gradients against float64 (exact_loss.py), and the column `error` has the
-larger relative error of the gradients. A row of forge that is off, or does not run, is marked and makes the exit code
-1; rows of others are marked alone. In bfloat16 logits some 2 % are what the format costs on these shapes.
+Everything that is timed is checked: each row's loss and gradients are compared with float64 (exact_loss.py), and the
+column `error` has the larger relative error of the gradients. A row of forge that is wrong, or does not run, is marked
+and makes the exit code 1; rows of others are only marked. With bfloat16 logits, an error of some 2 % is the cost of the
+format on these shapes.
 """
 
 import argparse
@@ -39,8 +40,8 @@ from forge.losses.linear_kd import linear_kd
 ALPHA, TEMPERATURE = 0.5, 2.0
 SHAPES = ["8192,128256,2048,4096", "8192,151936,2048,4096", "4096,49152,576,960", "1024,151936,896,3584"]
 CPU_SHAPES = ["128,4000,64,128", "64,8001,96,64"]
-LOSS_LIMIT = 2e-3  # the relative error that a right loss may have
-GRADIENT_LIMIT, BF16_LIMIT = 0.01, 0.05  # and a right gradient; the second where both models' logits are bfloat16
+LOSS_LIMIT = 2e-3  # the largest relative error of a correct loss
+GRADIENT_LIMIT, BF16_LIMIT = 0.01, 0.05  # of a correct gradient; the second if both models' logits are bfloat16
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", action="append")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--only", default="", help="a comma-separated list of words, one of which a row's name has")
+    parser.add_argument("--only", default="", help="only rows whose name has one of these words (a,b)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def table(N: int, V: int, Hs: int, Ht: int, device: torch.device, repeats: int, only: list[str]) -> list[str]:
-    """Prints one; returns forge's rows that are wrong or did not run."""
+    """Print the table of one shape; return forge's rows that are wrong or did not run."""
     torch.manual_seed(0)
     x = {
         "student_hidden": torch.randn(N, Hs, device=device).bfloat16().requires_grad_(),
@@ -95,7 +96,7 @@ def table(N: int, V: int, Hs: int, Ht: int, device: torch.device, repeats: int, 
             call = make()
             median, least, ratio, peak, host = clock.measure(call, floors.get(needs), x)
             told, right = verdict(name, call, exact.of(reference), x) if reference else ("", True)
-        except Exception as problem:  # noqa: BLE001 - a row that cannot run must not cost the others
+        except Exception as problem:  # noqa: BLE001 - the other rows are still to be printed
             print(f"{name:<44} not run: {type(problem).__name__}: {str(problem).splitlines()[0][:100]}")
             right = False
             continue
@@ -113,7 +114,7 @@ def table(N: int, V: int, Hs: int, Ht: int, device: torch.device, repeats: int, 
 def verdict(
     name: str, call: Callable[[], Tensor | None], exact: tuple[float, Tensor, Tensor], x: dict[str, Tensor]
 ) -> tuple[str, bool]:
-    """Loss and largest gradient error of a call as they are printed, and whether they are right."""
+    """Return loss and largest gradient error of a call, as they are printed, and whether they are right."""
     forget(x)
     loss = run(call)
     assert loss is not None
@@ -125,7 +126,7 @@ def verdict(
 
 
 class Exact:
-    """Losses and gradients in float64, each computed once, kept in float32."""
+    """Losses and gradients in float64, each computed once and kept in float32."""
 
     def __init__(self, x: dict[str, Tensor]) -> None:
         self.x = x
@@ -153,8 +154,10 @@ Row = tuple[str, str, str, Callable[[], Callable[[], Tensor | None]]]
 
 
 def rows(x: dict[str, Tensor], exact: Exact, device: torch.device, floors: dict[str, Callable[[], None]]) -> list[Row]:
-    """Name, which floor it is compared with, which exact loss, and what makes the call; the call gives the loss, or
-    None for a floor."""
+    """Return for each row its name, its floor, its exact loss, and a function that makes the call to time.
+
+    The call returns the loss, or None for a floor.
+    """
     T, half, same = TEMPERATURE, exact.half, "forward_kl"
     frozen = {**x, "student_head": x["student_head"].detach()}
     whole = HeadInput(x["teacher_hidden"], x["teacher_head"])
@@ -204,12 +207,12 @@ def rows(x: dict[str, Tensor], exact: Exact, device: torch.device, floors: dict[
 
 
 class Clock:
-    """Median and least device time, peak memory above what is held, and the host's time, of a forward and backward."""
+    """Measures a forward and backward: median and minimal device time, additional peak memory, and the host's time."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.cuda = device.type == "cuda"
         self.repeats = repeats if self.cuda else 3
-        # Writing 4 GiB empties L2 and takes longer than Python needs to enqueue the call.
+        # Writing 4 GiB flushes L2 and takes longer than Python needs to enqueue the call.
         self.flush = torch.empty(2**32 if self.cuda else 1, dtype=torch.int8, device=device)
 
     def measure(
@@ -268,7 +271,7 @@ def forget(x: dict[str, Tensor]) -> None:
 
 
 def floor_call(x: dict[str, Tensor], teacher: bool, head_gradient: bool) -> Callable[[], None]:
-    """The products alone: random gradients of logits stand for those that a loss would make."""
+    """Return a call of the products alone: random numbers stand for the gradients that a loss would give."""
     hidden, head = x["student_hidden"].detach(), x["student_head"].detach()
     logits = torch.empty(hidden.shape[0], head.shape[0], device=hidden.device, dtype=torch.bfloat16).normal_()
     out = torch.empty_like(logits)
@@ -293,7 +296,7 @@ def teacher_top_k(x: dict[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
 
 
 def materialised(x: dict[str, Tensor]) -> Tensor:
-    """As a trainer without a fused loss writes it: both models' logits, widened to float32."""
+    """Compute the loss as a trainer without a fused loss does: both models' whole logits, cast to float32."""
     labels, T = x["labels"], TEMPERATURE
     student = (x["student_hidden"] @ x["student_head"].T).float()
     with torch.no_grad():
@@ -336,7 +339,7 @@ def chunk_loss_and_gradient(
 
 
 class CompiledChunks(torch.autograd.Function):
-    """The best that torch alone does: gradients in forward, a compiled pass over each chunk, cuBLAS for the rest."""
+    """The best that torch alone can do: gradients in forward, a compiled pass over each chunk, cuBLAS for the rest."""
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, rows, fast):  # type: ignore[no-untyped-def]

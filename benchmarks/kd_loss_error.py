@@ -1,12 +1,12 @@
-"""Prints how far the distillation loss's gradients are from float64, computed from the hidden states.
+"""Prints the errors of the distillation loss's gradients against float64, computed from the hidden states.
 
     python benchmarks/kd_loss_error.py                   on a CUDA device: every precision of the fused path
     python benchmarks/kd_loss_error.py --device cpu      the plain path, on smaller shapes
 
-The student is its teacher plus noise: logits of standard deviation `std` that differ by `gap` rms. A loss that rounds
-the logits of both models shows nothing in its value and loses its gradient as the gap closes. The exact loss is another
-program (exact_loss.py). A gradient that is further off than 0.5 %, in another precision than bf16, is marked and makes
-the exit code 1.
+The student is its teacher plus noise: logits of standard deviation `std` that differ by `gap` rms. If a loss rounds the
+logits of both models, its value hardly changes, but its gradient is lost as the gap closes. The exact loss is a
+separate program (exact_loss.py). A gradient with an error of more than 0.5 %, in any precision but bf16, is marked and
+makes the exit code 1.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def near_pair(N: int, V: int, H: int, std: float, gap: float, seed: int, device: str) -> dict[str, Tensor]:
-    """bfloat16 tensors of a teacher and of a student whose logits differ from it by gap."""
+    """Return bfloat16 tensors of a teacher, and of a student whose logits differ from the teacher's by gap."""
     torch.manual_seed(seed)
     hidden = torch.randn(N, H, device=device)
     head = torch.randn(V, H, device=device) * (std / H**0.5)
@@ -77,7 +77,7 @@ def near_pair(N: int, V: int, H: int, std: float, gap: float, seed: int, device:
 def relative_errors(
     tensors: dict[str, Tensor], temperature: float, divergence: str, share: float, precision: str | None
 ) -> list[float]:
-    """Of D, of the gradient in the hidden states and of that in the head."""
+    """Return the errors of D, of the gradient in the hidden states, and of that in the head."""
     _, divergence_sum, *exact = exact_loss(tensors, 1.0, temperature, divergence, share)
     hidden = tensors["student_hidden"].detach().requires_grad_()
     head = tensors["student_head"].detach().requires_grad_()

@@ -1,12 +1,12 @@
-"""What a step of distillation costs beside one of fine-tuning: the true command in each placement, in turns.
+"""Compares the time of a distillation step with that of a fine-tuning step, with the true command, for each placement.
 
     python benchmarks/kd_step.py [--task classification|causal_lm] [--rounds 3] [--steps 30] [--student-layers 2]
 
-For each of SFT, KD with a replicated, an offloaded, a sharded (ZeRO-3, beside a student under ZeRO-2) and a cached
-teacher, and KD in a loop of transformers' Trainer (hf_trainer_kd.py): the median of the seconds that a step took over
-all rounds, without the first five of each run, its ratio to SFT's, and the most memory that the run held (on the GPU;
-of the process where there is none). The student is part of the teacher's own layers (a smaller model from scratch for
-causal_lm), and both read the demo data.
+The variants are SFT; KD with a replicated, an offloaded, a sharded (ZeRO-3, with the student under ZeRO-2) and a cached
+teacher; and KD in a loop of transformers' Trainer (hf_trainer_kd.py). They run in turns. For each it prints the median
+seconds per step over all rounds, without the first five steps of each run, the ratio to SFT, and the peak memory (of
+the GPU, or of the process if there is none). The student has some of the teacher's own layers (for causal_lm it is a
+smaller model from scratch), and both read the demo data.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = {"classification": "configs/quickstart/sft.yaml", "causal_lm": "configs/quickstart/causal_lm.yaml"}
-HF = "KD, HF Trainer"  # whole logits of both models, and no loop of forge's: what a user would write
+HF = "KD, HF Trainer"  # whole logits of both models in a loop that is not forge's: what a user would write
 VARIANTS = {
     "SFT": (),
     "KD, replicated": ("distillation.alpha=0.5", "teacher.placement=replicated"),
     "KD, offload": ("distillation.alpha=0.5", "teacher.placement=offload"),
-    # One process here: what the bookkeeping of two engines costs, not the traffic between GPUs.
+    # With one process it measures the bookkeeping of two engines, not the traffic between GPUs.
     "KD, zero3": ("distillation.alpha=0.5", "teacher.placement=zero3", "deepspeed.student=zero2"),
     HF: ("distillation.alpha=0.5",),
     "KD, cached": ("distillation.alpha=0.5", "teacher.placement=cached"),
 }
-WARM_UP = 5  # steps of each run that do not count
+WARM_UP = 5  # steps at the start of each run that are not counted
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         memory: dict[str, float] = dict.fromkeys(VARIANTS, 0.0)
         for round_number in range(args.rounds):
-            for i in range(len(VARIANTS)):  # another one begins in each round
+            for i in range(len(VARIANTS)):  # each round starts with another variant
                 variant = list(VARIANTS)[(i + round_number) % len(VARIANTS)]
                 run_name = f"{variant.replace(', ', '-')}-{round_number}"
                 own = (*taught, *VARIANTS[variant]) if VARIANTS[variant] else ()
@@ -76,16 +76,16 @@ def main() -> None:
 
 
 def student_settings(task: str, layers: int, teacher: Path) -> list[str]:
-    """Of a smaller model than the teacher's."""
+    """Return the settings of a student that is smaller than the teacher."""
     if task == "causal_lm":
-        # The rows in any order: the Trainer does not group them by length.
+        # Rows in any order, because the Trainer does not group them by length.
         return [f"model.config.num_hidden_layers={layers}", "training.length_grouping=false"]
     kept = [round(i * 6 / layers) for i in range(layers)]
     return [f"model.path={teacher}", f"model.keep_layers=[{', '.join(map(str, kept))}]"]
 
 
 def run(name: str, task: str, root: Path, steps: int, *settings: str) -> Path:
-    """A run of so many steps without evaluations and checkpoints; gives its directory."""
+    """Train for that many steps without evaluations and checkpoints; return the run directory."""
     quiet = ("evaluation.baseline=false", "evaluation.final=false", "checkpoint.every_steps=null")
     sets = [part for s in (*quiet, "logging.every_steps=1", *settings) for part in ("--set", s)]
     where = ("--output_root", str(root), "--run_name", name)
@@ -94,7 +94,7 @@ def run(name: str, task: str, root: Path, steps: int, *settings: str) -> Path:
 
 
 def run_hf(task: str, root: Path, steps: int, *settings: str) -> dict[str, Any]:
-    """Seconds of each step, and the peak."""
+    """Return the seconds of each step, and the peak memory, of the Trainer's loop."""
     out = root / "hf.json"
     forge("benchmarks/hf_trainer_kd.py", CONFIGS[task], json.dumps(settings), str(steps), str(out))
     found: dict[str, Any] = json.loads(out.read_text())

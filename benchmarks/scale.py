@@ -1,11 +1,11 @@
-"""What forge's own bookkeeping costs on many ranks: measured with fake shards and fake ranks on one machine.
+"""Measures what forge's own bookkeeping costs on many ranks, with fake shards and fake ranks on one machine.
 
     python benchmarks/scale.py [--ranks 1024] [--gloo 8 16 32] [--folder DIR] [--only checkpoint …]
 
-Prints one table per part: the files of a checkpoint, what ranks tell each other, the registry of runs, a run's metadata
-and the rows of a step. Shards are small: the seconds are those of names, hashes and file system calls, not of bytes.
-What ranks tell each other is timed on true gloo ranks, all on this machine's cores: at --ranks it is extrapolated,
-on the straight line through the two largest numbers of ranks.
+Prints one table per part: the files of a checkpoint, the communication between ranks, the registry of runs, a run's
+metadata, and the rows of a step. Shards are small: the seconds are those of names, hashes and file system calls, not of
+bytes. Communication is timed on true gloo ranks, all on this machine's cores. For --ranks it is extrapolated along the
+straight line through the two largest numbers of ranks.
 """
 
 import argparse
@@ -60,14 +60,14 @@ ROWS, ROWS_PER_RANK = 1_000_000, 8
 SHARD_BYTES = 1 << 10
 REPEATS = 10
 HASHED_BYTES = 1 << 28
-STATE_BYTES = 12  # of a parameter under ZeRO: master, and the two moments of AdamW, in float32
+STATE_BYTES = 12  # per parameter under ZeRO: master weight and AdamW's two moments, in float32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1024)
-    parser.add_argument("--gloo", type=int, nargs="+", default=[8, 16, 32], help="true ranks to time, two or more")
-    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder)")
+    parser.add_argument("--gloo", type=int, nargs="+", default=[8, 16, 32], help="numbers of true ranks, two or more")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     torch.set_num_threads(1)  # before any rank is forked
@@ -84,7 +84,7 @@ Rows = list[tuple[str, str]]
 
 
 def the_files(args: argparse.Namespace, folder: Path) -> Rows:
-    """A checkpoint of so many ranks: written, listed, verified, named and deleted."""
+    """Time the writing, listing, verification, renaming and deletion of a checkpoint of that many ranks."""
     run = RunDirectory(folder / "run")
     run.path.mkdir()
     staging = run.path / ".tmp-1-1-0"
@@ -97,7 +97,7 @@ def the_files(args: argparse.Namespace, folder: Path) -> Rows:
             for name in (f"model-{rank:05d}.safetensors", f"optimizer-{rank:05d}.safetensors"):
                 files[name] = store(staging / name, lambda file: file.write(shard))
             files[rng_file(rank)] = store(staging / rng_file(rank), PickledFile(rng).write)
-        # What no rank shares: the model's config and the state of the run; and the names that a whole model would have.
+        # Files that exist once: the model's config, the state of the run, and the names that a whole model would have.
         for name in (*MODEL_FILES, OPTIMIZER_FILE, STATE_FILE):
             files[name] = store(staging / name, lambda file: file.write(shard))
 
@@ -137,7 +137,7 @@ def the_files(args: argparse.Namespace, folder: Path) -> Rows:
 
 
 def the_talk(args: argparse.Namespace, folder: Path) -> Rows:
-    """What gloo ranks tell each other, beside a training group that carries nothing."""
+    """Time the communication of gloo ranks, in addition to a training group that transfers nothing."""
     names = (rng_file(1023), "model-01023.safetensors", "optimizer-01023.safetensors")
     outcome = ({name: StoredFile(bytes=10**9, sha256=f"{number:064}") for number, name in enumerate(names)}, None)
     large = b"0" * 300_000  # about a manifest of 1,024 ranks
@@ -180,7 +180,7 @@ def _on_gloo(ranks: int, outcome: Any, large: bytes) -> dict[str, float]:
 
 def _rank(rank: int, ranks: int, port: int, outcome: Any, large: bytes, answers: Any) -> None:
     warnings.simplefilter("ignore")
-    # Stands for NCCL: it joins the ranks and carries nothing.
+    # Stands for NCCL: it joins the ranks but transfers nothing.
     import torch.testing._internal.distributed.fake_pg
 
     distributed = torch.distributed
@@ -203,18 +203,18 @@ def _rank(rank: int, ranks: int, port: int, outcome: Any, large: bytes, answers:
         call()
         gather_values(None)
         found[what] = 1000 * seconds(lambda: [*(call() for _ in range(REPEATS)), gather_values(None)]) / REPEATS  # noqa: B023
-    # A gather stands behind each, which waits for all ranks.
+    # Each measurement ends with a gather, which waits for all ranks.
     waits = found["one value gathered (ms)"] / (REPEATS + 1)
     for what, _ in work:
         found[what] -= waits
-    if rank == ranks - 1:  # not rank 0, to which all are connected by the store too: a launcher has it else
+    if rank == ranks - 1:  # not rank 0: all are also connected to its store, which a launcher has otherwise
         answers.send(found)
     gather_values(None)
     os._exit(0)
 
 
 def the_registry(args: argparse.Namespace, folder: Path) -> Rows:
-    """A thousand runs that did not end."""
+    """Time the registry of a thousand unfinished runs."""
     root = folder / "outputs"
     for number in range(RUNS):
         run = RunDirectory(root / f"config_{number % 20}" / f"run-{number}")
@@ -234,7 +234,7 @@ def the_registry(args: argparse.Namespace, folder: Path) -> Rows:
 
 
 def the_metadata(args: argparse.Namespace, folder: Path) -> Rows:
-    """run_metadata.json after many attempts; nothing in it is listed by rank."""
+    """Time and measure run_metadata.json after many attempts; it contains no list by rank."""
     os.environ["SLURM_JOB_NODELIST"] = "node[0001-0128]"
     attempt = provenance(None, ["forge/train.py", "--config=X.yaml"]) | {"ranks": args.ranks, "attempt": 1}
     file = folder / "run_metadata.json"
@@ -249,7 +249,7 @@ def the_metadata(args: argparse.Namespace, folder: Path) -> Rows:
 
 
 def the_rows(args: argparse.Namespace, folder: Path) -> Rows:
-    """What each rank works out of the order of the rows, at every step and every epoch."""
+    """Time what each rank computes about the order of the rows, for every step and every epoch."""
     lengths = np.random.default_rng(0).integers(16, 2048, ROWS)
     rows_per_step = args.ranks * ROWS_PER_RANK
     step, everything = np.arange(rows_per_step), np.arange(ROWS)
@@ -273,7 +273,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def took(work: Callable[[], Any]) -> str:
-    """The median of some times."""
+    """Return the median time of several calls, as text."""
     median_s = statistics.median(seconds(work) for _ in range(REPEATS))
     return f"{1e3 * median_s:.2f} ms" if median_s > 1e-4 else f"{1e6 * median_s:.1f} us"
 
