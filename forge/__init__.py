@@ -5,7 +5,7 @@ In a notebook or a script:
     import forge
 
     run = forge.train("configs/quickstart/sft.yaml", {"training.max_steps": 20})
-    run.evaluation()["matched/accuracy"]
+    run.evaluation()["validation/accuracy"]
 
 The names below are loaded when they are first used, so that `import forge` imports no torch.
 """

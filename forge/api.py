@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -36,9 +36,9 @@ class Run:
     """A run as its directory holds it at the moment it is read."""
 
     path: Path
-    config: Config
-    state: TrainingState
-    metadata: RunMetadata
+    config: Config = field(repr=False)
+    state: TrainingState = field(repr=False)
+    metadata: RunMetadata = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -199,12 +199,15 @@ def _stops() -> Iterator[StopRequest]:
 
 
 def _pipeline(request: Request, stop: StopRequest) -> "Result":
+    from forge.data.progress import hide_progress_bars
     from forge.pipeline import run_pipeline
 
     level = logging.getLogger().level
     log = start_logging(0)
     try:
         log.adopt_library_loggers()
+        if not log.console.is_terminal:
+            hide_progress_bars()
         return run_pipeline(request, log, stop)
     finally:
         log.close()

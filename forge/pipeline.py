@@ -26,7 +26,8 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
 
     Raises:
         UsageError: The request, the data or the models are wrong. Nothing of a new run was created.
-        Stopped: A signal came. The run has a checkpoint, and its state says where it stands.
+        Stopped: A signal came. The run has a checkpoint of its last step, if it took one, and its state says where it
+            stands; before the run exists, nothing was created.
         ForgeError: Anything else that ends a run with one sentence, which its state holds too.
     """
     ranks = join_ranks(request.config, stop)
@@ -39,7 +40,7 @@ def run_pipeline(request: Request, log: RunLog, stop: StopRequest) -> Result:
         with attempt.outcome_recorded(log), closing(build_trainer(components, attempt)) as trainer:
             trainer.restore(attempt.checkpoint)
             for stage in attempt.remaining_stages():
-                attempt.enter(stage)  # stops here, with a checkpoint, if any rank was asked to
+                attempt.enter(stage)  # stops here if any rank was asked to
                 STAGES[stage](trainer, attempt)
 
             return attempt.complete()  # model card, registry, upload

@@ -159,10 +159,10 @@ class Attempt:
         return (stage for stage in WORK if self.state.stage.order <= stage.order)
 
     def enter(self, stage: Stage) -> None:
-        """Note that a stage begins. Raises Stopped on all ranks, with a checkpoint, if any was asked to stop."""
+        """Note that a stage begins. Raises Stopped on all ranks, with the last step saved, if any was asked to stop."""
+        self.state.stage = stage  # before the vote: a stop here must not have the finished stage done again
         if self.ranks.vote.now():
             self.save_and_stop()
-        self.state.stage = stage
         logger.info("stage: %s", stage.replace("_", " "))
         self.ranks.on_rank_0(self._record_stage)
 
@@ -232,7 +232,7 @@ class Attempt:
         """Between two steps, on every rank: vote on stopping, commit what is written, save if it is due.
 
         Raises:
-            Stopped: A rank was asked to stop; a checkpoint of this step is committed.
+            Stopped: A rank was asked to stop before the vote of the boundary before; this step is committed.
         """
         assert self._loop is not None
         stop, written = self.ranks.vote.cast(self.checkpoints.written)

@@ -50,7 +50,7 @@ def model_card(
         "## Use",
         usage(task, model, metadata.merged),
         "## Reproduce",
-        f"    {metadata.attempts[-1].command}",
+        f"    {metadata.attempts[0].command}",
         f"```yaml\n{to_yaml(config).strip()}\n```",
     ]
     return "\n\n".join(sections) + "\n"

@@ -128,8 +128,8 @@ class LoopTrainer:
         attempt.training_started()
         # The attempt before may have been stopped within the evaluation that was due at the checkpoint's step.
         with self.meter.paused():
-            if state.step > state.evaluated_step and self._evaluation_is_due() and self._evaluate_in_training():
-                attempt.save()
+            if state.step > state.evaluated_step and self._evaluation_is_due():
+                self._evaluate_in_training()  # a new best has its checkpoint already: the one of this step
         while state.step < self.total_steps:
             rate = learning_rate(state.step, self.total_steps, config.training)
             with preparing(f"step {state.step + 1} of {self.total_steps}"):
@@ -148,7 +148,7 @@ class LoopTrainer:
         attempt.training_ended()
 
     def close(self) -> None:
-        """However training ended, leave no process, no thread, no half-written checkpoint and no model behind."""
+        """However training ended, leave no process, no thread and no model behind."""
         self.batches.close()
         if self.teacher is not None:
             self.teacher.close()

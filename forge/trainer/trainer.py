@@ -27,4 +27,4 @@ class Trainer(Protocol):
         """Train from the state's step to the last one. Raises Stopped, with a checkpoint, and TrainingError."""
 
     def close(self) -> None:
-        """However training ended, leave no process, no thread, no half-written checkpoint and no model behind."""
+        """However training ended, leave no process, no thread and no model behind."""
