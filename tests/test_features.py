@@ -254,7 +254,7 @@ def test_labels_of_positions_weigh_their_hidden_states_alike() -> None:
         for b, t in ((0, 0), (0, 1), (0, 3), (1, 3)):
             total += ((weight @ states[layer][b, t] - targets[of_teacher][b, t]) ** 2).mean().item() / 2
     assert losses["hidden_sum"].item() == pytest.approx(total, rel=1e-5)
-    with pytest.raises(UsageError, match=r"compares encoders, .* the student, a LlamaForCausalLM, reads from left to"):
+    with pytest.raises(UsageError, match=r"compares encoders, .* the student, a LlamaForCausalLM"):
         attention_modules(own, None, "student")
 
 
@@ -379,9 +379,7 @@ def test_queries_keys_and_values_are_found_by_their_names(name: str) -> None:
 def test_what_relations_cannot_compare_is_refused_by_name() -> None:
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     fused = classifier(ModernBertConfig(**{name: SIZES[name] for name in names}, pad_token_id=0))
-    with pytest.raises(
-        UsageError, match=r"the teacher, a ModernBert.* \(it makes them in one, model.layers.1.attn.Wqkv"
-    ):
+    with pytest.raises(UsageError, match=r"the teacher, a ModernBert.* model.layers.1.attn.Wqkv"):
         taught(bert(), fused, relations={"heads": 2})
     shared = classifier(AlbertConfig(**SIZES, embedding_size=8))
     with pytest.raises(UsageError, match="each layer of the student, a AlbertForSequenceClassification; take"):
@@ -556,7 +554,7 @@ def test_bf16_computes_the_terms_in_float32(build: Build) -> None:
     trajectory(trainer)
     assert set(seen) == {torch.float32}
     for key in ("hidden", "relation"):
-        values, others = ([report[key] for report in t.callbacks.reports] for t in (trainer, plain))
+        values, others = ([report[key] for report in t.attempt.callbacks.reports] for t in (trainer, plain))
         assert values == pytest.approx(others, rel=0.1)
 
 
@@ -577,7 +575,7 @@ def test_a_checkpoint_of_other_projections_is_refused(build: Build, tmp_path: Pa
     trainer = build()
     trainer.train()
     folder = trainer.attempt.run.path / "checkpoint-3"
-    with pytest.raises(UsageError, match=r"and none are trained now: the optimizer's state has .*; set teacher"):
+    with pytest.raises(UsageError, match=r"projections\.safetensors holds projections of hidden"):
         build("distillation.hidden=null").restore(folder)
     fewer = build("distillation.hidden.layers={1: 2}")
     with pytest.raises(UsageError, match="does not fit the projections that are trained now"):

@@ -442,7 +442,7 @@ def test_sizes_that_the_model_cannot_take_are_refused(lines: Path) -> None:
     for task, sentence in (
         ({"image": {"height": 32}}, "reads images of 16 x 64 .* makes them 32 x 64; set task.image.height: 16"),
         ({"max_length": 33}, "task.max_length is 33, .* 32 positions"),
-        ({"prompt": "What does it say?"}, "model is of type vision-encoder-decoder, .* take task.prompt out"),
+        ({"prompt": "What does it say?"}, "model is of type vision-encoder-decoder, .* task.prompt"),
     ):
         with pytest.raises(UsageError, match=sentence):
             with_model(lines, task)

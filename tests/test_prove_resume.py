@@ -44,7 +44,7 @@ def forgetful(self, *arguments):
     restore(self, *arguments)
     CHANGE
 
-if "--resume" in sys.argv:
+if any(word.startswith("--resume") for word in sys.argv):
     LoopTrainer.restore = forgetful
 sys.exit(main())
 """
@@ -253,7 +253,7 @@ def _trainings(config: Path) -> list[int]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if any(word.endswith("train.py") for word in command) and str(config) in command:
+        if any(word.endswith("train.py") for word in command) and any(str(config) in word for word in command):
             found.append(process.pid)
     return found
 

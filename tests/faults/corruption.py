@@ -279,7 +279,7 @@ def _none_left(donors: Donors, seed: int) -> Trial:
             ended = wait(donors.scene.start_again(donors.shape, root))
             if set(ended.codes) != {1}:
                 return f"the {attempt} try ended with {ended.codes}: {last_words(ended.text)} [{root}]"
-            if "no checkpoint of" not in ended.text or "Traceback" in ended.text:
+            if "no usable checkpoint" not in ended.text or "Traceback" in ended.text:
                 return f"the {attempt} try said {last_words(ended.text)} [{root}]"
             if checkpoint_names(folder) or (folder / "final").exists():
                 return f"the {attempt} try trained [{root}]"
