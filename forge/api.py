@@ -11,15 +11,25 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from forge.attempt.control import ControlCheck, control_of, next_control, nothing_left, run_of, wants_control
+from forge.attempt.control import (
+    ControlCheck,
+    check_free_for_control,
+    check_unchanged,
+    control_of,
+    next_control,
+    nothing_left,
+    run_of,
+    wants_control,
+)
 from forge.attempt.request import Request
 from forge.cluster.processes import world_size
 from forge.cluster.signals import STOP_SIGNALS, StopRequest
-from forge.config.explain import inline
+from forge.config.explain import config_name, inline
 from forge.config.loader import load_config as load_file
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory, find_run
+from forge.run.lock import RunLock
 from forge.run.log import start_logging
 from forge.run.metadata import RunMetadata, read_metadata
 from forge.run.metrics import read_metrics
@@ -115,6 +125,8 @@ def resume(
     Raises:
         ForgeError: As `train` does.
     """
+    if isinstance(allow_changes, str):
+        raise UsageError(f"allow_changes is the text {allow_changes!r}; give a list of keys")
     directory = RunDirectory(run.path) if isinstance(run, Run) else find_run(Path(output_root), str(run))
     loaded = load_file(directory.config_file, _lines(settings))
     return _to_the_end(Request(loaded, sys.orig_argv, None, directory, tuple(allow_changes), take_over))
@@ -150,6 +162,9 @@ def _to_the_end(request: Request) -> Run:
         raise UsageError("forge.train and forge.resume train with one rank; for several use `forge launch`")
     if wants_control(request.config):
         request = replace(request, before_training=ControlCheck(request.config, tuple(request.allowed_changes)))
+        if request.resumed is not None or request.run_name is not None:
+            place = Path(request.config.output_root) / config_name(request.loaded.file) / (request.run_name or "")
+            check_free_for_control(request.resumed or RunDirectory(place), request.config, request.allowed_changes)
     with _stops() as stop:
         run = request.resumed
         if run is None or not TrainingState.load(run.state_file).pipeline_complete:
@@ -157,10 +172,17 @@ def _to_the_end(request: Request) -> Run:
         from forge.attempt.outcome import record_control
 
         if (controlled := run_of(run)) is not None:  # this was a control, resumed by its own name
+            check_unchanged(run)
             record_control(controlled, run)
         elif not nothing_left(run):
-            twin = next_control(run, request)
-            record_control(run, _pipeline(twin, stop).run if twin is not None else control_of(run))
+            lock = RunLock(run)
+            lock.take(take_over=request.take_over)
+            try:
+                twin = next_control(run, request)
+                control = _pipeline(twin, stop).run if twin is not None else control_of(run)
+            finally:
+                lock.release()
+            record_control(run, control)
     return load_run(run.path)
 
 

@@ -369,6 +369,9 @@ def test_a_control_that_is_resumed_by_its_own_name_gives_its_run_its_metrics(
     config, runs, _ = outputs
     done = faulty(tmp_path, "step", "SIGTERM", "--config", config, "--run_name", "named", *CONTROLLED)
     assert done.returncode == 75, done.stderr
+    change = ("--set", "training.learning_rate=1", "--allow-change", "training.learning_rate")
+    done = forge("--resume", runs / "named-sft", *change, OMP_NUM_THREADS="1")
+    assert (done.returncode, "must stay its twin" in done.stderr) == (2, True)
     done = forge("--resume", runs / "named-sft", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert read_json(runs / "named" / "run_metadata.json")["control"]["name"] == "named-sft"
@@ -534,6 +537,14 @@ def test_a_strangers_folder_is_refused_and_a_half_made_one_is_none(wanted: Confi
     control.path.mkdir()
     (control.path / "config.yaml").write_text("")
     assert check_control(control, wanted) is None
+    (control.path / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(UsageError, match=r"it holds no training_state\.json"):
+        check_control(control, wanted)
+    (control.path / "config.yaml").write_text("")
+    (control.path / ".git").mkdir()
+    with pytest.raises(UsageError, match=r"it holds no training_state\.json"):
+        check_control(control, wanted)
+    (control.path / ".git").rmdir()
     (control.path / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match=r"it holds no training_state\.json"):
         check_control(control, wanted)

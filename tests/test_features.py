@@ -382,7 +382,7 @@ def test_what_relations_cannot_compare_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"the teacher, a ModernBert.* model.layers.1.attn.Wqkv"):
         taught(bert(), fused, relations={"heads": 2})
     shared = classifier(AlbertConfig(**SIZES, embedding_size=8))
-    with pytest.raises(UsageError, match="each layer of the student, a AlbertForSequenceClassification; take"):
+    with pytest.raises(UsageError, match="each layer of the student, a AlbertForSequenceClassification; remove"):
         taught(shared, bert(), relations={"heads": 2})
     with pytest.raises(UsageError, match=r"teacher_layer is 3, and the teacher, a BertFor.*, has 2 layers"):
         taught(bert(), bert(), relations={"heads": 2, "teacher_layer": 3})

@@ -228,7 +228,7 @@ def test_a_checkpoint_on_another_base_is_refused(build_trainer: Build) -> None:
     with pytest.raises(UsageError) as error:
         check_base(point, "f" * 64)
     assert f"the adapter are {'f' * 12}," in str(error.value)
-    assert f"was trained on {manifest.base[:12]}; bring those back" in str(error.value)
+    assert f"was trained on {manifest.base[:12]}; restore those" in str(error.value)
 
 
 def test_a_run_that_starts_again_from_other_weights_is_refused() -> None:

@@ -326,7 +326,7 @@ def test_a_run_that_is_alive_is_not_resumed_and_an_interrupt_says_how_to_go_on(
     assert "is being trained by process" in refused.stderr
     assert alive.returncode == 75
     assert "WARNING: stopped by SIGINT in training at step" in last_words
-    assert f"with `python forge.py --resume {run}`" in last_words
+    assert f"forge.py --resume {run}`" in last_words
     assert "Traceback" not in last_words
     assert read_json(run / "training_state.json")["attempts"] == 1
 

@@ -1,6 +1,6 @@
 """The control of a distilled run: its twin without the teacher, trained for as many steps in a run next to it."""
 
-import shutil
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,10 @@ from forge.run.state import TrainingState
 
 SUFFIX = "-sft"
 # What open_run writes before the state, which marks a run: a folder that holds no more was left by a kill meanwhile.
-FIRST_FILES = ("config.yaml", "run_metadata.json", "requirements.txt", "dirty_1.diff")
+FIRST_FILE = re.compile(  # or one that was being written
+    r"config\.yaml|run_metadata\.json|requirements\.txt|dirty_1\.diff"
+    r"|\.(config\.yaml|run_metadata\.json|requirements\.txt|dirty_1\.diff|training_state\.json)\.[0-9a-f]{12}\.tmp"
+)
 FACTS: tuple[tuple[str, Callable[[RunMetadata], object]], ...] = (  # that a run and its control have in common
     ("rows, or their tokens,", lambda metadata: metadata.data.fingerprint),
     ("weights of the model", lambda metadata: metadata.model.weights_sha256),
@@ -83,22 +86,41 @@ class ControlCheck:
 
 def run_of(control: RunDirectory) -> RunDirectory | None:
     """The complete run that a complete control belongs to and that has not its metrics yet; None for any other run."""
-    if not control.name.endswith(SUFFIX):
+    owner = read_metadata(control).control_of
+    if owner is None or not control.name.endswith(SUFFIX):
         return None
     run = RunDirectory(control.path.with_name(control.name.removesuffix(SUFFIX)))
     if not run.state_file.is_file() or not TrainingState.load(run.state_file).pipeline_complete:
         return None
-    if read_metadata(control).control_of != named(run) or read_metadata(run).control is not None:
-        return None
-    return run
+    return run if owner == named(run) and read_metadata(run).control is None else None
+
+
+def check_unchanged(control: RunDirectory) -> None:
+    """Refuse a complete control that is not the twin of its run, before the run takes its metrics.
+
+    Raises:
+        UsageError: Its config, rows, weights or steps differ from the run's, and the run was not allowed that.
+    """
+    run = run_of(control)
+    if run is None:
+        return
+    config, metadata = load_config(run.config_file).config, read_metadata(run)
+    steps = TrainingState.load(run.state_file).total_steps
+    allowed = sorted({key for attempt in metadata.attempts for key in attempt.allowed})
+    check_control(control, control_config(config, steps), steps=steps, facts=metadata, allowed=allowed)
 
 
 def nothing_left(run: RunDirectory) -> bool:
     """True if the run is complete, and so is its control if it wants one, and the run has its metrics."""
     if not TrainingState.load(run.state_file).pipeline_complete:
         return False
-    if b"control: sft" not in run.config_file.read_bytes():  # loading a config takes milliseconds, for each of all runs
-        return True
+    try:  # loading a config takes milliseconds, for each of all runs
+        if b"control: sft" not in run.config_file.read_bytes():
+            return True
+    except OSError as error:
+        raise UsageError(
+            f"{run.config_file} cannot be read ({error.strerror}); restore it, or move the run away"
+        ) from None
     return not wants_control(load_config(run.config_file).config) or read_metadata(run).control is not None
 
 
@@ -182,13 +204,19 @@ def is_half_made(control: RunDirectory) -> bool:
     """True if an attempt was killed before the folder was a run."""
     if control.state_file.exists() or not control.path.is_dir():
         return False
-    return all(path.name in FIRST_FILES or path.name.startswith(".") for path in control.path.iterdir())
+    if not all(path.is_file() and FIRST_FILE.fullmatch(path.name) for path in control.path.iterdir()):
+        return False
+    config = control.config_file
+    text = config.read_text(errors="replace") if config.exists() else ""
+    return not text or text.startswith("# The merged config of ")
 
 
 def remove_half_made(control: RunDirectory) -> None:
     """Make the name free again where an attempt was killed before the folder was a run."""
     if is_half_made(control):
-        shutil.rmtree(control.path)
+        for path in control.path.iterdir():
+            path.unlink()
+        control.path.rmdir()
 
 
 def _other(control: RunDirectory, why: str) -> str:

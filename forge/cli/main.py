@@ -20,7 +20,7 @@ from forge.cli.arguments import (
 )
 from forge.cli.configs import add_config_commands
 from forge.cli.console import print_error
-from forge.errors import EXIT_COMPLETE, ForgeError
+from forge.errors import EXIT_COMPLETE, EXIT_FAILED, ForgeError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `forge runs | head`
         sys.stderr.close()
         return EXIT_COMPLETE
+    except OSError as error:  # a name that is too long, an unreadable folder
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -73,7 +73,12 @@ def incomplete_under(root: Path) -> list[tuple[RunDirectory, IncompleteRun]]:
         except UsageError:  # a broken state: only the registry knows that the run is not complete
             found += [(run, entry)] if entry is not None else []
             continue
-        if not (state.pipeline_complete and nothing_left(run)):  # its control may be left
+        try:
+            left = not (state.pipeline_complete and nothing_left(run))  # a complete run's control may be left
+        except UsageError as error:  # one broken run must not hide the others
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        if left:
             known = IncompleteRun(
                 run_id=state.run_id,
                 path=run.path.absolute(),
@@ -112,6 +117,8 @@ def _row(run: RunDirectory, entry: IncompleteRun | None) -> dict[str, Any] | Non
 
 def _process(row: dict[str, Any]) -> str:
     """The process that trains the run, as far as it can be seen from this host."""
+    if row["host"] is None:
+        return "none"
     if row["alive"] is None:
         return f"{row['pid']} on {row['host']}, not visible from here"
     return f"{row['pid']}, alive" if row["alive"] else "none"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from forge.attempt.control import (
     ControlCheck,
     check_free_for_control,
+    check_unchanged,
     control_of,
     next_control,
     nothing_left,
@@ -127,7 +128,8 @@ def _train_control(run: RunDirectory, request: Request, stop: "StopRequest", log
         if control.state_file.is_file():  # it says itself how to resume it
             raise
         resume = resume_command(run.path, world_size())
-        raise Stopped(f"{stopped}; {run.path} is complete; train its control with `{resume}`") from None
+        reason = str(stopped).split(";")[0]  # what follows is about a run that is started again
+        raise Stopped(f"{reason} of its control; {run.path} is complete; train its control with `{resume}`") from None
     except ForgeError:
         logger.warning("the run %s is complete; what follows is about its control", run.path)
         raise
@@ -140,6 +142,7 @@ def _report_with_control(run: RunDirectory, control: RunDirectory, log: "RunLog"
     """Note a complete control in its run, and print the run's table with it."""
     from forge.attempt.outcome import record_control
 
+    check_unchanged(control)
     log.open(run.log_file)
     logger.info("control run %s: complete", control.path)
     print_summary(record_control(run, control))
@@ -197,4 +200,9 @@ def _checked(args: argparse.Namespace) -> tuple[LoadedConfig, RunDirectory | Non
     if given := [f"--{name}" for name in ("debug", "run_name") if getattr(args, name)]:
         raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a resumed run stays what it is")
     run = find_run(Path(args.output_root or "outputs"), args.resume)
+    if (args.allow_change or overrides.change_training) and (owner := run_of(run)) is not None:
+        raise UsageError(
+            f"{run.path} is the control of {owner.path}, and must stay its twin: resume it without --set, --max_steps, "
+            "--epochs and --allow-change"
+        )
     return overrides.load(run.config_file), run
