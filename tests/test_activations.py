@@ -187,6 +187,9 @@ def test_rows_beyond_those_that_were_run_are_a_straight_line() -> None:
     for each, line in lines.items():
         assert line.of(9) == pytest.approx(step_bytes(model, batch_of(model), each, 9).peak, rel=0.01)
         assert 0 <= line.fixed < 0.02 * line.per_row
+    model = on_meta("llama", 2)
+    line = row_bytes(model, batch_of(model), passes[:1])[passes[0]]
+    assert line.fixed > T * 8 * 4  # of the rotary tables, (T, head_dim) float32
     assert RowBytes(3, 5).of(4) == 23
 
 
@@ -209,6 +212,7 @@ def test_a_teacher_keeps_nothing() -> None:
     deeper = on_meta("llama", 6).requires_grad_(False)
     forward = forward_bytes(teacher, batch_of(teacher), Form(2, 2))
     assert forward == forward_bytes(deeper, batch_of(deeper), Form(2, 2))
+    assert forward.fixed > T * 8 * 2  # of the rotary tables, (T, head_dim) bf16
     # In the MLP, for each token: three of the residual stream, three of the inner width, and a mask; in bf16.
     assert forward.of(B) == pytest.approx(B * T * (3 * WIDTH + 3 * INNER + T) * 2, rel=0.15)
 
