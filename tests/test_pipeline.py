@@ -416,17 +416,20 @@ def fails_on(broken, error):
         return rank
     return work
 
+def call(run, work):
+    return run(work) if run is on_every_rank else run(accelerator, work)
+
 lines = []
 assert on_rank_0(accelerator, lambda: f"of rank {rank}") == "of rank 0"
 for run in (rank_0_first, on_every_rank, on_rank_0):
-    assert run(accelerator, lambda: 7) == 7
+    assert call(run, lambda: 7) == 7
     for broken in (0, 1):
         try:
-            lines.append(f"{run.__name__} {run(accelerator, fails_on(broken, UsageError('bad input')))}")
+            lines.append(f"{run.__name__} {call(run, fails_on(broken, UsageError('bad input')))}")
         except ForgeError as error:
             lines.append(f"{run.__name__} {type(error).__name__} {error}")
     try:
-        run(accelerator, fails_on(0, OSError(28, 'full')))
+        call(run, fails_on(0, OSError(28, 'full')))
     except OSError:
         lines.append(f"{run.__name__} its own")
     except ForgeError as error:

@@ -128,7 +128,7 @@ def test_what_does_not_agree_is_refused_in_one_sentence() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"heads": 4}, "heads must divide the student's width 6, got 4"),
         ({"student": student[..., :4], "heads": 0}, "heads must divide the student's width 4, got 0"),
-        ({"teacher": teacher[..., :5]}, "heads must divide the teacher's width 5, and it is 2"),
+        ({"teacher": teacher[..., :5]}, "heads must divide the teacher's width 5, got 2"),
         ({"teacher": teacher[:3]}, r"student \(4, 5, 6\) and teacher \(3, 5, 12\)"),
         ({"mask": mask[:, :2]}, r"mask \(4, 2\) torch.bool must be bool \(4, 5\)"),
     ]
