@@ -384,7 +384,7 @@ def test_what_relations_cannot_compare_is_refused_by_name() -> None:
     shared = classifier(AlbertConfig(**SIZES, embedding_size=8))
     with pytest.raises(UsageError, match="each layer of the student, a AlbertForSequenceClassification; remove"):
         taught(shared, bert(), relations={"heads": 2})
-    with pytest.raises(UsageError, match=r"teacher_layer is 3, and the teacher, a BertFor.*, has 2 layers"):
+    with pytest.raises(UsageError, match=r"teacher_layer is 3, but the teacher, a BertFor.*, has only 2 layers"):
         taught(bert(), bert(), relations={"heads": 2, "teacher_layer": 3})
     for width, whose in (
         ((16, 24), "16, the width of the student's queries"),
