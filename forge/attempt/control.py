@@ -86,8 +86,8 @@ class ControlCheck:
 
 def run_of(control: RunDirectory) -> RunDirectory | None:
     """The complete run that a complete control belongs to and that has not its metrics yet; None for any other run."""
-    owner = read_metadata(control).control_of
-    if owner is None or not control.name.endswith(SUFFIX):
+    owner = read_metadata(control).control_of if control.name.endswith(SUFFIX) else None
+    if owner is None:
         return None
     run = RunDirectory(control.path.with_name(control.name.removesuffix(SUFFIX)))
     if not run.state_file.is_file() or not TrainingState.load(run.state_file).pipeline_complete:
