@@ -1,6 +1,6 @@
 # make demo        sets everything up, trains a teacher, distils it and compares, on the CPU (3 minutes on two cores)
 # make test        sets everything up and runs all tests (10 minutes on two idle cores); prints the 20 slowest
-# make test-quick  the same without slow tests and those on two ranks (2 minutes), for every day
+# make test-quick  the same without slow tests and those on two ranks, for every day
 # make faults      injects faults into running trainings and reports which survive (half an hour on two cores)
 # make lint        checks style and types
 # make setup       only creates .venv, with the pinned versions of constraints.txt

@@ -38,11 +38,11 @@ class Components:
 
     @property
     def teacher_sha256(self) -> str | None:
-        """The hash of the teacher's weights; None where there is none, or it is not known."""
+        """The hash of the teacher's weights; None if there is no teacher, or it is unknown."""
         return self.teacher.weights_sha256 if self.teacher is not None else None
 
     def facts(self, config: Config, accelerator: Accelerator) -> dict[str, Any]:
-        """What run_metadata.json tells of them, and of the ranks."""
+        """What run_metadata.json records of them and of the ranks."""
         of_teacher = lineage(self.teacher.origin, "teacher") if self.teacher is not None else []
         return {
             "task": self.task.about(),
