@@ -133,7 +133,7 @@ def write_card(result: Result, metadata: RunMetadata, config: Config, steps: int
 
 
 def last_evaluation(run: RunDirectory, stage: str) -> dict[str, Any]:
-    """The last evaluation of that stage in metrics.jsonl, without its step and stage; empty if there is none."""
+    """The last evaluation of that stage in metrics.jsonl, without its step and stage; empty if it was not made."""
     if not run.metrics_file.exists():
         return {}
     found = [row for row in read_metrics(run.metrics_file) if row.get("stage") == stage]

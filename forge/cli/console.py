@@ -28,7 +28,7 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def table_console() -> "Console":
-    """A console as wide as the terminal, or wide enough for a table where there is none."""
+    """A console as wide as the terminal, or wide enough for a table if output is not a terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH, markup=False)

@@ -1,4 +1,4 @@
-"""`forge plan`: prints whether a config fits on so many GPUs, and what to set if it does not."""
+"""`forge plan`: prints whether a config fits on the given GPUs, and what to set if it does not."""
 
 import argparse
 import json

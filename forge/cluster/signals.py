@@ -39,7 +39,7 @@ class StopRequest:
             threading.Thread(target=self._watch, args=(watched,), name="parent watch", daemon=True).start()
 
     def breaks(self, work: Callable[[], T]) -> T:
-        """Do long work during which a signal raises Stopped immediately.
+        """Run long work, during which a signal raises Stopped immediately.
 
         The work must leave nothing half done, and contain no collective: the other ranks would be left waiting.
         """

@@ -141,9 +141,9 @@ class ImageConfig(Section):
     """The size that images are brought to: scaled with their proportions kept, then padded on the right and below."""
 
     height: Positive | None = None
-    """In pixels. null: as the model's image processor says."""
+    """Pixels. null: as the model's image processor says."""
     width: Positive | None = None
-    """In pixels. null: as the model's image processor says."""
+    """Pixels. null: as the model's image processor says."""
     fill: Annotated[int, Field(ge=0, le=255)] = 255
     """The grey level of the padding, from 0 (black) to 255 (white)."""
     stretch: Bool = False

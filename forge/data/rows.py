@@ -150,7 +150,7 @@ def _places(length: int, count: int) -> list[int]:
 
 
 def _evaluated(config: DatasetConfig, splits: list[str]) -> list[str]:
-    """Return the evaluated splits. Raises UsageError if there is none, or if one that the config names is missing."""
+    """Return the evaluated splits. Raises UsageError if none exists, or if one that the config names is missing."""
     where, has = describe(config), ", ".join(splits)
     if config.train_split not in splits:
         raise UsageError(f"{where} has no split {config.train_split}; it has: {has} (task.dataset.train_split)")
