@@ -109,12 +109,18 @@ def rewrite(root: Path, run_id: str, **changes: object) -> None:
 def test_a_process_is_alive_only_if_it_is_forge_and_on_this_host(tmp_path: Path) -> None:
     a_run(tmp_path, "abc")
     (entry,) = incomplete_runs(tmp_path)
-    command = [sys.executable, "-c", "input()"]
-    with subprocess.Popen([*command, "forge.py"], stdin=subprocess.PIPE) as forge:
+    # The kernel shows a command line only a moment after Popen returns: wait until the process speaks.
+    command = [sys.executable, "-c", "print('here', flush=True); input()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "forge.py"], **pipes) as forge:
+        assert forge.stdout is not None
+        assert forge.stdout.readline() == "here\n"
         assert is_alive(entry.model_copy(update={"pid": forge.pid})) is True
         assert is_alive(entry.model_copy(update={"pid": forge.pid, "host": "node7"})) is None
-        forge.communicate(b"\n")
-    with subprocess.Popen([*command, "another.py"], stdin=subprocess.PIPE) as other:  # was given the pid since
+        forge.communicate("\n")
+    with subprocess.Popen([*command, "another.py"], **pipes) as other:  # was given the pid since
+        assert other.stdout is not None
+        assert other.stdout.readline() == "here\n"
         assert is_alive(entry.model_copy(update={"pid": other.pid})) is False
-        other.communicate(b"\n")
+        other.communicate("\n")
     assert is_alive(entry.model_copy(update={"pid": 2**22 + 1})) is False
