@@ -15,10 +15,9 @@ from forge.attempt.control import (
     ControlCheck,
     check_free_for_control,
     check_unchanged,
-    control_of,
-    next_control,
     nothing_left,
     run_of,
+    train_control,
     wants_control,
 )
 from forge.attempt.request import Request
@@ -29,7 +28,6 @@ from forge.config.loader import load_config as load_file
 from forge.config.schema import Config
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory, find_run
-from forge.run.lock import RunLock
 from forge.run.log import start_logging
 from forge.run.metadata import RunMetadata, read_metadata
 from forge.run.metrics import read_metrics
@@ -169,20 +167,16 @@ def _to_the_end(request: Request) -> Run:
         run = request.resumed
         if run is None or not TrainingState.load(run.state_file).pipeline_complete:
             run = _pipeline(request, stop).run
-        from forge.attempt.outcome import record_control
-
-        if (controlled := run_of(run)) is not None:  # this was a control, resumed by its own name
-            check_unchanged(run)
-            record_control(controlled, run)
+        controlled, control = run_of(run), None
+        if controlled is not None:  # this was a control, resumed by its own name
+            control = run
         elif not nothing_left(run):
-            lock = RunLock(run)
-            lock.take(take_over=request.take_over)
-            try:
-                twin = next_control(run, request)
-                control = _pipeline(twin, stop).run if twin is not None else control_of(run)
-            finally:
-                lock.release()
-            record_control(run, control)
+            controlled, control = run, train_control(run, request, lambda twin: _pipeline(twin, stop))
+        if controlled is not None and control is not None:
+            from forge.attempt.outcome import record_control
+
+            check_unchanged(control)
+            record_control(controlled, control)
     return load_run(run.path)
 
 

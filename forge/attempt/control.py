@@ -1,19 +1,25 @@
 """The control of a distilled run: its twin without the teacher, trained for as many steps in a run next to it."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from forge.attempt.request import Request
+from forge.cluster.processes import rank, world_size
 from forge.config.changes import ROWS, Kind, changes
 from forge.config.explain import effective, with_absolute_paths
 from forge.config.loader import LoadedConfig, load_config
 from forge.config.schema import Config
-from forge.errors import UsageError
+from forge.errors import ForgeError, Stopped, UsageError
 from forge.run.directory import RunDirectory
+from forge.run.hints import resume_command
+from forge.run.lock import RunLock
 from forge.run.metadata import RunMetadata, named, read_metadata
 from forge.run.state import TrainingState
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = "-sft"
 # What open_run writes before the state, which marks a run: a folder that holds no more was left by a kill meanwhile.
@@ -36,6 +42,50 @@ class Control:
     run: RunDirectory
     complete: bool
     allowed: list[str]  # keys of --allow-change that it is resumed with
+
+
+def train_control(run: RunDirectory, request: Request, train: Callable[[Request], object]) -> RunDirectory:
+    """Train the control of a complete run to its end, and return it; one that is complete already is returned at once.
+
+    The run stays locked meanwhile, so that no other process does the same. For all ranks at once.
+
+    Args:
+        request: The one that the run was started or resumed by.
+        train: Takes a request through the whole page.
+
+    Raises:
+        UsageError: Something else has the control's name, or another process trains it.
+        Stopped: By a signal; the message says how to go on.
+    """
+    from forge.ranks.agreement import on_every_rank  # imports torch
+
+    control, lock = control_of(run), RunLock(run)
+
+    def locked() -> Request | None:
+        if rank() == 0:
+            lock.take(take_over=request.take_over)
+        return next_control(run, request)
+
+    try:
+        twin = on_every_rank(locked)
+        if twin is None:
+            logger.info("the control run %s is complete already", control.path)
+            return control
+        steps = twin.config.training.max_steps
+        logger.info("control run %s: the same without the teacher, %s steps", control.path, steps)
+        train(twin)
+    except Stopped as stopped:
+        if control.state_file.is_file():  # it says itself how to resume it
+            raise
+        resume = resume_command(run.path, world_size())
+        reason = str(stopped).split(";")[0]  # what follows is about a run that is started again
+        raise Stopped(f"{reason} of its control; {run.path} is complete; train its control with `{resume}`") from None
+    except ForgeError:
+        logger.warning("the run %s is complete; what follows is about its control", run.path)
+        raise
+    finally:
+        lock.release()
+    return control
 
 
 def next_control(run: RunDirectory, request: Request) -> Request | None:

@@ -10,10 +10,9 @@ from forge.attempt.control import (
     ControlCheck,
     check_free_for_control,
     check_unchanged,
-    control_of,
-    next_control,
     nothing_left,
     run_of,
+    train_control,
     wants_control,
 )
 from forge.attempt.request import Request
@@ -22,10 +21,8 @@ from forge.cli.outcome import announce, heard_signals, logged, print_summary
 from forge.cluster.processes import rank, world_size
 from forge.config.explain import config_name
 from forge.config.loader import LoadedConfig, load_config
-from forge.errors import EXIT_COMPLETE, EXIT_FAILED, ForgeError, Stopped, UsageError
+from forge.errors import EXIT_COMPLETE, EXIT_FAILED, UsageError
 from forge.run.directory import RunDirectory, complete_message, find_run
-from forge.run.hints import resume_command
-from forge.run.lock import RunLock
 from forge.run.state import TrainingState
 
 if TYPE_CHECKING:
@@ -51,7 +48,8 @@ def train(args: argparse.Namespace) -> int:
             run, control = controlled, run
     if outcome.complete and left:
         with logged() as outcome:
-            control = _train_control(run, request, stop, outcome.log)
+            run_pipeline, log = _imported_page(stop, outcome.log), outcome.log
+            control = train_control(run, request, lambda twin: run_pipeline(twin, log, stop))
     if outcome.complete and control is not None and rank() == 0:
         with logged() as outcome:
             _report_with_control(run, control, outcome.log)
@@ -102,40 +100,6 @@ def _train(args: argparse.Namespace, stop: "StopRequest", log: "RunLog") -> tupl
     if rank() == 0 and not wants_control(loaded.config):
         print_summary(result)
     return result.run, request
-
-
-def _train_control(run: RunDirectory, request: Request, stop: "StopRequest", log: "RunLog") -> RunDirectory:
-    """Train the control of a complete run, under the run's lock, so that no other process does the same."""
-    run_pipeline = _imported_page(stop, log)
-    from forge.ranks.agreement import on_every_rank
-
-    control, lock = control_of(run), RunLock(run)
-
-    def locked() -> Request | None:
-        if rank() == 0:
-            lock.take(take_over=request.take_over)
-        return next_control(run, request)
-
-    try:
-        twin = on_every_rank(locked)
-        if twin is None:
-            logger.info("the control run %s is complete already", control.path)
-            return control
-        steps = twin.config.training.max_steps
-        logger.info("control run %s: the same without the teacher, %s steps", control.path, steps)
-        run_pipeline(twin, log, stop)
-    except Stopped as stopped:
-        if control.state_file.is_file():  # it says itself how to resume it
-            raise
-        resume = resume_command(run.path, world_size())
-        reason = str(stopped).split(";")[0]  # what follows is about a run that is started again
-        raise Stopped(f"{reason} of its control; {run.path} is complete; train its control with `{resume}`") from None
-    except ForgeError:
-        logger.warning("the run %s is complete; what follows is about its control", run.path)
-        raise
-    finally:
-        lock.release()
-    return control
 
 
 def _report_with_control(run: RunDirectory, control: RunDirectory, log: "RunLog") -> None:
