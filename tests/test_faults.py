@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import forge, forge_on_two_ranks
+from conftest import forge_on_two_ranks
 from faults.contenders import at_once_trials, frozen_trials
 from faults.corruption import DAMAGES, corruption_trials, none_left_trials, pointer_trials
 from faults.crash import Event, chosen_points, crash_trial, events, random_trial
@@ -58,14 +58,6 @@ def survive(trials: list[Trial]) -> None:
     row = run_row(Row("a choice", trials), workers=2)
     assert row.failures == []
     assert row.survived == len(trials) > 0
-
-
-def test_the_fork_server_runs_the_true_program(scene: Scene, tmp_path: Path) -> None:
-    # One thread, as in the fork server: sums of two threads differ.
-    done = forge(*scene.arguments(ONE, tmp_path), fresh=True, OMP_NUM_THREADS="1")
-
-    assert done.returncode == 0, done.stderr
-    assert scene.unbroken(ONE).difference(ending(run_of(tmp_path))) is None
 
 
 @pytest.mark.multiprocess

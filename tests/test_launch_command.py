@@ -164,7 +164,7 @@ def test_two_launches_at_once_train_to_their_end_whatever_accelerate_was_configu
     caches = tmp_path / "hf_home"
     (caches / "accelerate").mkdir(parents=True)
     (caches / "accelerate" / "default_config.yaml").write_text(OF_ANOTHER_MACHINE)
-    both = [start(config_file, "--run_name", name, HF_HOME=str(caches)) for name in ("one", "two")]
+    both = [start(config_file, "--run_name", "one", HF_HOME=str(caches)), start(config_file, "--run_name", "two")]
     for name, process in zip(("one", "two"), both, strict=True):
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err

@@ -80,8 +80,15 @@ def test_fp32_logits_equal_float64(divergence: str, mix: float, temperature: flo
     assert error(got.d_head, expected_gradients["student_head"]) < 3e-6
 
 
-@pytest.mark.parametrize(("divergence", "mix"), DIVERGENCES)
-@pytest.mark.parametrize(("V", "Vt"), [(96, 96), (70, 70), (70, 57), (64, 80)])
+@pytest.mark.parametrize(
+    ("V", "Vt", "divergence", "mix"),
+    [(70, 57, *divergence) for divergence in DIVERGENCES]  # each of them, and each vocabulary with one of each kind
+    + [
+        (V, Vt, *divergence)
+        for V, Vt in [(96, 96), (70, 70), (64, 80)]
+        for divergence in (DIVERGENCES[0], ("jsd", 0.3))
+    ],
+)
 def test_the_difference_form_equals_float64_also_with_odd_and_padded_vocabularies(
     V: int, Vt: int, divergence: str, mix: float
 ) -> None:

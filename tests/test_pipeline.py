@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from conftest import REPOSITORY, forge, forge_on_two_ranks, pair_rows, write_rows
 
@@ -44,7 +46,7 @@ logging: {{every_steps: 2}}
 tracking: {{wandb: {{project: test, mode: offline}}}}
 output_root: {folder / "outputs"}
 """)
-    done = forge("--config", config, "--run_name", "first")
+    done = forge("--config", config, "--run_name", "first", **{warm.PREDICTS_MEMORY: "1"})
     assert done.returncode == 0, done.stderr
     return folder / "outputs" / "tiny" / "first", done.stdout, done.stderr
 
@@ -332,12 +334,17 @@ def test_a_run_that_is_alive_is_not_resumed_and_an_interrupt_says_how_to_go_on(
 
 
 def test_a_closed_console_does_not_spoil_a_finished_run(config_file: Path, tmp_path: Path) -> None:
-    shell = f"{sys.executable} forge.py --config {config_file} --debug --run_name"
-    closed = subprocess.run(["sh", "-c", f"{shell} closed >&- 2>&-"], cwd=REPOSITORY, timeout=240, check=False)
-    piped = subprocess.run(["sh", "-c", f"{shell} piped 2>&1 | head -1"], cwd=REPOSITORY, timeout=240, check=False)
+    command = [sys.executable, "forge.py", "--config", str(config_file), "--debug", "--run_name"]
+    shell = f"{shlex.join(command)} closed >&- 2>&-"
+    closed = subprocess.run(["sh", "-c", shell], cwd=REPOSITORY, timeout=240, check=False)
+    with warm.starts():
+        piped = subprocess.Popen([*command, "piped"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert piped.stdout is not None
+    piped.stdout.readline()
+    piped.stdout.close()  # as `| head -1` does
 
     assert closed.returncode == 0
-    assert piped.returncode == 0
+    assert piped.wait(timeout=240) == 0
     for name in ("closed", "piped"):
         run = tmp_path / "outputs" / "tiny" / name
         assert read_json(run / "training_state.json")["pipeline_complete"]
@@ -371,8 +378,8 @@ def test_a_broken_wandb_does_not_stop_training(config_file: Path, tmp_path: Path
 @pytest.mark.multiprocess
 def test_two_ranks_take_the_same_trajectory_as_one(config_file: Path, tmp_path: Path) -> None:
     settings = ["--config", config_file, "--set", "training.per_device_batch_size=4", "--set", "training.batch_size=20"]
-    alone = forge(*settings, "--run_name", "alone", fresh=True)
-    both = forge_on_two_ranks(*settings, "--run_name", "both", fresh=True)
+    alone = forge(*settings, "--run_name", "alone")
+    both = forge_on_two_ranks(*settings, "--run_name", "both")
     assert alone.returncode == 0, alone.stderr
     assert both.returncode == 0, both.stderr
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from forge.cli.plan import suggestion
 from forge.config.loader import load_config
 from forge.config.plans import read_plan
 from forge.data.batches import model_inputs
+from forge.memory import meta
 from forge.memory.activations import step_bytes
 from forge.memory.advice import DDP, Machine, advise, read_gpus, shardings_of, table_of
 from forge.memory.meta import meta_job, running_job, student_on_meta
@@ -63,7 +65,18 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def job_on(file: Path, *settings: str) -> Job:
-    return meta_job(load_config(file, settings).config)
+    """Counting takes a second, so the same config is counted once for all tests."""
+    config = load_config(file, settings).config
+    return _counted(config.model_dump_json(), lambda: meta_job(config))
+
+
+_jobs: dict[str, Job] = {}
+
+
+def _counted(key: str, count: Callable[[], Job]) -> Job:
+    if key not in _jobs:
+        _jobs[key] = count()
+    return _jobs[key]
 
 
 def with_plan(name: str | None, ranks: int = 4, teacher: str = "teacher_zero3") -> Sharding:
@@ -211,7 +224,7 @@ def test_a_model_that_cannot_be_run_without_memory_says_so(
         raise RuntimeError("reads what it may not")
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    job = job_on(config_file)
+    job = meta_job(load_config(config_file).config)
     assert (job.activations, job.uncounted) == ({}, "RuntimeError: reads what it may not")
     assert main(["plan", str(config_file), "--gpus", "2x80"]) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -294,11 +307,13 @@ def test_frozen_weights_in_4_bits(config_file: Path, chat_model: Path) -> None:
     assert estimate_memory(packed, with_plan(None)).weights < estimate_memory(job, with_plan(None)).weights
 
 
-def test_the_teachers_dtype(config_file: Path, chat_model: Path) -> None:
+def test_the_teachers_dtype(config_file: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meta, "row_bytes", lambda *given: {})  # activations take a second, and do not matter here
+    monkeypatch.setattr(meta, "forward_bytes", lambda *given: RowBytes(0, 1))
     taught = (f"teacher.path={chat_model}", "distillation.alpha=0.5")
 
     def teacher_bytes(*settings: str) -> int:
-        return job_on(config_file, *taught, *settings).teacher_bytes
+        return meta_job(load_config(config_file, (*taught, *settings)).config).teacher_bytes
 
     assert teacher_bytes() == 2  # as training computes
     assert teacher_bytes("training.mixed_precision=no") == 4

@@ -195,7 +195,6 @@ def test_two_ranks_stop_at_the_same_step(name: str, target: str, config_file: Pa
 
 
 @pytest.mark.multiprocess
-@pytest.mark.fresh_interpreter
 def test_ranks_end_when_the_launcher_is_killed(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "tiny" / "long"
     with started(two_ranks_command("--config", config_file, *LONG), **TWO_RANKS_ENVIRONMENT) as launcher:

@@ -19,6 +19,7 @@ What it does not test, and where a fresh interpreter does:
 - descriptors that are closed at the start: test_pipeline.py
 - ranks that come from `accelerate launch` itself: the tests marked fresh_interpreter, and those with `fresh=True`
 - the hash seed of strings, which all forks of a warm process share
+- the memory that a run predicts, half a CPU-second each: only where PREDICTS_MEMORY is set, as in test_pipeline.py
 """
 
 import atexit
@@ -53,6 +54,7 @@ NOT_AT_IMPORT = ("PYTHONPATH", "PYTHONUNBUFFERED")
 # No thread may have started before a fork: a pool would be lost in the child.
 WITHOUT_POOLS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 WITHOUT_POOLS |= {"ARROW_DEFAULT_MEMORY_POOL": "system", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+PREDICTS_MEMORY = "WARM_PREDICTS_MEMORY"  # set to anything for a program that shall predict its memory
 # The kernel shows arguments and environment from where they were when the process started: room for longer ones.
 PAD_VARIABLE, ARGUMENTS_ROOM, ENVIRONMENT_ROOM = "WARM_PAD", 32_000, 64_000
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
@@ -267,7 +269,8 @@ def _import_everything() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed prints what it misses
     import accelerate.commands.launch  # noqa: F401
     import datasets  # noqa: F401
-    import deepspeed  # noqa: F401 - by transformers and accelerate, when they save a model
+    import deepspeed  # by transformers and accelerate, when they save a model
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - by its engine; imports torch's compiler, 2 s
     import numpy  # noqa: F401 - reseeded in each fork
     import peft  # noqa: F401
     import torch.distributed.run
@@ -363,6 +366,10 @@ def _reset(program: Program) -> None:
     random.seed()
     numpy.random.seed()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    if PREDICTS_MEMORY not in os.environ:
+        import forge.attempt.measured_memory
+
+        forge.attempt.measured_memory.predict_memory = lambda *given: None
     unbuffered = program.arguments[1] == "-u" or bool(os.environ.get("PYTHONUNBUFFERED"))
     sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=unbuffered)  # type: ignore[union-attr]
     subprocess.Popen._execute_child = _fork_warm  # type: ignore[attr-defined]
