@@ -133,8 +133,8 @@ def test_an_installed_forge_plans_trains_and_launches_from_an_empty_folder(
     assert planned.returncode == 0, planned.stderr
     assert {"zero1", "zero2", "zero3_offload"} <= set(planned.stdout.split())
     assert trained.returncode == 0, trained.stderr
-    launched = installed_forge(
-        "launch", QUICKSTART, "--run-name", "two", "--processes", "2", "--deepspeed", "zero2", *once
+    launched = installed_forge(  # each process more would import everything once more
+        "launch", QUICKSTART, "--run-name", "two", "--processes", "1", "--deepspeed", "zero2", *once
     )
     assert launched.returncode == 0, launched.stderr
     states = [read_json(tmp_path / "quickstart" / "sft" / name / "training_state.json") for name in ("one", "two")]
