@@ -121,10 +121,12 @@ def batches(num_workers: int = 0, rank: int = 0, ranks: int = 1, rows_per_step: 
 
 def ledger(loader: StepBatches, start: int, steps: int) -> list[list[object]]:
     loader.start_at(start)
-    return [
+    rows = [
         [None if row == FILLER else row for batch in loader.next_step() for row in batch["ids"].tolist()]
         for _ in range(steps)
     ]
+    loader.close()
+    return rows
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

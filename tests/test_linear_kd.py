@@ -356,16 +356,16 @@ def test_all_of_a_teachers_tokens_are_the_dense_teacher(missing_mass: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_linear_kd_triton.py", "test_linear_kd_kernels.py"])
-def test_the_kernels_in_tritons_interpreter(name: str) -> None:
+def test_the_kernels_in_tritons_interpreter() -> None:
     """In a process of its own: triton decides at its import whether it interprets."""
+    names = ("test_linear_kd_triton.py", "test_linear_kd_kernels.py")
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip(f"{name} runs by itself")
+        pytest.skip(f"{' and '.join(names)} run by themselves")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed, so the kernels cannot even be interpreted")
-    file = Path(__file__).with_name(name)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(folder / name) for name in names)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=file.parents[1], capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout.splitlines()[-1]

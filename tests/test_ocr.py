@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, forge, forge_on_two_ranks
+from conftest import REPOSITORY, forge, forge_on_two_ranks, python
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from recorded_runs import model_facts, task_facts
@@ -431,9 +429,7 @@ def test_a_long_transcript_is_cut_without_noise(lines: Path) -> None:
         f"from pathlib import Path; from test_ocr import load; ocr = load(Path({str(lines)!r}), {{'max_length': 8}})\n"
         "assert ocr.truncated == {'train': 5, 'validation': 3}"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, env=with_repository()
-    )
+    done = python("-c", code, cwd=Path(__file__).parent, **with_repository())
     assert done.returncode == 0, done.stderr
     assert "longer than" not in done.stderr
 

@@ -18,7 +18,7 @@ from forge.attempt.control import (
 from forge.attempt.request import Request
 from forge.cli.arguments import Overrides, training_arguments
 from forge.cli.outcome import announce, heard_signals, logged, print_summary
-from forge.cluster.processes import rank, world_size
+from forge.cluster.processes import rank
 from forge.config.explain import config_name
 from forge.config.loader import LoadedConfig, load_config
 from forge.errors import EXIT_COMPLETE, EXIT_FAILED, UsageError
