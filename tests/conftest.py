@@ -23,14 +23,43 @@ VERBS = ["sees", "likes", "draws", "finds"]
 WORDS = ["the", "a", "no", "not", *NOUNS, *VERBS]
 
 
+SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
+SLOW_S = 0.5
+_seconds: dict[str, float] = {}  # by test function; the longest setup or call of its cases
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-slow", action="store_true", help=f"write {SLOW_TESTS.name} anew, after a whole run")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what took more than half a second when it was last recorded."""
+    slow = set(SLOW_TESTS.read_text().split())
+    for item in items:
+        if _function_of(item.nodeid) in slow:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = _function_of(report.nodeid)
+    _seconds[name] = max(_seconds.get(name, 0.0), report.duration)
+
+
+def _function_of(nodeid: str) -> str:
+    return nodeid.removeprefix("tests/").split("[")[0]
+
+
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of garbage collection, which every training asks for at its end: 0.3 s each."""
     gc.collect()
     gc.freeze()
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     gc.unfreeze()  # else a library reports at the end that it leaks
+    if session.config.getoption("--record-slow") and not hasattr(session.config, "workerinput"):
+        SLOW_TESTS.write_text("".join(f"{name}\n" for name in sorted(_seconds) if _seconds[name] > SLOW_S))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -157,13 +186,9 @@ output_root: {tmp_path / "outputs"}
 
 
 @pytest.fixture
-def warm_starts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Within the test, whatever it starts of this interpreter by subprocess is a fork of a warm one (see warm.py).
-
-    Not in a test that is marked fresh_interpreter.
-    """
-    fresh = request.node.get_closest_marker("fresh_interpreter") is not None
-    with warm.starts(fresh):
+def warm_starts() -> Iterator[None]:
+    """Within the test, whatever it starts of this interpreter by subprocess is a fork of a warm one (see warm.py)."""
+    with warm.starts():
         yield
 
 

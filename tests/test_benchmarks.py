@@ -19,7 +19,7 @@ sys.path.insert(0, sys.argv[1].rpartition("/")[0])
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-COMMANDS = {"kd_loss": ("--shape", "24,300,16,24"), "kd_loss_error": ("--shape", "16,200,32")}
+COMMANDS = {"kd_loss": ("--shape", "24,300,16,24", "--repeats", "2"), "kd_loss_error": ("--shape", "16,200,32")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

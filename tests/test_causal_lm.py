@@ -337,7 +337,6 @@ def test_a_stream_trains_on_its_rows_in_their_order(tmp_path: Path, chat_model: 
     assert [row["epoch"] for row in reports] == [0, 0, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_take_the_steps_of_one_from_a_stream_and_from_packed_rows(tmp_path: Path, chat_model: Path) -> None:
     rows = [conversation(i, turns=1 + i % 3) for i in range(21)]

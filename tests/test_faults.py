@@ -61,9 +61,8 @@ def survive(trials: list[Trial]) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
 def test_the_fork_server_runs_two_ranks_as_the_launcher_does(scene: Scene, tmp_path: Path) -> None:
-    done = forge_on_two_ranks(*scene.arguments(TWO, tmp_path), fresh=True)
+    done = forge_on_two_ranks(*scene.arguments(TWO, tmp_path))
 
     assert done.returncode == 0, done.stderr
     assert scene.unbroken(TWO).difference(ending(run_of(tmp_path))) is None

@@ -381,7 +381,6 @@ def test_other_layers_change_the_meaning_of_a_run(tmp_path: Path, monkeypatch: p
     assert changes(old, whole, rows_per_step_old=8, rows_per_step_new=8) == []
 
 
-@pytest.mark.slow
 def test_a_resumed_run_ends_bit_identical_and_the_next_starts_from_it(
     config_file: Path, source_of: Callable[..., Any], tmp_path: Path
 ) -> None:

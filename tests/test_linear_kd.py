@@ -355,7 +355,6 @@ def test_all_of_a_teachers_tokens_are_the_dense_teacher(missing_mass: str) -> No
     )
 
 
-@pytest.mark.slow
 def test_the_kernels_in_tritons_interpreter() -> None:
     """In a process of its own: triton decides at its import whether it interprets."""
     names = ("test_linear_kd_triton.py", "test_linear_kd_kernels.py")

@@ -148,7 +148,6 @@ def test_keys_without_effect_on_whole_logits_are_told(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["a tied head", "an adapter and a trained head"])
 def test_two_ranks_take_the_steps_of_one(

@@ -119,7 +119,6 @@ def test_an_installed_forge_finds_its_configs_and_plans_from_an_empty_folder(ins
     assert absent.stderr.startswith("error: configs/quickstart/nope.yaml: ")
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_an_installed_forge_plans_trains_and_launches_from_an_empty_folder(
     installed_forge: Forge, tiny_model: Path, tmp_path: Path

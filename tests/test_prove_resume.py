@@ -84,7 +84,6 @@ def certificate(root: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-@pytest.mark.slow
 def test_a_killed_run_is_proved_identical_and_the_certificate_says_how(config_file: Path, tmp_path: Path) -> None:
     """Epochs: only the run itself knows its steps, and that it saves too seldom for so many kills."""
     done = prove(config_file, "--kills", 3, "--epochs", 2, "--set", "model.dropout=0.1", *SLOWER)
@@ -128,7 +127,6 @@ def test_a_killed_run_is_proved_identical_and_the_certificate_says_how(config_fi
     assert sum(read_json(run / "training_state.json")["attempts"] - 1 for run in killed) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_are_killed_together_and_one_by_one(config_file: Path, tmp_path: Path) -> None:
     done = prove(
@@ -147,7 +145,6 @@ def test_two_processes_are_killed_together_and_one_by_one(config_file: Path, tmp
     assert all(kill["all_ended_s"] is not None for kill in found["kills"])  # nothing was left behind by any kill
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "where"),
     [
@@ -192,7 +189,6 @@ def test_a_resume_that_forgets_is_found_out(change: str, where: str, config_file
     assert ("final model" in parts) == (change != "self.meter.restart()")
 
 
-@pytest.mark.slow
 def test_a_resume_that_fails_is_the_difference(config_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SABOTAGED.replace("CHANGE", "from forge.errors import ForgeError; raise ForgeError('no way')"))
@@ -206,7 +202,6 @@ def test_a_resume_that_fails_is_the_difference(config_file: Path, tmp_path: Path
                                           "killed one")  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_kill_that_came_too_late_is_aimed_again_at_another_run(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +219,6 @@ def test_a_kill_that_came_too_late_is_aimed_again_at_another_run(
     assert "checkpoint-9" in kill["on_disk"]
 
 
-@pytest.mark.slow
 def test_an_interrupt_leaves_no_process_behind_and_names_the_runs(config_file: Path, tmp_path: Path) -> None:
     settings = ["--max_steps", "5000", "--set", "checkpoint.every_steps=20"]
     with subprocess.Popen(

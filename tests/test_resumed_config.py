@@ -14,7 +14,6 @@ from conftest import REPOSITORY, forge
 from forge.run.files import read_json
 
 
-@pytest.mark.slow
 def test_changes_are_judged_recorded_and_hold_for_later_attempts(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "tiny" / "r"
     new = ("--config", config_file, "--max_steps", "400", "--run_name", "r")
@@ -41,7 +40,6 @@ def test_changes_are_judged_recorded_and_hold_for_later_attempts(config_file: Pa
     assert [attempt["allowed"] for attempt in attempts] == [{}, rate, rate]
 
 
-@pytest.mark.slow
 def test_other_rows_and_another_precision_are_refused(config_file: Path, data_folder: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "outputs" / "tiny" / "r"
     shutil.copytree(data_folder, data)
@@ -61,7 +59,6 @@ def test_other_rows_and_another_precision_are_refused(config_file: Path, data_fo
     assert taken.returncode == 0, taken.stderr
 
 
-@pytest.mark.slow
 def test_a_step_of_another_size_is_refused_and_goes_on_where_it_is_allowed(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "tiny" / "r"
     new = ("--config", config_file, "--run_name", "r", "--set", "training.batch_size=5", "--max_steps", "400")

@@ -534,7 +534,6 @@ SLOWLY = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("warm_starts")
 def test_a_killed_command_goes_on_where_it_was(
     config_file: Path,

@@ -17,7 +17,7 @@ What it does not test, and where a fresh interpreter does:
 - the command from another folder, and `python -m forge.cli`: test_cli.py
 - a library that reads the environment as it is imported: not served here, see READ_AT_IMPORT
 - descriptors that are closed at the start: test_pipeline.py
-- ranks that come from `accelerate launch` itself: the tests marked fresh_interpreter, and those with `fresh=True`
+- ranks that come from `accelerate launch` itself: test_launch_command.py, which compares the weights with warm ones
 - the hash seed of strings, which all forks of a warm process share
 - the memory that a run predicts, half a CPU-second each: only where PREDICTS_MEMORY is set, as in test_pipeline.py
 """
