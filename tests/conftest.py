@@ -25,6 +25,7 @@ WORDS = ["the", "a", "no", "not", *NOUNS, *VERBS]
 
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
 SLOW_S = 0.5
+SLOW_FIXTURES = {"outputs", "runs", "finished", "recorded", "installed_forge", "warm_starts"}  # they train
 _seconds: dict[str, float] = {}  # by test function; the longest setup or call of its cases
 
 
@@ -34,10 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what took more than half a second when it was last recorded."""
+    """Mark as slow what took more than half a second when it was last recorded, and what shares a run's time."""
     slow = set(SLOW_TESTS.read_text().split())
     for item in items:
-        if _function_of(item.nodeid) in slow:
+        if _function_of(item.nodeid) in slow or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 
