@@ -34,6 +34,7 @@ from forge.task.causal_lm.documents import Encoder, build_encoder
 from forge.task.causal_lm.forms import RowForm, choose_form, training_texts
 from forge.task.causal_lm.metrics import CausalLmMetrics
 from forge.task.causal_lm.truncation import Cut, encode_split, prepare_rows
+from forge.task.probe import check_causal
 from forge.task.task import Task, task_section
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class CausalLm(Task):
         loaded = load_whole(AutoModelForCausalLM, config, key, "weights for a causal LM", scratch)
         check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
         check_fits(loaded.model, self.config.max_length, training)
+        check_causal(loaded.model, self.forward_options, key)
         if self.config.packing and key == "model":
             check_packing(loaded.model, self.forward_options)
         end_with(loaded.model, self.ends, int(tokenizer.pad_token_id))
