@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from vocabularies import LLAMA_TEMPLATE, sentencepiece
 
+from forge.errors import UsageError
 from forge.task.causal_lm.alignment import (
     Reply,
     _by_bytes,
@@ -19,6 +20,7 @@ from forge.task.causal_lm.alignment import (
     replies,
     token_bytes,
 )
+from forge.task.causal_lm.chat import CHATML
 from forge.task.causal_lm.documents import build_encoder
 from forge.task.causal_lm.forms import choose_form
 from forge.task.causal_lm.task import CausalLm
@@ -213,6 +215,7 @@ def test_batches_point_into_the_logits_of_both(load_lm: Callable[..., CausalLm])
         "labels": sum(task.train["labels"]),
         "aligned": sum(map(len, task.train["aligned"])),
         "teacher_rows_cut": 0,
+        "teacher_rows_unprinted": 0,
     }
     assert "aligned" not in task.validation["validation"].column_names
     assert "aligned" not in task.collate([task.validation["validation"][0]])
@@ -230,6 +233,30 @@ def test_a_row_that_the_teacher_cuts_is_aligned_up_to_there(load_lm: Callable[..
     assert len(short["aligned"]) == short["labels"]
     assert task.facts()["alignment"]["teacher_rows_cut"] == 1
     assert long["input_ids"][long["aligned"][-1] + 1] != task.processing.eos_token_id
+
+
+def test_a_row_of_which_the_teachers_template_drops_a_part_is_refused_or_not_aligned(
+    load_lm: Callable[..., CausalLm], tmp_path: Path
+) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(CHATML.replace("{{ message['content']", "{{ message.reasoning_content }}{{ message['content']"))
+    thought = said("red")
+    thought["messages"][1]["reasoning_content"] = "blue"
+
+    def aligned(unprinted: str) -> CausalLm:
+        rows = [conversation(0), thought]
+        settings = (f"task.chat_template={file}", f"task.unprinted={unprinted}")
+        return load_lm(rows, rows[:1], *settings).for_teacher(sentencepiece([*WORDS, "say"]))
+
+    with pytest.raises(
+        UsageError, match=r"train: row 1 has reasoning_content of message 1 \(assistant\), which the tea"
+    ):
+        aligned("refuse")
+    left = aligned("leave_out")
+    assert [len(row["aligned"]) > 0 for row in left.train] == [True, False]
+    assert left.facts()["alignment"]["teacher_rows_unprinted"] == 1
+    assert left.train[1]["labels"] > 0  # it is learned, without the teacher
+    assert aligned("accept").facts()["alignment"]["teacher_rows_unprinted"] == 1
 
 
 def test_rows_that_were_left_out_take_nobody_elses_alignment(load_lm: Callable[..., CausalLm]) -> None:

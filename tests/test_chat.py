@@ -94,15 +94,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def learned_texts(tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]]) -> list[str]:
-    """The text of each run of learned tokens."""
+def encode(tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of one row."""
     tokenizer.chat_template = template
     config = CausalLmTask.model_validate({"type": "causal_lm", "dataset": {"path": "x"}})
     encoder = build_encoder(config, tokenizer, choose_form(config, ["messages"], "x"))
-    encoded = encoder.encode({"messages": [messages]}, [0], "x, train")
+    return {name: values[0] for name, values in encoder.encode({"messages": [messages]}, [0], "x, train").items()}
+
+
+def learned_texts(tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]]) -> list[str]:
+    """The text of each run of learned tokens."""
+    encoded = encode(tokenizer, template, messages)
     runs: list[list[int]] = []
     before = False
-    for token, learned in zip(encoded["input_ids"][0], encoded["learned"][0], strict=True):
+    for token, learned in zip(encoded["input_ids"], encoded["learned"], strict=True):
         if learned:
             runs = runs if before else [*runs, []]
             runs[-1].append(token)
@@ -245,7 +250,7 @@ def test_a_call_of_a_tool_may_have_no_text_and_keys_of_other_rows_do_not_count(
     template = CHATML.replace(
         "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
         "{% for call in message.tool_calls %}{{ call.name }}{% endfor %}"
-        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{{ (message.content or '') + '<|im_end|>' }}{% endgeneration %}",
     )
     row = [
         {"role": "user", "content": "Hi there"},
@@ -259,12 +264,124 @@ def test_a_call_of_a_tool_may_have_no_text_and_keys_of_other_rows_do_not_count(
     assert learned_texts(tokenizer, template, messages) == ["add<|im_end|>", "It is 4.<|im_end|>"]
 
 
+CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"a": 2, "b": None}}}
+TOOL_ROW = [
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "4"},
+    {"role": "assistant", "content": "It is 4."},
+]
+WRITES_CALLS = (  # as Qwen 2.5's
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls %}{{ {'name': call.function.name, 'arguments': call.function.arguments}"
+    " | tojson }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_calls_are_given_to_the_template_without_the_nulls_of_a_table(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert learned_texts(tokenizer, WRITES_CALLS, TOOL_ROW) == [
+        '{"name": "add", "arguments": {"a": 2}}<|im_end|>',
+        "It is 4.<|im_end|>",
+    ]
+    assert encode(tokenizer, WRITES_CALLS, TOOL_ROW)["unprinted"] == ""
+
+
+NO_TOOL = "{% for message in messages if message.role != 'tool' %}"
+THOUGHT = [{"role": "user", "content": "4"}, {"role": "assistant", "reasoning_content": "4", "content": "4"}]
+IN_CONTENT = said([("user", "Hi"), ("assistant", "<think>\nWell.\n</think>\n\nHello!")])
+CUTS_THOUGHTS = WRITES_CALLS.replace("message.content }}", "message.content.split('</think>') | last | trim }}")
+AS_JSON = WRITES_CALLS.replace("message.content }}", "message.content | tojson }}")
+WRITES_THOUGHTS = WRITES_CALLS.replace("{{ message.content", "{{ message.reasoning_content }} {{ message.content")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        (WRITES_CALLS.replace("call.function.arguments", "'{}'"), TOOL_ROW, "tool_calls of message 1 (assistant)"),
+        (WRITES_CALLS.replace("message.tool_calls", "[]"), TOOL_ROW, "tool_calls of message 1 (assistant)"),
+        (WRITES_CALLS.replace("{% for message in messages %}", NO_TOOL), TOOL_ROW, "content of message 2 (tool)"),
+        (PLAIN_CHATML, THOUGHT, "reasoning_content of message 1 (assistant)"),
+        (WRITES_THOUGHTS, THOUGHT, ""),
+        (WRITES_THOUGHTS, [THOUGHT[0], {"thinking": "So", "reasoning": "So", **said([("assistant", "4")])[0]}], ""),
+        (CUTS_THOUGHTS, IN_CONTENT, "content of message 1 (assistant)"),
+        (CUTS_THOUGHTS, said(TURNS), ""),
+        (AS_JSON, said([("user", "Hi"), ("assistant", 'Größe: "4"\n日')]), ""),
+        (LLAMA_3, said([("user", " Hi \n"), ("assistant", "\n\n Hello!  ")]), ""),
+    ],
+)
+def test_what_a_message_holds_and_the_text_does_not_is_found_even_if_its_words_are_elsewhere(
+    tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]], lost: str
+) -> None:
+    assert encode(tokenizer, template, messages)["unprinted"] == lost
+
+
+def test_a_template_that_checks_what_is_said_is_asked_for_the_words_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    strict = "{% if messages[0].content != 'Hi' %}{{ raise_exception('no') }}{% endif %}" + PLAIN_CHATML
+    thought = {"role": "assistant", "reasoning_content": "So.", "content": "Hello!"}
+
+    assert encode(tokenizer, strict, [TURN_ONE, thought])["unprinted"] == "reasoning_content of message 1 (assistant)"
+    assert encode(tokenizer, strict, [TURN_ONE, *said([("assistant", "Hello!")])])["unprinted"] == ""
+
+
+TURN_ONE = {"role": "user", "content": "Hi"}
+
+
+def weighted(weights: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**message, **weights.get(i, {})} for i, message in enumerate(said(TURNS))]
+
+
+@pytest.mark.parametrize("template", [PLAIN_CHATML, MARKED])
+@pytest.mark.parametrize(
+    ("weights", "learned"),
+    [
+        ({1: {"weight": 0}, 3: {"weight": 1}}, ["It is 4.<|im_end|>"]),
+        ({3: {"weight": 0.0}}, ["Hello!<|im_end|>"]),
+        ({1: {"train": False}, 3: {"train": None}}, ["It is 4.<|im_end|>"]),
+        ({1: {"weight": 0}, 3: {"train": False}}, []),
+    ],
+)
+def test_a_reply_that_its_message_excludes_is_read_and_not_learned(
+    tokenizer: PreTrainedTokenizerFast, template: str, weights: dict[int, Any], learned: list[str]
+) -> None:
+    assert learned_texts(tokenizer, template, weighted(weights)) == learned
+    assert (
+        encode(tokenizer, template, weighted(weights))["input_ids"]
+        == encode(tokenizer, template, said(TURNS))["input_ids"]
+    )
+
+
+def test_a_weight_that_is_none_is_refused_and_one_that_changes_nothing_is_noted(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with pytest.raises(UsageError, match=r"row 0 has the weight 0.5 in message 1; it must be 0 or false .*, or 1 or"):
+        encode(tokenizer, MARKED, weighted({1: {"weight": 0.5}}))
+    with pytest.raises(UsageError, match=r"row 0 has the train 'no' in message 1"):
+        encode(tokenizer, MARKED, weighted({1: {"train": "no"}}))
+    noted = encode(tokenizer, PLAIN_CHATML, weighted({0: {"train": True, "id": "a"}, 2: {"weight": 0}}))
+    assert noted["without_effect"] == ("train of user messages", "id")
+    named = PLAIN_CHATML.replace("message['content']", "(message.name or '') + message['content']")
+    assert encode(tokenizer, named, weighted({0: {"name": "Bo", "id": "a"}}))["without_effect"] == ("id",)
+
+
+def test_a_reply_that_cannot_be_found_between_the_markers_is_not_guessed(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = "{% generation %}" + PLAIN_CHATML + "{% endgeneration %}"
+    assert encode(tokenizer, whole, said(TURNS))["learned"][0]
+    with pytest.raises(
+        UsageError, match=r"row 0 has a reply that is not to be learned \(message 1\), but forge cannot"
+    ):
+        encode(tokenizer, whole, weighted({1: {"weight": 0}}))
+
+
 def test_a_template_comes_from_a_file_before_the_tokenizer(tokenizer: PreTrainedTokenizerFast, tmp_path: Any) -> None:
     tokenizer.chat_template = PLAIN_CHATML
     (tmp_path / "own.jinja").write_text(MARKED)
 
     assert load_template(tokenizer, None).text == PLAIN_CHATML
     assert load_template(tokenizer, str(tmp_path / "own.jinja")).text == MARKED
+    (tmp_path / "own.jinja").write_text("\ufeff" + MARKED)
+    assert load_template(tokenizer, str(tmp_path / "own.jinja")).text == MARKED
+    tokenizer.chat_template = "\ufeff" + PLAIN_CHATML
+    assert load_template(tokenizer, None).text == PLAIN_CHATML
     with pytest.raises(UsageError, match=r"task.chat_template is .*none.jinja, which cannot be read"):
         load_template(tokenizer, str(tmp_path / "none.jinja"))
 
@@ -279,6 +396,9 @@ def test_a_template_with_todays_date_writes_the_same_on_every_day(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
+    by_variable = "{% set form = '%d %b' %}{% set now = strftime_now %}{{ 'Now: ' + now(form + ' %Y') + '\\n' }}"
+    tokenizer.chat_template = by_variable + MARKED
+    assert load_template(tokenizer, None).write(said(TURNS)).text.startswith("Now: 26 Jul 2024\n<|im_start|>user")
     tokenizer.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + MARKED
     template = load_template(tokenizer, None)
 

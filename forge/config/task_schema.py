@@ -205,6 +205,9 @@ class CausalLmTask(TaskSection):
     """Maximum tokens per row."""
     truncation: Literal["cut", "leave_out", "refuse"] = "cut"
     """How longer rows are handled: cut at the end, left out, or refused as an error. Counted and reported."""
+    unprinted: Literal["refuse", "leave_out", "accept"] = "refuse"
+    """How rows are handled of which the chat template does not write a part (tool calls, thoughts, a turn): refused as
+    an error, left out, or learned without that part. Counted and reported."""
     packing: Bool = False
     """Pack several training rows into one sequence of max_length. No row attends to another."""
     append_eos: Bool = True

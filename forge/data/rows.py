@@ -21,6 +21,14 @@ logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 METADATA = "metadata"  # the file in an image folder with a row for each image, which it names by file_name
+IN_LINES = "write one JSON object in each line of a .jsonl file"
+OTHER_FORMATS = {  # by the end of a file's name: what to do with data that forge does not read
+    **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "unpack it"),
+    ".json": f"{IN_LINES} (jq -c '.[]' does that with an array)",
+    ".tsv": "write it with commas as a .csv file",
+    ".txt": f'{IN_LINES}, such as {{"text": …}}',
+    ".arrow": f"{IN_LINES} (datasets.load_from_disk(…)[split].to_json does that)",
+}
 Generate = Callable[[str, int], list[Any]]  # (split, how many rows) -> rows
 DEMOS: dict[str, tuple[Generate, dict[str, int]]] = {  # with the number of rows of each split
     "nli": (demo_nli, {"train": 6000, "validation": 1000}),
@@ -203,12 +211,37 @@ def _files_by_split(folder: Path) -> dict[str, Path]:
                 both = f"{files[split].relative_to(folder)} and {file.relative_to(folder)}"
                 raise UsageError(f"{folder} has both {both}; keep one file per split")
             files[split] = file
+    other = _other_formats(folder) or ("" if files else _in_subfolders(folder))
     if not files:
         raise UsageError(
             f"{folder} has no .jsonl, .parquet or .csv file; forge reads train.jsonl and validation*.jsonl there, or "
-            f"train/{METADATA}.jsonl next to its images"
+            f"train/{METADATA}.jsonl next to its images{other and f'. There is {other}'}"
         )
+    if other:
+        logger.warning("%s: forge does not read %s", folder, other)
     return files
+
+
+def _other_formats(folder: Path) -> str:
+    """Return a file of the folder in a format that forge does not read, with what to do; "" if there is none.
+
+    Only files that are named like splits count, not a licence or a list of sources.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.suffix in OTHER_FORMATS and file.name.startswith(("train", "valid", "test", "dev", "data-")):
+            return f"{file.name}: {OTHER_FORMATS[file.suffix]}"
+    return ""
+
+
+def _in_subfolders(folder: Path) -> str:
+    """Return a file that the hub or save_to_disk puts into a folder of its own, with what to do; "" for none."""
+    for file in sorted(folder.glob("*/*")):
+        name = file.relative_to(folder)
+        if file.suffix in READERS:
+            return f"{name}: put one file for each split into the folder itself, such as train{file.suffix}"
+        if file.suffix == ".arrow":
+            return f"{name}: {OTHER_FORMATS['.arrow']}"
+    return ""
 
 
 def _read_images(file: Path) -> Dataset:

@@ -29,6 +29,7 @@ from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.classifier import load_classifier
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer
+from forge.task.probe import check_padding
 from forge.task.task import Metrics, Task, task_section
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Classification(Task):
         """Return a classifier whose outputs are named like the labels of the data."""
         loaded = load_classifier(config, self.labels, self.tokenizer_of(key), key)
         check_fits(loaded.model, self.max_length, training)
+        check_padding(self, loaded.model, key)
         return loaded
 
     def for_model(self, loaded: LoadedModel) -> "Classification":

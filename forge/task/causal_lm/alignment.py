@@ -16,6 +16,7 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from forge.data.fingerprints import source_hash
+from forge.errors import UsageError
 from forge.task.causal_lm.chat import Span
 from forge.task.causal_lm.documents import Encoder, Spelled, map_rows
 
@@ -25,6 +26,7 @@ FEATURES = Features(
         "aligned": ListOf(Value("int32")),  # positions of the student's logits in its row, ascending
         "teacher_aligned": ListOf(Value("int32")),  # positions of the teacher's logits in its row
         "teacher_cut": Value("int32"),  # tokens of the row that the teacher does not read
+        "teacher_unprinted": Value("bool"),  # its chat template does not write a part of the row
     }
 )
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a token of one byte
@@ -43,27 +45,39 @@ class Reply:
 def align_split(student: Encoder, teacher: Encoder, rows: Dataset, where: str) -> Dataset:
     """Return the columns of FEATURES for every row of a split, in order.
 
-    Raises UsageError for a row that the teacher's template refuses.
+    Of a row with a part that the teacher's template does not write, nothing is aligned unless task.unprinted accepts
+    it. Raises UsageError for such a row if they are refused, and for one that the template itself refuses.
     """
+    unprinted = student.config.unprinted
 
     def align(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         ours = student.spell(columns, numbers, where)
         theirs = teacher.spell(columns, numbers, f"{where}, as the teacher's tokenizer writes it")
         found: dict[str, list[Any]] = {name: [] for name in FEATURES}
         longest = student.config.max_length
-        for one, other in zip(ours, theirs, strict=True):
+        for number, one, other in zip(numbers, ours, theirs, strict=True):
+            lacking = other.written.unprinted
+            if lacking and unprinted == "refuse":
+                raise UsageError(
+                    f"{where}: row {number} has {lacking}, which the teacher's chat template does not write as it is; "
+                    "use another teacher, remove it from the rows, or set task.unprinted: leave_out (the teacher "
+                    "says nothing about such rows) or accept (it reads them without it)"
+                )
             pairs = [
                 (mine - 1, its - 1)  # logits at a position predict the next token
                 for mine, its in align_rows(replies(one, student.tokenizer), replies(other, teacher.tokenizer))
-                if 0 < mine < longest and 0 < its <= longest  # after its last token the teacher still predicts one
+                if 0 < mine < longest
+                and 0 < its <= longest  # after its last token the teacher still predicts one
+                and not (lacking and unprinted == "leave_out")
             ]
             found["teacher_input_ids"].append(other.ids[:longest])
             found["aligned"].append([mine for mine, _ in pairs])
             found["teacher_aligned"].append([its for _, its in pairs])
             found["teacher_cut"].append(max(0, len(other.ids) - longest))
+            found["teacher_unprinted"].append(bool(lacking))
         return found
 
-    key = f"{student.key} {teacher.key} {where} {source_hash(__file__)}"
+    key = f"{student.key} {teacher.key} {where} {unprinted} {source_hash(__file__)}"
     return map_rows(rows, align, key, FEATURES, "aligning")
 
 

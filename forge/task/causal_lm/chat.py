@@ -9,7 +9,6 @@ Some templates render an earlier turn differently once a later one follows (Qwen
 test and are refused: in use the model never sees the text that it would learn.
 """
 
-import datetime
 import logging
 import re
 from collections.abc import Sequence
@@ -22,12 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from forge.errors import UsageError
+from forge.task.causal_lm.unprinted import CALLS, Message, mark, unprinted, without_effect
+from forge.task.fixed_date import DATE, NOW, fixed_date
 
 logger = logging.getLogger(__name__)
 
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-DATE = datetime.date(2024, 7, 26)  # the date in Llama's templates if none is given
+DATED = re.compile(rf"""{NOW}\(\s*(['"])(.*?)\1\s*\)""")
 MARKED = "give a template that marks the replies with {% generation %} and {% endgeneration %} by task.chat_template"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -36,11 +36,12 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )  # for a tokenizer that forge trains
 
+WEIGHTS = ("weight", "train")  # keys of a message, as in OpenAI's and Mistral's files; 0 or false: it is not learned
+
 # What rendering may raise: the template's own errors, and Python's for its expressions.
 RENDERING = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 _render_template: Any = render_jinja_template  # returns (texts, spans), unlike its annotation
-Message = dict[str, Any]
 Span = tuple[int, int]  # characters from, up to but not including
 
 
@@ -54,6 +55,8 @@ class Written:
 
     text: str
     spans: list[Span]
+    unprinted: str = ""  # the first part of a message that the text does not hold
+    without_effect: tuple[str, ...] = ()  # keys of messages that change nothing
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,25 @@ class ChatTemplate:
     def write(self, messages: Sequence[Message]) -> Written:
         """Return the whole conversation and its replies. Raises BadRow if roles or template do not allow it."""
         check_roles(messages)
-        messages = [_plain(message) for message in messages]
+        messages = [_filled(message) for message in messages]
+        text, spans = self._render(messages)
+        marked = mark(messages)
+        try:
+            marked_text, marked_spans = self._render(marked.messages)
+        except BadRow:  # the template checks what a message says
+            marked_text, marked_spans = "", []
         if MARKER.search(self.text):
-            text, spans = self._render(messages)
-            if not any(end > start for start, end in spans):
-                raise BadRow(f"has no reply between the template's own markers; {MARKED} around each reply")
-            return Written(text, spans)
-        text, _ = self._render(messages)
-        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return Written(text, [self._reply(messages, i, text) for i in replies])
+            owners = [marked.owner(marked_text[start:end]) for start, end in marked_spans]
+            learned = _learned_spans(messages, spans, owners)
+        else:
+            learned = [self._reply(messages, i, text) for i, message in enumerate(messages) if _is_learned(message)]
+        lost = unprinted(messages, text, marked, marked_text)
+        useless = without_effect(messages, text, lambda changed: self._render(changed)[0])
+        return Written(text, learned, lost, (*_useless_weights(messages), *useless))
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text that asks for the next reply."""
-        return self._render([_plain(message) for message in messages], opened=True)[0]
+        return self._render([_filled(message) for message in messages], opened=True)[0]
 
     def _reply(self, messages: list[Message], i: int, text: str) -> Span:
         """Return the span of message i, a reply, in the text of all messages."""
@@ -104,13 +113,14 @@ class ChatTemplate:
     def _render(self, messages: list[Message], *, opened: bool = False) -> tuple[str, list[Span]]:
         """Return the text of the messages and the spans between its markers. opened: ends where a reply begins."""
         try:
-            texts, spans = _render_template(
-                [messages],
-                chat_template=self.text,
-                return_assistant_tokens_mask=bool(MARKER.search(self.text)),
-                add_generation_prompt=opened,
-                **self.special_tokens,
-            )
+            with fixed_date(self.text):
+                texts, spans = _render_template(
+                    [messages],
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=bool(MARKER.search(self.text)),
+                    add_generation_prompt=opened,
+                    **self.special_tokens,
+                )
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not valid Jinja: {_short(error)}, in its line {error.lineno}; fix the file of "
@@ -138,8 +148,9 @@ def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> ChatT
                 "the data are messages, but the tokenizer has no chat template; set task.chat_template to a file with "
                 "one, or use the tokenizer of an instruct model"
             )
-    dated = NOW.sub(lambda found: repr(DATE.strftime(found[2])), text)
-    if dated != text:
+    text = text.removeprefix("\ufeff")  # the mark that some editors put first, in a tokenizer's own file too
+    dated = DATED.sub(lambda found: repr(DATE.strftime(found[2])), text)  # dates in variables: fixed_date
+    if NOW in text:
         logger.info("the chat template writes today's date; forge always writes %s instead", DATE)
     return ChatTemplate(dated, dict(tokenizer.special_tokens_map), special_texts(tokenizer))
 
@@ -147,7 +158,7 @@ def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> ChatT
 def load_text(file: str) -> str:
     """Return the content of the file task.chat_template. Raises UsageError if it cannot be read."""
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"task.chat_template is {file}, which cannot be read ({_short(error)})") from error
 
@@ -170,8 +181,14 @@ def check_roles(messages: Sequence[Message]) -> None:
         if not isinstance(message, dict) or not message.get("role"):
             raise BadRow(f"has no role in message {i}; each message is a mapping with role and content")
         content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        if not isinstance(content, str) and not (content is None and any(message.get(key) for key in CALLS)):
             raise BadRow(f"has no text as the content of message {i} ({message['role']})")
+        for key in WEIGHTS:
+            if message.get(key) not in (None, 0, 1):
+                raise BadRow(
+                    f"has the {key} {message[key]!r} in message {i}; it must be 0 or false (the reply is not learned), "
+                    "or 1 or true"
+                )
     before = ""
     for i, message in enumerate(messages):
         role = message["role"]
@@ -194,9 +211,37 @@ def check_roles(messages: Sequence[Message]) -> None:
         raise BadRow(f"ends with the role {before} and not with a reply; its roles are {_roles(messages)}")
 
 
-def _plain(message: Message) -> Message:
-    """Return the message without keys that are None: a table gives every row the keys of all others."""
-    return {"content": "", **{key: value for key, value in message.items() if value is not None}}
+def _is_learned(message: Message) -> bool:
+    """True for a reply, unless its weight is 0 or its train is false."""
+    return message["role"] == "assistant" and all(message.get(key, 1) for key in WEIGHTS)
+
+
+def _learned_spans(messages: list[Message], spans: list[Span], owners: list[int | None]) -> list[Span]:
+    """Return those spans between a template's markers that are learned; owners: the message that each is of."""
+    if not any(end > start for start, end in spans):
+        raise BadRow(f"has no reply between the template's own markers; {MARKED} around each reply")
+    silent = {i for i, message in enumerate(messages) if message["role"] == "assistant" and not _is_learned(message)}
+    if not silent:
+        return spans
+    if len(owners) != len(spans) or None in owners:
+        raise BadRow(
+            f"has a reply that is not to be learned (message {min(silent)}), but forge cannot tell which of the "
+            f"template's {len(spans)} marked parts is this reply; end the conversation before it, or remove its weight"
+        )
+    return [span for span, owner in zip(spans, owners, strict=True) if owner not in silent]
+
+
+def _useless_weights(messages: Sequence[Message]) -> list[str]:
+    """Return what asks to learn a message that is not a reply."""
+    asked = {(key, m["role"]) for m in messages for key in WEIGHTS if m["role"] != "assistant" and m.get(key)}
+    return [f"{key} of {role} messages" for key, role in sorted(asked)]
+
+
+def _filled(value: Any) -> Any:
+    """Return a message without keys that are None: a table gives every mapping the keys of those in other rows."""
+    if isinstance(value, dict):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _roles(messages: Sequence[Message]) -> str:

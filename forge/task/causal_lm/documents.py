@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from forge.config.task_schema import CausalLmTask
 from forge.data.fingerprints import source_hash, text_hash, tokenizer_hash
 from forge.errors import UsageError
-from forge.task.causal_lm import chat, forms
-from forge.task.causal_lm.chat import BadRow, ChatTemplate, Message, Written, load_template, special_texts
+from forge.task import fixed_date
+from forge.task.causal_lm import chat, forms, unprinted
+from forge.task.causal_lm.chat import BadRow, ChatTemplate, Written, load_template, special_texts
 from forge.task.causal_lm.forms import RowForm, clean, texts_of
+from forge.task.causal_lm.unprinted import Message
 
 FEATURES = Features(
     {
@@ -26,21 +28,42 @@ FEATURES = Features(
         "labels": Value("int32"),  # learned tokens, without the first of the row, which no token predicts
         "tokens_cut": Value("int32"),
         "row": Value("int64"),  # number in the data set
-        "special": Value("string"),  # a special token of the tokenizer found in the row's own text, else ""
+        # Notes, which are reported and then removed.
+        "special": ListOf(Value("string")),  # special tokens of the tokenizer found in the row's own text
+        "repeated": Value("string"),  # a special token that the row has itself, where another would follow it, else ""
+        "ends": ListOf(Value("int32")),  # the last token of each reply, before the row was cut
+        "unprinted": Value("string"),  # a part of a message that the chat template does not write, else ""
+        "without_effect": ListOf(Value("string")),  # keys of messages that change nothing
     }
 )
+NOTES = ("special", "repeated", "ends", "unprinted", "without_effect")
 
 
 @dataclass(frozen=True)
 class Spelled:
     """A row as text and as tokens, before it is cut."""
 
-    text: str
-    spans: list[chat.Span]  # parts of the text that are learned
+    written: Written
     ids: list[int]
     offsets: list[chat.Span]  # the part of the text that each token stands for; (0, 0): none of it
     learned: list[bool]
-    special: str  # a special token found in the row's own text, else ""
+    repeated: str  # a special token that the row has itself, where another would follow it, else ""
+    special: list[str]  # special tokens found in the row's own text
+
+    @property
+    def text(self) -> str:
+        return self.written.text
+
+    @property
+    def spans(self) -> list[chat.Span]:
+        """The parts of the text that are learned."""
+        return self.written.spans
+
+    @property
+    def ends(self) -> list[int]:
+        """The last token of each part that is learned."""
+        learned = [*self.learned, False]
+        return [token for i, token in enumerate(self.ids) if learned[i] and not learned[i + 1]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,7 @@ class Encoder:
     form: RowForm
     template: ChatTemplate | None  # for messages
     specials: tuple[str, ...]
+    special_ids: frozenset[int]  # without the unknown token, which stands for text
 
     def encode(self, columns: dict[str, list[Any]], numbers: Sequence[int], where: str) -> dict[str, list[Any]]:
         """Return the columns of FEATURES for some rows. Raises UsageError that names `where` and the bad row."""
@@ -63,19 +87,24 @@ class Encoder:
             encoded["labels"].append(sum(encoded["learned"][-1][1:]))
             encoded["tokens_cut"].append(max(0, len(row.ids) - self.config.max_length))
             encoded["special"].append(row.special)
+            encoded["repeated"].append(row.repeated)
+            encoded["ends"].append(row.ends)
+            encoded["unprinted"].append(row.written.unprinted)
+            encoded["without_effect"].append(row.written.without_effect)
         return {**encoded, "row": list(numbers)}
 
     def spell(self, columns: dict[str, list[Any]], numbers: Sequence[int], where: str) -> list[Spelled]:
         """Return the whole rows, not cut. Raises UsageError that names `where` and the bad row's number."""
-        written, special = [], []
+        written: list[Written] = []
+        special: list[list[str]] = []
         for number, *values in zip(numbers, *(columns[name] for name in self.form.columns), strict=True):
             try:
                 cleaned = [clean(self.config, self.form, value) for value in values]
                 written.append(self._write(cleaned))
             except BadRow as problem:
                 raise UsageError(f"{where}: row {number} {problem}") from problem
-            texts = texts_of(cleaned)
-            special.append(next((token for token in self.specials if any(token in text for text in texts)), ""))
+            texts = self._without_own_ends(texts_of(cleaned))
+            special.append([token for token in self.specials if any(token in text for text in texts)])
         batch = self.tokenizer(
             [row.text for row in written],
             add_special_tokens=not self._templated,
@@ -88,7 +117,8 @@ class Encoder:
     @property
     def key(self) -> str:
         """What the tokens depend on besides the rows, as a text that is equal in every process."""
-        config, code = self.config, source_hash(chat.__file__, forms.__file__, __file__)
+        code = source_hash(*(module.__file__ for module in (chat, forms, unprinted, fixed_date)), __file__)
+        config = self.config
         parts = [
             *(transformers.__version__, tokenizers.__version__, jinja2.__version__, code),
             *(tokenizer_hash(self.tokenizer), self.form, self.template, self.specials),
@@ -101,12 +131,38 @@ class Encoder:
         """True if a chat template writes the rows, with their first and last special tokens."""
         return self.form.name == "messages"
 
-    def _spelled(self, row: Written, ids: list[int], offsets: list[chat.Span], special: str) -> Spelled:
+    def _spelled(self, row: Written, ids: list[int], offsets: list[chat.Span], special: list[str]) -> Spelled:
         learned = [any(start < to and first < end for first, to in row.spans) for start, end in offsets]
         if not self._templated and self.config.append_eos and row.spans:
             ids, learned = _ended(ids, learned, self.tokenizer.eos_token_id)
         offsets = [*offsets, *[(0, 0)] * (len(ids) - len(offsets))]
-        return Spelled(row.text, row.spans, ids, offsets, learned, special)
+        again = self._repeated(ids, learned)
+        repeated = str(self.tokenizer.convert_ids_to_tokens(ids[again[0]])) if again else ""
+        ids, offsets, learned = (_without(again, column) for column in (ids, offsets, learned))
+        return Spelled(row, ids, offsets, learned, repeated, special)
+
+    def _without_own_ends(self, texts: list[str]) -> list[str]:
+        """Return the texts of a row without a special token that begins or ends it rightly."""
+        if self._templated or not texts:
+            return texts
+        texts = [texts[0].removeprefix(self.tokenizer.bos_token or ""), *texts[1:]]
+        return [*texts[:-1], texts[-1].removesuffix(self.tokenizer.eos_token or "")]
+
+    def _repeated(self, ids: list[int], learned: list[bool]) -> list[int]:
+        """Return the positions of tokens that say again how a row begins, or how a reply ends.
+
+        The row has such a token in its own text, and the tokenizer or the chat template writes another.
+        """
+        found = []
+        for i in range(1, len(ids)):
+            if ids[i] == ids[i - 1] and ids[i] in self.special_ids:
+                last = i == len(ids) - 1
+                ends = (
+                    learned[i - 1] and (last or not learned[i + 1]) and (learned[i] or (last and not self._templated))
+                )
+                if ends or (i == 1 and ids[i] == self.tokenizer.bos_token_id):
+                    found.append(i)
+        return found
 
     def _write(self, values: list[Any]) -> Written:
         if self.form.name == "messages":
@@ -132,7 +188,10 @@ def build_encoder(config: CausalLmTask, tokenizer: PreTrainedTokenizerBase, form
     if form.name != "messages" and config.append_eos and tokenizer.eos_token_id is None:
         raise UsageError("the tokenizer has no end token to append; set task.append_eos: false, or use another")
     template = load_template(tokenizer, config.chat_template) if form.name == "messages" else None
-    return Encoder(config, tokenizer, form, template, special_texts(tokenizer))
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    specials = frozenset({*tokenizer.all_special_ids, *added} - unknown)
+    return Encoder(config, tokenizer, form, template, special_texts(tokenizer), specials)
 
 
 def map_rows(rows: Dataset, make: Callable[..., Any], key: str, features: Features, what: str) -> Dataset:
@@ -164,3 +223,7 @@ def _ended(ids: list[int], learned: list[bool], end: int | None) -> tuple[list[i
         return ids, [*learned[:-1], True]
     assert end is not None  # checked by build_encoder
     return [*ids, end], [*learned, True]
+
+
+def _without(places: Sequence[int], values: list[Any]) -> list[Any]:
+    return [value for i, value in enumerate(values) if i not in places] if places else values

@@ -9,6 +9,7 @@ from datasets import Dataset
 from forge.config.task_schema import CausalLmTask
 from forge.errors import UsageError
 from forge.task.causal_lm.chat import BadRow
+from forge.task.causal_lm.unprinted import SAID, Message
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,22 @@ def choose_form(config: CausalLmTask, columns: Sequence[str], where: str) -> Row
 def clean(config: CausalLmTask, form: RowForm, value: Any) -> Any:
     """Return a text, or messages, without the pieces of task.remove_text. Raises BadRow for anything else."""
     if form.name == "messages" and isinstance(value, list):
-        return [
-            {**message, "content": clean(config, form, message["content"])}
-            if isinstance(message, dict) and isinstance(message.get("content"), str)
-            else message
-            for message in value
-        ]
+        return [_cleaned(config, message) if isinstance(message, dict) else message for message in value]
+    if isinstance(value, list) and any(isinstance(message, dict) and "role" in message for message in value):
+        raise BadRow(
+            f"has messages in its columns {' and '.join(form.columns)}, where forge reads texts; join them into one "
+            "column of messages (messages = prompt + completion)"
+        )
     if not isinstance(value, str):
         raise BadRow(f"has {type(value).__name__} where a text belongs ({', '.join(form.columns)})")
-    for piece in config.remove_text:
-        value = value.replace(piece, "")
-    return value
+    return _without_pieces(config, value)
 
 
 def texts_of(values: Sequence[Any]) -> list[str]:
     """Return every text in the cleaned columns of a row."""
     messages = [message for value in values if isinstance(value, list) for message in value]
-    contents = [message.get("content") for message in messages if isinstance(message, dict)]
-    return [text for text in [*values, *contents] if isinstance(text, str)]
+    said = [message.get(key) for message in messages if isinstance(message, dict) for key in SAID]
+    return _texts_in([*(value for value in values if isinstance(value, str)), *said])
 
 
 def training_texts(config: CausalLmTask, form: RowForm, rows: Dataset, where: str) -> Iterator[str]:
@@ -83,3 +82,27 @@ def training_texts(config: CausalLmTask, form: RowForm, rows: Dataset, where: st
             yield from texts_of([clean(config, form, row[name]) for name in form.columns])
         except BadRow as problem:
             raise UsageError(f"{where}, train: row {number} {problem}") from problem
+
+
+def _cleaned(config: CausalLmTask, message: Message) -> Message:
+    return {key: _without_pieces(config, value) if key in SAID else value for key, value in message.items()}
+
+
+def _without_pieces(config: CausalLmTask, value: Any) -> Any:
+    """Return a text, or all texts in lists and mappings, without the pieces of task.remove_text."""
+    if isinstance(value, dict):
+        return {key: _without_pieces(config, inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_pieces(config, inner) for inner in value]
+    if isinstance(value, str):
+        for piece in config.remove_text:
+            value = value.replace(piece, "")
+    return value
+
+
+def _texts_in(value: Any) -> list[str]:
+    """Return the texts in nested lists and mappings."""
+    if isinstance(value, str):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for inner in inside for text in _texts_in(inner)]

@@ -30,15 +30,15 @@ from forge.model.load import (
 from forge.task.causal_lm.alignment import align_split
 from forge.task.causal_lm.bpe import train_bpe
 from forge.task.causal_lm.chat import load_text
-from forge.task.causal_lm.documents import Encoder, build_encoder
+from forge.task.causal_lm.documents import NOTES, Encoder, build_encoder
+from forge.task.causal_lm.ends import stop_tokens
 from forge.task.causal_lm.forms import RowForm, choose_form, training_texts
 from forge.task.causal_lm.metrics import CausalLmMetrics
 from forge.task.causal_lm.truncation import Cut, encode_split, prepare_rows
+from forge.task.probe import check_causal
 from forge.task.task import Task, task_section
 
 logger = logging.getLogger(__name__)
-
-ROWS_FOR_ENDS = 100  # of each validation split: enough, since a template ends its replies with one token, rarely two
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class CausalLm(Task):
         loaded = load_whole(AutoModelForCausalLM, config, key, "weights for a causal LM", scratch)
         check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
         check_fits(loaded.model, self.config.max_length, training)
+        check_causal(loaded.model, self.forward_options, key)
         if self.config.packing and key == "model":
             check_packing(loaded.model, self.forward_options)
         end_with(loaded.model, self.ends, int(tokenizer.pad_token_id))
@@ -118,6 +119,7 @@ class CausalLm(Task):
         found = found.select(self.train["row"])
         labels, aligned = sum(self.train["labels"]), sum(map(len, found["aligned"]))
         cut = sum(tokens > 0 for tokens in found["teacher_cut"])
+        lacking = sum(found["teacher_unprinted"])
         if not aligned:
             raise UsageError(
                 "no label can be aligned with the teacher's tokens: the two chat templates write the replies "
@@ -128,11 +130,19 @@ class CausalLm(Task):
             "its rows are cut to task.max_length %d",
             *(aligned, labels, 100 * aligned / labels, cut, self.config.max_length),
         )
+        if lacking:
+            logger.warning(
+                "train: the teacher's chat template does not write a part of %d rows; %s (task.unprinted)",
+                *(lacking, "it says nothing about them" if self.config.unprinted == "leave_out" else "it lacks that"),
+            )
+        facts = {"labels": labels, "aligned": aligned, "teacher_rows_cut": cut, "teacher_rows_unprinted": lacking}
         return replace(
             self,
-            train=concatenate_datasets([self.train, found.remove_columns("teacher_cut")], axis=1),
+            train=concatenate_datasets(
+                [self.train, found.remove_columns(["teacher_cut", "teacher_unprinted"])], axis=1
+            ),
             teacher_tokenizer=tokenizer,
-            teacher_facts={"labels": labels, "aligned": aligned, "teacher_rows_cut": cut},
+            teacher_facts=facts,
             same_tokens=False,
         )
 
@@ -221,6 +231,8 @@ def load_causal_lm(whole: Config) -> CausalLm:
     read = _read(config, whole.evaluation.max_rows)
     form = choose_form(config, read.columns, where)
     _check_columns(form, read.splits, where)
+    if form.name == "messages" and "tools" in read.columns:
+        logger.warning("%s: the column tools is not read: each conversation is written as if it had no tools", where)
     tokenizer = _tokenizer(whole, config, form, read.train, where)
     if config.max_length > tokenizer.model_max_length:
         raise UsageError(
@@ -230,11 +242,15 @@ def load_causal_lm(whole: Config) -> CausalLm:
     encoder = build_encoder(config, tokenizer, form)
     if config.chat_template is not None:  # the trained model is to be used with the template that it was trained with
         tokenizer.chat_template = load_text(config.chat_template)
+    elif isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
 
     encoded: dict[str, Dataset] = {}
     cuts: dict[str, Cut] = {}
     for split, rows in read.splits.items():
         encoded[split], cuts[split] = encode_split(encoder, rows, where, split)
+    ends = stop_tokens(encoder, encoded)
+    encoded = {split: rows.remove_columns(list(NOTES)) for split, rows in encoded.items()}
     counts = {split: len(rows) for split, rows in encoded.items()}
     if config.dataset.streaming:
         train: Dataset | RowStream = _stream(encoder, read.train, f"{where}, train")
@@ -247,7 +263,7 @@ def load_causal_lm(whole: Config) -> CausalLm:
         seed=whole.training.seed,
         processing=tokenizer,
         encoder=encoder,
-        ends=_ends(tokenizer, encoded),
+        ends=ends,
         train=train,
         validation=encoded,
         fingerprint=_fingerprint(encoder, read.splits, read.stream),
@@ -309,18 +325,6 @@ def _check_tokenizer_kind(section: ModelConfig) -> None:
     new = section.new_tokenizer
     if new is not None and new.kind != "bpe":
         raise UsageError(f"model.new_tokenizer.kind is {new.kind}, but a causal LM needs kind: bpe")
-
-
-def _ends(tokenizer: PreTrainedTokenizerBase, encoded: dict[str, Dataset]) -> list[int]:
-    """Return the tokenizer's end token, and each special token that ends a reply in the first rows of a split."""
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    ends = {tokenizer.eos_token_id} - {None}
-    for rows in encoded.values():
-        for row in rows.select(range(min(ROWS_FOR_ENDS, len(rows)))):
-            after = [*row["learned"][1:], row["tokens_cut"] > 0]  # the last reply of a row that was cut has no end
-            learned = zip(row["input_ids"], row["learned"], after, strict=True)
-            ends |= {token for token, here, next_too in learned if here and not next_too} & special
-    return sorted(ends)
 
 
 def _fingerprint(encoder: Encoder, splits: dict[str, Dataset], stream: str) -> str:

@@ -1,8 +1,9 @@
-"""Applies task.truncation: cuts rows to task.max_length or leaves them out, and reports what was lost."""
+"""Applies task.truncation and task.unprinted: cuts rows, leaves them out or refuses them, and reports what was lost."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -17,12 +18,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cut:
-    """What one split lost to task.max_length."""
+    """What one split lost to task.max_length and its chat template."""
 
     rows: int = 0  # that were cut to max_length
     tokens: int = 0  # lost with them
     left_out: int = 0  # rows with no learned token left, or too long for truncation: leave_out
     first_left_out: int | None = None  # its number
+    unprinted: int = 0  # rows with a part that the chat template does not write; with leave_out they are left out too
 
 
 def encode_split(encoder: Encoder, rows: Dataset, where: str, split: str) -> tuple[Dataset, Cut]:
@@ -33,7 +35,9 @@ def encode_split(encoder: Encoder, rows: Dataset, where: str, split: str) -> tup
         return encoder.encode(columns, numbers, place)
 
     encoded = map_rows(rows, encode, f"{encoder.key} {place}", FEATURES, "tokenizing")
-    kept, cut = select_rows(encoder.config, encoded, place)
+    printed, lacking = select_printed(encoder.config, encoded, place)
+    kept, cut = select_rows(encoder.config, printed, place)
+    cut = replace(cut, unprinted=lacking)
     lengths = kept["length"][:]
     labels = sum(kept["labels"][:])
     logger.info(
@@ -41,7 +45,8 @@ def encode_split(encoder: Encoder, rows: Dataset, where: str, split: str) -> tup
         *(split, len(kept), encoder.form.name, sum(lengths) / len(kept), labels / len(kept)),
     )
     _warn_of_cuts(encoder.config, split, cut)
-    _warn_of_specials(encoder, kept, split)
+    _warn_of_specials(kept, split)
+    _warn_of_keys(kept, split)
     return kept, cut
 
 
@@ -56,18 +61,41 @@ def prepare_rows(encoder: Encoder, rows: Sequence[Row], numbers: Sequence[int], 
             raise UsageError(f"{where}: row {number} has no column {lacking[0]}; it has: {', '.join(row)}")
     columns = encoder.encode({name: [row[name] for row in rows] for name in encoder.form.columns}, numbers, where)
     encoded = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    unprinted = [row for row in encoded if row["unprinted"]]
+    if unprinted and config.unprinted == "refuse":
+        raise UsageError(_unprinted(where, unprinted[0]))
     lost = [row for row in encoded if row["tokens_cut"]]
     if lost and config.truncation == "refuse":
         raise UsageError(_too_long(config, where, lost[0]))
     kept = [row for row in encoded if row["labels"]]
     if config.truncation == "leave_out":
         kept = [row for row in kept if not row["tokens_cut"]]
+    if config.unprinted == "leave_out":
+        kept = [row for row in kept if not row["unprinted"]]
     ids = {row["row"] for row in kept}
     truncated = sum(bool(row["tokens_cut"]) or row["row"] not in ids for row in encoded)
     if not kept:
         first = encoded[0]
         kept = [{**first, "input_ids": first["input_ids"][:1], "learned": [False], "length": 1}]
     return kept, truncated
+
+
+def select_printed(config: CausalLmTask, encoded: Dataset, place: str) -> tuple[Dataset, int]:
+    """Return the rows to learn from, after task.unprinted, and how many have a part that no text holds.
+
+    Raises UsageError for such a row if they are refused, and if no row is left.
+    """
+    lacking = [i for i, part in enumerate(encoded["unprinted"][:]) if part]
+    if not lacking:
+        return encoded, 0
+    first = _unprinted(place, encoded[lacking[0]])
+    if config.unprinted == "refuse" or (config.unprinted == "leave_out" and len(lacking) == len(encoded)):
+        raise UsageError(f"{first} ({len(lacking)} of {len(encoded)} rows)")
+    what = {"leave_out": "are left out", "accept": "are learned without a part of their messages"}[config.unprinted]
+    logger.warning("%s: %d of %d rows %s (task.unprinted): %s", place, len(lacking), len(encoded), what, first)
+    if config.unprinted == "accept":
+        return encoded, len(lacking)
+    return encoded.select(sorted({*range(len(encoded))} - {*lacking})), len(lacking)
 
 
 def select_rows(config: CausalLmTask, encoded: Dataset, place: str) -> tuple[Dataset, Cut]:
@@ -100,6 +128,14 @@ def _too_long(config: CausalLmTask, place: str, row: Row) -> str:
     )
 
 
+def _unprinted(place: str, row: Row) -> str:
+    return (
+        f"{place}: row {row['row']} has {row['unprinted']}, which the chat template does not write as it is; give a "
+        "template that does with task.chat_template, remove it from the rows, or set task.unprinted: leave_out (such "
+        "rows) or accept (they are learned without it)"
+    )
+
+
 def _warn_of_cuts(config: CausalLmTask, split: str, cut: Cut) -> None:
     if cut.rows:
         logger.warning(
@@ -116,12 +152,29 @@ def _warn_of_cuts(config: CausalLmTask, split: str, cut: Cut) -> None:
         )
 
 
-def _warn_of_specials(encoder: Encoder, rows: Dataset, split: str) -> None:
-    special = [(token, row) for token, row in zip(rows["special"], rows["row"], strict=True) if token]
+def _warn_of_specials(rows: Dataset, split: str) -> None:
+    numbers = rows["row"][:]
+    repeated = [(token, row) for token, row in zip(rows["repeated"][:], numbers, strict=True) if token]
+    if repeated:
+        logger.warning(
+            "%s: %d rows have themselves the special token that begins the row or ends a reply, such as %s in row %d; "
+            "forge adds no second one",
+            *(split, len(repeated), *repeated[0]),
+        )
+    special = [(tokens, row) for tokens, row in zip(rows["special"][:], numbers, strict=True) if tokens]
     if special:
-        token, row = special[0]
+        found = sorted({token for tokens, _ in special for token in tokens})
         logger.warning(
             "%s: %d rows contain a special token of the tokenizer in their own text, such as %s in row %d, which the "
-            "model reads as such; if that is not intended, remove it with task.remove_text: [%r]",
-            *(split, len(special), token, row, token),
+            "model reads as such; if that is not intended, remove it with task.remove_text: %r",
+            *(split, len(special), special[0][0][0], special[0][1], found),
+        )
+
+
+def _warn_of_keys(rows: Dataset, split: str) -> None:
+    counts = Counter(key for keys in rows["without_effect"][:] for key in keys)
+    if counts:
+        logger.warning(
+            "%s: keys of messages that change nothing, since neither forge nor the chat template reads them: %s",
+            *(split, ", ".join(f"{key} ({count} rows)" for key, count in sorted(counts.items()))),
         )

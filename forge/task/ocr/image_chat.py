@@ -14,6 +14,7 @@ from forge.data.batches import Batch
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
 from forge.model.recognizer import end_token
+from forge.task.fixed_date import fixed_date
 from forge.task.ocr.images import fit, fit_in_code
 
 PROBE = "transcript"  # a reply that is looked for in what the chat template writes
@@ -152,8 +153,10 @@ def image_chat(processing: Any, prompt: str, image: ImageConfig) -> ImageChat:
         raise UsageError("task.prompt is set, but the model's processor has no chat template; use a chat model")
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
     reply = {"role": "assistant", "content": [{"type": "text", "text": PROBE}]}
-    opening = processing.apply_chat_template([question], add_generation_prompt=True)
-    whole = processing.apply_chat_template([question, reply])
+    template = processing.chat_template
+    with fixed_date(template.get("default", "") if isinstance(template, dict) else template):
+        opening = processing.apply_chat_template([question], add_generation_prompt=True)
+        whole = processing.apply_chat_template([question, reply])
     if not whole.startswith(opening) or PROBE not in whole[len(opening) :]:
         raise UsageError(
             "the model's chat template does not write a reply right after the prompt that asks for it, so forge cannot "
