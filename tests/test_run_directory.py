@@ -13,6 +13,7 @@ from forge.errors import UsageError
 from forge.run import directory
 from forge.run.directory import (
     RunDirectory,
+    check_run_name,
     check_writable,
     create_run_directory,
     find_run,
@@ -290,3 +291,17 @@ def run_python(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=30
     ).stdout.strip()
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path: Path) -> None:
+    """Of 300 characters: the file system refuses it with an OSError."""
+    with pytest.raises(UsageError, match=r"no run in .* is named 'xxx.*…'"):
+        find_run(tmp_path, "x" * 300)
+    with pytest.raises(UsageError, match="is not allowed: use up to 200 letters"):
+        check_run_name(tmp_path, Path("sft"), "x" * 230)
+
+
+def test_a_file_as_output_root_is_not_a_folder_without_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file, not a folder; give another --output_root"):
+        find_runs(tmp_path / "file")

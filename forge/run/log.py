@@ -184,7 +184,7 @@ class _PlainFormatter(logging.Formatter):
 def _for_the_console(record: logging.LogRecord) -> bool:
     if record.name == "huggingface_hub.utils._http":
         return record.levelno >= logging.ERROR  # twenty retries, each with a line; the error at the end is enough
-    return record.levelno >= logging.WARNING or record.name.split(".")[0] not in LIBRARIES
+    return record.levelno >= logging.WARNING or record.name.split(".")[0] == "forge"  # the rest is for the file
 
 
 def _console_handler(console: Console, prefix: str) -> logging.Handler:
