@@ -314,7 +314,7 @@ def test_parts_come_from_the_newest_adapter_that_has_them(tmp_path: Path) -> Non
         folder.mkdir()
     (old / "tokenizer.json").touch()
     (old / "config.json").touch()
-    (new / "config.json").touch()
+    (new / "base_config.json").touch()
     adapters = tuple(WeightFiles(name=folder.name, location=str(folder)) for folder in (old, new, bare))
     source = ModelSource("m", str(tmp_path), adapters=adapters)
     assert source.place_of("config.json").location == str(new)
