@@ -177,7 +177,7 @@ def test_wandb_offline_leaves_its_run_in_the_run_directory(finished: tuple[Path,
 
     assert folder.name.endswith(run_id)
     contents = (folder / f"run-{run_id}.wandb").read_bytes()
-    for key in (b"train/loss", b"baseline/matched/accuracy", b"final/matched/accuracy", b"fingerprint"):
+    for key in (b"train/loss", b"eval/matched/accuracy", b"fingerprint"):
         assert key in contents
 
 
