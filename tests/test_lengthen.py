@@ -28,6 +28,8 @@ def test_more_steps_lengthen_a_complete_run_from_its_last_checkpoint(config_file
     finals = [row["step"] for row in longer.metrics if row.get("stage") == "final"]
     assert finals == [5]  # the numbers of three steps are not those of the model that final/ holds now
     assert (longer.final / "model.safetensors").read_bytes() != before
+    log = (run.path / "output.log").read_text()  # the head that is made new before is replaced by the checkpoint's
+    assert log.rindex("resuming from checkpoint-3") < log.rindex("initialised at random")
     assert forge.resume(run).state.attempts == 2  # as long as was asked for: nothing is left
     assert forge.resume(run, {"training.max_steps": 5}).state.attempts == 2
 

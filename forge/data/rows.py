@@ -254,15 +254,15 @@ def _read(file: Path, *, streaming: bool = False) -> Any:
         )
     except ForgeError:
         raise
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        hint = "check that it is complete, that text is UTF-8, and that every row has the same columns"
-        raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason}); {hint}") from error
     except OSError as error:
         cache = datasets.config.HF_DATASETS_CACHE
         raise UsageError(
             f"{file} cannot be read into the cache {cache} ({error}); set HF_HOME to another folder"
         ) from error
+    except Exception as error:  # a library may raise anything for a file that it cannot read
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        hint = "check that it is complete, that text is UTF-8, and that every row has the same columns"
+        raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason}); {hint}") from error
     finally:
         library.setLevel(level)
 

@@ -22,7 +22,8 @@ from rich.logging import RichHandler
 # Libraries with console handlers of their own, or with a lot to say: below WARNING they go to the file only.
 LIBRARIES = (
     *("transformers", "datasets", "accelerate", "torch", "peft", "trl", "DeepSpeed", "wandb", "huggingface_hub"),
-    *("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "asyncio"),
+    *("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "asyncio", "hf_xet", "h11", "h2", "hpack"),
+    *("requests", "aiohttp", "PIL", "bitsandbytes", "numexpr", "tokenizers", "safetensors"),
 )
 # Exec'd by sh: neither signals from SLURM to the whole job nor a closed console may end the tee before the run.
 TEE = 'trap "" HUP INT TERM PIPE USR1 USR2; exec "$0" -a "$1"'
@@ -184,7 +185,7 @@ class _PlainFormatter(logging.Formatter):
 def _for_the_console(record: logging.LogRecord) -> bool:
     if record.name == "huggingface_hub.utils._http":
         return record.levelno >= logging.ERROR  # twenty retries, each with a line; the error at the end is enough
-    return record.levelno >= logging.WARNING or record.name.split(".")[0] == "forge"  # the rest is for the file
+    return record.levelno >= logging.WARNING or record.name.split(".")[0] not in LIBRARIES
 
 
 def _console_handler(console: Console, prefix: str) -> logging.Handler:
