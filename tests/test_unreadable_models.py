@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
+import forge
+from forge.cli.main import main
 from forge.config.schema import ModelConfig
 from forge.errors import Stopped, UsageError
 from forge.model.adapter import read_adapter
@@ -89,3 +91,18 @@ def test_a_name_that_no_file_can_have_is_not_a_folder(tmp_path: Path) -> None:
     assert config.path is not None
     with pytest.raises(UsageError, match="is not a folder here"):
         find_model(config.path, "model.path")
+
+
+def test_what_a_library_raised_is_in_the_log_of_the_run(
+    config_file: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"model.path": model, "training.max_steps": 2}
+    run = forge.train(config_file, settings, run_name="r", output_root=tmp_path / "runs")
+    (model / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "FromTheFuture"}}')
+    assert main(["train", "--resume", str(run.path), "--max_steps", "4"]) == 2
+    shown, kept = capfd.readouterr().err, (run.path / "output.log").read_text()
+    assert "has no usable tokenizer" in shown
+    assert "Traceback" not in shown
+    assert "has no usable tokenizer" in kept
+    assert "Traceback" in kept
+    assert forge.load_run(run.path).complete  # nothing of it has changed

@@ -97,7 +97,12 @@ def _train(args: argparse.Namespace, stop: "StopRequest", log: "RunLog") -> tupl
     if resumed is not None or args.run_name is not None:  # a run named by the time has a control with a new name
         place = Path(loaded.config.output_root) / config_name(loaded.file) / (args.run_name or "")
         check_free_for_control(resumed or RunDirectory(place), loaded.config, args.allow_change)
-    result = _imported_page(stop, log)(request, log, stop)
+    try:
+        result = _imported_page(stop, log)(request, log, stop)
+    except UsageError as error:
+        if resumed is not None and error.__cause__ is not None and rank() == 0 and not log.is_open:
+            log.open(resumed.log_file)  # with what a library raised, whose sentence alone is on the console
+        raise
     if rank() == 0 and not wants_control(loaded.config):
         print_summary(result)
     return result.run, request

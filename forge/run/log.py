@@ -81,6 +81,11 @@ class RunLog:
             if own or "." not in name:  # torch silences some of its loggers on purpose
                 library.propagate = True
 
+    @property
+    def is_open(self) -> bool:
+        """True if the lines go to a file, and not only to memory."""
+        return not isinstance(self._to_file.stream, io.StringIO)
+
     def open(self, path: Path) -> None:
         """Copy everything to the file from now on: kept lines, the log, and all output to file descriptors 1 and 2.
 
