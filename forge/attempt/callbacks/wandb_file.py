@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # The format of LevelDB's log: blocks of 32 KiB, in which each piece of a record has a header of checksum, length, kind.
 FILE_HEADER, BLOCK, HEADER = 7, 32768, struct.Struct("<IHB")
@@ -26,7 +26,7 @@ def records(file: Path) -> Iterator[Any]:
         parts += data[place : place + length]
         place += length
         if kind in (WHOLE, LAST):
-            record = wandb_internal_pb2.Record()
+            record = cast(Any, wandb_internal_pb2).Record()  # a module that is generated when it is imported
             try:
                 record.ParseFromString(parts)
             except DecodeError:
