@@ -161,7 +161,7 @@ def test_a_checkpoint_of_an_older_run_shows_no_change() -> None:
 def test_a_key_with_both_names_is_refused_since_one_of_them_would_be_lost() -> None:
     write("{}", "training_state.json")
     with pytest.raises(ConfigError) as caught:
-        load_config(write(FORMER.replace("evaluation:", "evaluation:\n  max_rows: 3", 1)))
+        load_config(write(FORMER.replace("{max_samples", "{max_rows: 3, max_samples")))
     assert "evaluation.max_samples is now called evaluation.max_rows, which is set too" in str(caught.value)
 
 

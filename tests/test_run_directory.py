@@ -20,6 +20,7 @@ from forge.run.directory import (
     find_runs,
     valid_run_name,
 )
+from forge.run.hints import resume_command
 from forge.run.state import Stage, TrainingState
 
 CONFIG = Path("classification/mnli/distilbert/00_sft")
@@ -73,7 +74,8 @@ def test_an_unfinished_run_of_the_name_is_refused_with_the_resume_command(tmp_pa
     run = a_run(tmp_path, "a b", "mine")
     with pytest.raises(UsageError) as refusal:
         create_run_directory(tmp_path, Path("a b"), "mine")
-    assert f"python forge.py --resume '{run.path}'" in str(refusal.value)
+    assert f"{resume_command(run.path)}`, or" in str(refusal.value)  # as forge was started here
+    assert resume_command(run.path).endswith(f"resume '{run.path}'")
     assert "such as mine-2" in str(refusal.value)
 
 
