@@ -137,7 +137,7 @@ def test_the_config_is_checked_without_torch(tmp_path: Path) -> None:
 def test_more_processes_than_gpus_start_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "c.yaml").write_text(CONFIG.replace("data", str(tmp_path)))
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("path: data", f"path: {tmp_path}"))
     monkeypatch.setattr(launch, "_trains_on_cpu", lambda environment: False)
     monkeypatch.setattr(launch, "visible_gpus", lambda environment: 2)
     assert main(["launch", str(tmp_path / "c.yaml"), "--processes", "4"]) == 2

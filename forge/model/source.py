@@ -363,7 +363,7 @@ def reading(source: ModelSource, key: str, what: str) -> Iterator[None]:
     except (ForgeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        logging.getLogger("transformers").info("%s: reading the %s failed", key, what, exc_info=error)
+        logging.getLogger("libraries").info("%s: reading the %s failed", key, what, exc_info=error)
         raise UsageError(not_found(source, key, what, error)) from error
 
 

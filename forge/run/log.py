@@ -24,6 +24,7 @@ LIBRARIES = (
     *("transformers", "datasets", "accelerate", "torch", "peft", "trl", "DeepSpeed", "wandb", "huggingface_hub"),
     *("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "asyncio", "hf_xet", "h11", "h2", "hpack"),
     *("requests", "aiohttp", "PIL", "bitsandbytes", "numexpr", "tokenizers", "safetensors"),
+    "libraries",  # what forge itself keeps of them for the file, such as the traceback of what one raised
 )
 # Exec'd by sh: neither signals from SLURM to the whole job nor a closed console may end the tee before the run.
 TEE = 'trap "" HUP INT TERM PIPE USR1 USR2; exec "$0" -a "$1"'
