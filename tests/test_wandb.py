@@ -73,6 +73,7 @@ def test_a_complete_run_is_finished_with_its_numbers(config_file: Path, tmp_path
     run = forge.train(config_file, [*SETTINGS, "training.max_steps=4"], run_name="r", output_root=tmp_path / "runs")
     assert exits(run.path) == [0]
     (file,) = files(run.path)
+    assert f"wandb sync {file.parent}`" in (run.path / "output.log").read_text()
     (started,) = [record.run for record in records(file) if record.HasField("run")][:1]
     assert (started.display_name, started.run_id, started.project) == ("r", run.state.run_id, "p")
     config = items_of(started.config.update)
