@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from forge.attempt.control import (
     ControlCheck,
     check_free_for_control,
@@ -21,7 +23,8 @@ from forge.attempt.control import (
     wants_control,
 )
 from forge.attempt.request import Request
-from forge.cluster.processes import world_size
+from forge.attempt.resume import is_done
+from forge.cluster.processes import check_launcher_variables, world_size
 from forge.cluster.signals import STOP_SIGNALS, StopRequest
 from forge.config.explain import config_name, inline
 from forge.config.loader import load_config as load_file
@@ -98,8 +101,10 @@ def train(
     Raises:
         ForgeError: What the command line reports as an error, such as UsageError for a wrong config.
     """
-    root = None if output_root is None else str(output_root)
-    loaded = load_file(Path(config), _lines(settings), debug=debug, output_root=root)
+    if run_name is not None and not isinstance(run_name, str):
+        raise UsageError(f"run_name is {run_name!r}; give a text, or None for the start time")
+    root = None if output_root is None else str(_path("output_root", output_root))
+    loaded = load_file(_path("config", config), _lines(settings), debug=debug, output_root=root)
     return _to_the_end(Request(loaded, sys.orig_argv, run_name))
 
 
@@ -123,16 +128,15 @@ def resume(
     Raises:
         ForgeError: As `train` does.
     """
-    if isinstance(allow_changes, str):
-        raise UsageError(f"allow_changes is the text {allow_changes!r}; give a list of keys")
-    directory = RunDirectory(run.path) if isinstance(run, Run) else find_run(Path(output_root), str(run))
+    allowed = _texts("allow_changes", allow_changes, "a list of keys")
+    directory = RunDirectory(run.path) if isinstance(run, Run) else _found(run, output_root)
     loaded = load_file(directory.config_file, _lines(settings))
-    return _to_the_end(Request(loaded, sys.orig_argv, None, directory, tuple(allow_changes), take_over))
+    return _to_the_end(Request(loaded, sys.orig_argv, None, directory, tuple(allowed), take_over))
 
 
-def load_run(run: str | Path, *, output_root: str | Path = "outputs") -> Run:
+def load_run(run: "str | Path | Run", *, output_root: str | Path = "outputs") -> Run:
     """Read a run back; run: its directory, or its name if only one under output_root has it. Raises UsageError."""
-    directory = find_run(Path(output_root), str(run))
+    directory = RunDirectory(run.path) if isinstance(run, Run) else _found(run, output_root)
     return Run(
         directory.path,
         load_file(directory.config_file).config,
@@ -143,19 +147,43 @@ def load_run(run: str | Path, *, output_root: str | Path = "outputs") -> Run:
 
 def load_config(file: str | Path, settings: Settings = ()) -> Config:
     """Load and check a config file with the files that it inherits. Raises ConfigError with every problem in it."""
-    return load_file(Path(file), _lines(settings)).config
+    return load_file(_path("file", file), _lines(settings)).config
 
 
 def _lines(settings: Settings) -> list[str]:
     """The settings as the command line has them."""
-    if isinstance(settings, str):
-        raise UsageError(f"settings is the text {settings!r}; give a list of texts, or a mapping")
     if isinstance(settings, Mapping):
-        return [f"{key}={inline(value)}" for key, value in settings.items()]
-    return list(settings)
+        return [f"{key}={_inline(key, value)}" for key, value in settings.items()]
+    return _texts("settings", settings, "a list of texts such as 'training.seed=1', or a mapping")
+
+
+def _inline(key: object, value: object) -> str:
+    plain = str(value) if isinstance(value, Path) else value
+    try:
+        return inline(plain)
+    except yaml.YAMLError:
+        raise UsageError(f"settings: {key} is a {type(value).__name__}, which a config cannot hold") from None
+
+
+def _texts(name: str, value: object, wanted: str) -> list[str]:
+    """Check a list of texts. Raises UsageError with the name of the argument and what it should be."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+        raise UsageError(f"{name} is {value!r}; give {wanted}")
+    return list(value)
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, str | Path):
+        raise UsageError(f"{name} is {value!r}; give a path")
+    return Path(value)
+
+
+def _found(run: object, output_root: object) -> RunDirectory:
+    return find_run(_path("output_root", output_root), str(_path("run", run)))
 
 
 def _to_the_end(request: Request) -> Run:
+    check_launcher_variables()
     if world_size() > 1:
         raise UsageError("forge.train and forge.resume train with one rank; for several use `forge launch`")
     if wants_control(request.config):
@@ -165,7 +193,7 @@ def _to_the_end(request: Request) -> Run:
             check_free_for_control(request.resumed or RunDirectory(place), request.config, request.allowed_changes)
     with _stops() as stop:
         run = request.resumed
-        if run is None or not TrainingState.load(run.state_file).pipeline_complete:
+        if run is None or not is_done(run, request.config):
             run = _pipeline(request, stop).run
         controlled, control = run_of(run), None
         if controlled is not None:  # this was a control, resumed by its own name

@@ -266,7 +266,7 @@ def test_an_adapter_whose_head_is_missing_cannot_be_continued(tiny_model: Path, 
     """The head would be made by chance, be frozen, and be in no file."""
     folder = tmp_path / "adapter"
     write_adapter(classifier(tiny_model), tiny_model, folder, target_modules=["query"])
-    (folder / "config.json").unlink()
+    (folder / "base_config.json").unlink()
     config = ModelConfig(path=str(folder), continue_adapter=True)
     loaded = load_classifier(config, LABELS, load_tokenizer(*processing_source(config)))
     with pytest.raises(UsageError, match=r"neither the adapter \S+ nor its base has classifier.bias .*model.lora"):
@@ -314,7 +314,7 @@ def test_parts_come_from_the_newest_adapter_that_has_them(tmp_path: Path) -> Non
         folder.mkdir()
     (old / "tokenizer.json").touch()
     (old / "config.json").touch()
-    (new / "config.json").touch()
+    (new / "base_config.json").touch()
     adapters = tuple(WeightFiles(name=folder.name, location=str(folder)) for folder in (old, new, bare))
     source = ModelSource("m", str(tmp_path), adapters=adapters)
     assert source.place_of("config.json").location == str(new)
@@ -373,7 +373,7 @@ def test_an_adapter_for_another_architecture_is_refused(adapter: Path, tiny_mode
     source = model_source(ModelConfig(path=str(tiny_model), adapter=str(adapter)), "model")
     with pytest.raises(UsageError, match=r"trained on a llama model, .* a bert"):
         load_model_config(source, "model.path")
-    (adapter / "config.json").unlink()
+    (adapter / "base_config.json").unlink()
     bare = model_source(ModelConfig(path=str(tiny_model), adapter=str(adapter)), "model")
     with pytest.raises(UsageError, match=r"does not fit Bert.*set model.base"):
         read_checkpoint(AutoModelForCausalLM, bare, load_model_config(bare, "model.path"), "model", "weights")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
@@ -91,3 +92,28 @@ def test_the_door_has_the_losses_and_no_other_names() -> None:
     assert {"train", "resume", "Run", "logits_kd"} <= set(dir(forge))
     with pytest.raises(AttributeError, match="nothing"):
         _ = forge.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda config: forge.train(None), "config is None; give a path"),
+        (lambda config: forge.train(config, 5), "settings is 5; give a list of texts"),
+        (lambda config: forge.train(config, [5]), r"settings is \[5\]; give a list of texts"),
+        (lambda config: forge.train(config, {"training.seed": object()}), "training.seed is a object"),
+        (lambda config: forge.train(config, run_name=5), "run_name is 5; give a text"),
+        (lambda config: forge.train(config, output_root=5), "output_root is 5; give a path"),
+        (lambda config: forge.resume(None), "run is None; give a path"),
+        (lambda config: forge.resume("x", allow_changes=5), "allow_changes is 5; give a list of keys"),
+        (lambda config: forge.load_run(7), "run is 7; give a path"),
+        (lambda config: forge.load_config(None), "file is None; give a path"),
+    ],
+)
+def test_a_wrong_type_is_one_sentence(call: Any, sentence: str, config_file: Path) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        call(config_file)
+
+
+def test_settings_may_hold_paths_and_runs_stand_for_themselves(config_file: Path, tmp_path: Path) -> None:
+    config = forge.load_config(config_file, {"output_root": tmp_path / "elsewhere"})
+    assert config.output_root == str(tmp_path / "elsewhere")

@@ -63,6 +63,23 @@ def test_the_hub_gives_its_own_label_names_and_splits(tiny_model: Path, monkeypa
         load(tiny_model, {**dataset, "validation_splits": ["dev"]})
 
 
+def test_no_evaluated_split_is_lost(tiny_model: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation_train", "validation-near"):
+        write_rows(tmp_path / f"{split}.jsonl", pair_rows(6))
+    dataset = {"path": str(tmp_path)}
+    assert {name: len(rows) for name, rows in load(tiny_model, dataset).validation.items()} == {
+        "near": 6,
+        "validation_train": 6,  # not train, which is the split that is trained on
+    }
+    assert list(load(tiny_model, {**dataset, "train_split": "validation_train"}).validation) == ["near"]
+    write_rows(tmp_path / "validation_near.jsonl", pair_rows(3))
+    with pytest.raises(UsageError, match="validation-near and validation_near would both be near in the metrics"):
+        load(tiny_model, dataset)
+    for splits, reason in ((["train"], "trains on the split train, and"), (["near", "near"], "the split near twice")):
+        with pytest.raises(ValueError, match=reason):
+            load(tiny_model, {**dataset, "validation_splits": splits})
+
+
 def test_single_sentences_with_named_labels_of_any_number(tiny_model: Path, tmp_path: Path) -> None:
     rows = [{"premise": f"the {noun}", "label": noun} for noun in ("dog", "cat", "man", "girl", "bird")]
     write_rows(tmp_path / "train.jsonl", rows)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from forge.cli.console import print_table
+from forge.config.loader import load_config
 from forge.run.directory import RunDirectory, create_run_directory
 from forge.run.registry import register
 from forge.run.state import Stage, TrainingState
@@ -97,12 +99,15 @@ def test_a_resumed_run_keeps_its_name_and_its_size_and_must_exist(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([*FORGE_PY], "error: one of the arguments --config --resume is required; see `forge.py --help`\n"),
+        ([*FORGE_PY], "error: one of the arguments --config X.yaml --resume is required; see `forge.py --help`\n"),
         (
             [*FORGE_PY, "--config", "a", "--resume", "b"],
             "error: argument --resume: not allowed with argument --config; see `forge.py --help`\n",
         ),
-        ([*FORGE_PY, "--config", "a", "--max", "3"], "error: unrecognized arguments: --max 3; see `forge.py --help`\n"),
+        (
+            [*FORGE_PY, "--config", "a", "--max", "3"],
+            "error: there is no flag --max; did you mean --max_steps?; see `forge.py --help`\n",
+        ),
         (
             [*CLI, "run"],
             "error: argument COMMAND: invalid choice: 'run' (choose from 'train', 'launch', 'resume', 'config', "
@@ -110,7 +115,16 @@ def test_a_resumed_run_keeps_its_name_and_its_size_and_must_exist(tmp_path: Path
         ),
         (
             [*CLI, "train", "--config", "a", "--max", "3"],
-            "error: unrecognized arguments: --max 3; see `forge --help`\n",
+            "error: there is no flag --max; did you mean --max_steps?; see `forge train --help`\n",
+        ),
+        (
+            [*CLI, "train", "a", "--learning-rate=3"],
+            "error: there is no flag --learning-rate; keys of the config are set by --set "
+            "training.learning_rate=VALUE; see `forge train --help`\n",
+        ),
+        (
+            [*FORGE_PY, "a", "--config", "b"],
+            "error: argument --config: not allowed with argument X.yaml; see `forge.py --help`\n",
         ),
     ],
 )
@@ -120,6 +134,7 @@ def test_a_wrong_command_line_is_one_sentence(arguments: list[str], expected: st
 
 
 def test_validate_judges_each_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
     (tmp_path / "bad.yaml").write_text(WHOLE + "training: {lr: 1, sed: 2}\n")
     (tmp_path / "notice.yaml").write_text(WHOLE + "distillation: {temperature: 4}\n")
     (tmp_path / "base.yaml").write_text("training: {seed: 1}\n")
@@ -138,6 +153,35 @@ def test_validate_judges_each_file(tmp_path: Path) -> None:
         "base.yaml: valid, but only a base for other configs: it sets neither task nor model",
     ]
     assert run(*CLI, "config", "validate", str(QUICKSTART), str(DISTILBERT)).returncode == 0
+    (tmp_path / "data").rename(tmp_path / "date")
+    done = run(*CLI, "config", "validate", "notice.yaml", folder=tmp_path, path=REPO)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: notice.yaml:1: task.dataset.path is data, which does not exist in {tmp_path}; did you mean date?\n",
+    )
+
+
+def test_a_path_that_does_not_exist_is_found_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "c.yaml").write_text(
+        WHOLE + "teacher: {path: ./teachr}\ndistillation: {alpha: 0.5}\noutput_root: ~/runs\n"
+    )
+    for command in (["train", "c.yaml"], ["launch", "c.yaml"]):
+        done = run(*CLI, *command, folder=tmp_path, path=REPO)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert (
+            f"c.yaml:3: teacher.path is ./teachr, which does not exist in {tmp_path}; did you mean teacher?"
+            in done.stderr
+        )
+    done = run(*CLI, "config", "show", "c.yaml", folder=tmp_path, path=REPO)
+    assert f"output_root: {Path.home() / 'runs'}" in done.stdout
+
+
+def test_forge_alone_prints_its_help() -> None:
+    done = run(*CLI)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith("usage: forge ")
 
 
 def test_show_names_the_origin_of_each_key() -> None:
@@ -187,7 +231,7 @@ def test_schema_is_json_with_descriptions() -> None:
     rate = schema["$defs"]["TrainingConfig"]["properties"]["learning_rate"]
     assert (rate["description"], rate["type"]) == (
         "The peak learning rate, reached at the end of the warm-up.",
-        "number",
+        ["number", "string"],
     )
 
 
@@ -259,3 +303,31 @@ def slowness() -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import argparse, json, typing"], check=True)
     return max(1.0, (time.perf_counter() - start) / 0.05)
+
+
+def test_a_training_reads_no_answers() -> None:
+    """A library that asks [y/N] gets none, at once, and not the lines of a script that started forge."""
+    code = "from forge.cli.outcome import heard_signals\nheard_signals()\nprint(repr(input('[y/N] ')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, input="y\n", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "[y/N] "
+    assert "EOFError" in done.stderr
+
+
+def test_a_piped_table_has_its_paths_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = f"outputs/{'x' * 300}/run"
+    print_table(("run", "stage"), [(path, "training"), ("short", "complete")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["run", "stage"], [path, "training"], ["short", "complete"]]
+
+
+def test_a_file_as_output_root_has_no_runs_to_list(tmp_path: Path) -> None:
+    done = run(*CLI, "runs", "--output_root", str(QUICKSTART), folder=tmp_path, path=REPO)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is a file, not a folder" in done.stderr
+
+
+def test_a_control_without_a_teacher_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(WHOLE + "evaluation: {control: sft}\n")
+    assert "evaluation.control (" in " ".join(load_config(tmp_path / "c.yaml").notices)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from forge.config.explain import difference, effective, json_schema, show, to_yaml
+from forge.config.explain import config_name, difference, effective, json_schema, show, to_yaml
 from forge.config.hints import OTHER_NAMES, all_keys
 from forge.config.loader import LoadedConfig, load_config
 
@@ -139,3 +139,27 @@ def load(text: str, *settings: str, debug: bool = False, max_steps: str | None =
 
 def origins(loaded: LoadedConfig, *keys: str) -> list[str]:
     return [str(loaded.origins.get(tuple(key.split(".")), "default")) for key in keys]
+
+
+def test_the_schema_takes_what_forge_reads() -> None:
+    """Editors see `no` as false, a label 0 as a number, and `1e-4` as text, and a parent may leave out task.type."""
+    schema = json.loads(json_schema())
+    assert "oneOf" not in json_schema()
+    keys = {name: section["properties"] for name, section in schema["$defs"].items()}
+    assert False in keys["TrainingConfig"]["mixed_precision"]["enum"]
+    assert keys["TrainingConfig"]["compile"]["type"] == ["boolean", "string"]
+    assert keys["TrainingConfig"]["learning_rate"]["type"] == ["number", "string"]
+    assert keys["TrainingConfig"]["learning_rate"]["exclusiveMinimum"] == 0
+    assert keys["LoraConfig"]["target"]["type"] == ["array", "string"]
+    assert keys["ModelConfig"]["labels"]["anyOf"][0]["items"]["type"] == ["string", "number", "boolean"]
+
+
+def test_the_config_of_a_run_stands_for_the_file_that_it_was_started_from(tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "a" / "sft" / "r"
+    run.mkdir(parents=True)
+    assert config_name(run / "config.yaml") == Path("config")
+    (run / "training_state.json").write_text("{}")
+    (run / "run_metadata.json").write_text('{"config_file": "/here/configs/a/sft.yaml"}')
+    assert config_name(run / "config.yaml") == Path("a/sft")
+    (run / "run_metadata.json").write_text("[")
+    assert config_name(run / "config.yaml") == Path("config")

@@ -156,3 +156,23 @@ def test_a_checkpoint_of_an_older_run_shows_no_change() -> None:
     changed = load_config(Path("config.yaml"), ["evaluation.max_rows=201"]).config
     (change,) = changes(manifest.config, changed, rows_per_step_old=1, rows_per_step_new=1)
     assert (change.key, change.old, change.new) == ("evaluation.max_rows", "200", "201")
+
+
+def test_a_key_with_both_names_is_refused_since_one_of_them_would_be_lost() -> None:
+    write("{}", "training_state.json")
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(FORMER.replace("{max_samples", "{max_rows: 3, max_samples")))
+    assert "evaluation.max_samples is now called evaluation.max_rows, which is set too" in str(caught.value)
+
+
+def test_rows_without_a_step_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rows: list[object] = [
+        {"step": 1, "loss": 1.0},
+        {"loss": 2.0},
+        {"step": "2"},
+        {"step": True},
+        {"step": 3, "stage": []},
+    ]
+    file = write("".join(f"{json.dumps(row)}\n" for row in rows), "metrics.jsonl")
+    assert read_metrics(file) == [{"step": 1, "loss": 1.0}]
+    assert "4 rows without a step are left out" in caplog.text

@@ -257,7 +257,19 @@ def test_what_is_missing_or_doubled_is_told_once(text: str, expected: str) -> No
         ("task.labels=[]", "task.labels has no entries; it needs at least 2"),
         ("task.labels=a", "task.labels is `a`; it must be a list, such as [a, b], or null"),
         ("task.labels=[a, null]", "task.labels.1 is null; it must be text"),
-        ("tracking.wandb=false", "tracking.wandb is `false`; it must be a map of keys, or null"),
+        ("tracking.wandb=false",
+         "tracking.wandb is `false`; it must be a map of keys, such as wandb: {project: forge}, or null"),
+        ("deepspeed=zero2", "deepspeed is `zero2`; it must be a map of keys, such as deepspeed: {student: zero2}"),
+        ("task.dataset=glue", "task.dataset is `glue`; it must be a map of keys, such as dataset: {name: glue} for one "
+         "of the hub, or {path: glue} for a folder"),
+        ("model.lora=true",
+         "model.lora is `true`; it must be a map of keys, such as lora: {rank: 16}, or null"),
+        ("task.sequence_len=5", "task.sequence_len is not a config key; did you mean task.max_length?"),
+        ("model.lora.r=8", "model.lora.r is not a config key; did you mean model.lora.rank?"),
+        ("training.optim=adamw", "training.optim is not a config key: forge trains with AdamW: training.weight_decay, "
+         "adam_beta1, adam_beta2, adam_epsilon"),
+        ("adapter=lora", "adapter is not a config key: an adapter is trained by model.lora, such as `model: {lora: "
+         "{rank: 16}}`"),
         ("training=3", "training is `3`; it must be a map of keys"),
         ("training=[a]", "training is a list; it must be a map of keys"),
         ("training=", "training is empty; give it keys, or remove it"),

@@ -29,6 +29,7 @@ from forge.attempt.control import (
     place_of,
     wants_control,
 )
+from forge.attempt.outcome import record_control
 from forge.attempt.request import Request
 from forge.cluster.signals import StopRequest
 from forge.config.explain import difference, effective
@@ -39,7 +40,7 @@ from forge.report.comparison import compare_runs
 from forge.report.figures import gap_closed
 from forge.run.directory import RunDirectory
 from forge.run.files import append_json_line, read_json, read_json_lines
-from forge.run.metadata import RunMetadata
+from forge.run.metadata import RunMetadata, read_metadata
 from forge.run.records import record_of
 from forge.run.state import Stage, TrainingState
 from forge.trainer.build import build_trainer
@@ -218,8 +219,8 @@ def test_peaks_are_those_of_the_evaluations(outputs: tuple[Path, Path, str]) -> 
     rows = [row for row in read_json_lines(runs / "kd" / "metrics.jsonl") if row.get("stage") not in (None, "teacher")]
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
     for metric, best in {"matched/kl": min, "other/ce": min, "matched/accuracy": max, "other/agreement": max}.items():
-        assert found[metric]["value"] == best(row[metric] for row in rows)
-        at = next(row for row in rows if row[metric] == found[metric]["value"])
+        assert found[metric]["value"] == best(row[metric] for row in rows[1:])  # not before training
+        at = next(row for row in rows[1:] if row[metric] == found[metric]["value"])
         assert (found[metric]["step"], found[metric]["stage"]) == (at["step"], at["stage"])
     agreement = found["matched/agreement"]
     assert agreement["mean"] == pytest.approx(sum(row["matched/agreement"] for row in rows[1:]) / 3)
@@ -253,12 +254,12 @@ def test_the_mean_agreement_is_that_of_the_trained_student_each_step_once() -> N
         {"step": 10, "stage": "training", "a/agreement": 0.6},
         {"step": 10, "stage": "final", "a/agreement": 0.6},
     ]
-    best = {"value": 0.9, "step": 0, "stage": "baseline"}
+    best = {"value": 0.6, "step": 10, "stage": "training"}  # not the 0.9 of the untrained student
     assert peaks(rows)["a/agreement"] == {**best, "mean": pytest.approx(0.5), "evaluations": 2}
-    assert peaks(rows[:1])["a/agreement"] == best
+    assert peaks(rows[:1]) == {}
 
 
-@pytest.mark.parametrize(("steps", "told"), [((0, 5, 5), True), ((5, 5), False), ((), False)])
+@pytest.mark.parametrize(("steps", "told"), [((0, 3, 5, 5), True), ((0, 5, 5), False), ((5, 5), False), ((), False)])
 def test_the_best_numbers_are_told_where_there_are_several(
     steps: tuple[int, ...], told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -554,3 +555,13 @@ def test_a_run_that_was_moved_has_its_control_beside_it(wanted: Config, tmp_path
     at_home = wanted.model_copy(update={"output_root": str(tmp_path / "root")})
     assert place_of(RunDirectory(tmp_path / "root" / "a" / "b" / "kd"), at_home) == (tmp_path / "root", Path("a/b"))
     assert place_of(RunDirectory(tmp_path / "away" / "kd"), at_home) == (tmp_path / "away", Path())
+
+
+def test_a_control_whose_numbers_are_gone_is_not_recorded_without_them(tmp_path: Path) -> None:
+    settings = {"distillation.alpha": 0.5, "evaluation.control": "sft"}
+    run = write_run(tmp_path / "kd", {"validation/accuracy": 0.9}, settings=settings)
+    control = write_run(tmp_path / "kd-sft", {"validation/accuracy": 0.8})
+    control.metrics_file.unlink()
+    with pytest.raises(UsageError, match=r"kd-sft/metrics.jsonl has no final evaluation of the control"):
+        record_control(run, control)
+    assert read_metadata(run).control is None

@@ -125,7 +125,7 @@ def test_a_stack_whose_first_adapter_unties_the_base_is_merged_and_loads_as_the_
     write_adapter(llama(base), base, first, **KINDS[kind])
     loaded = on_it(first)
     expected = write_adapter(loaded.model, base, top, below=(first,), seed=2, target_modules=["v_proj"])
-    assert json.loads((top / "config.json").read_text())["tie_word_embeddings"] is True  # as the base's files are
+    assert json.loads((top / "base_config.json").read_text())["tie_word_embeddings"] is True  # as the base's files are
 
     merged(loaded.model, base, top, dtype, first)
     whole = llama(top / "merged")

@@ -18,7 +18,7 @@ from forge.cluster.launch import run_training, training_command
 from forge.errors import UsageError
 from forge.run.directory import RunDirectory
 from forge.run.files import read_json, read_json_lines
-from forge.run.state import TrainingState
+from forge.run.state import Stage, TrainingState
 
 CONFIG = """
 task: {type: classification, dataset: {path: data}}
@@ -54,6 +54,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[
     monkeypatch.setattr(launch, "training_command", command)
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(CONFIG)
+    Path("data").mkdir()
     return calls
 
 
@@ -77,7 +78,7 @@ def test_a_run_goes_on_in_many_processes(
     state.save(run.state_file)
     assert main(["launch", "--resume", "r", "--processes", "2", "--allow-change", "training.seed", "--take-over"]) == 0
     assert started == [(["--resume=r", "--allow-change=training.seed", "--take-over"], 2)]
-    state.pipeline_complete = True
+    state.pipeline_complete, state.stage = True, Stage.COMPLETE
     state.save(run.state_file)
     assert main(["launch", "--resume", "r", "--processes", "2"]) == 0
     assert capfd.readouterr().out == "outputs/r is complete; its model is in outputs/r/final\n"
@@ -101,7 +102,7 @@ def test_a_run_goes_on_in_many_processes(
          "the runs"),
         (["c.yaml", "--take-over"], "--take-over can be given with --resume only"),
         (["c.yaml", "--processes", "0"], "argument --processes: must be a positive integer, got '0'"),
-        ([], "one of the arguments X.yaml --resume is required; see `forge launch --help`"),
+        ([], "one of the arguments --config X.yaml --resume is required; see `forge launch --help`"),
         (["c.yaml", "--resume", "r"], "argument --resume: not allowed with argument X.yaml; see `forge launch --help`"),
     ],
 )  # fmt: skip
@@ -122,6 +123,7 @@ def test_a_wrong_command_starts_nothing(
 
 def test_the_config_is_checked_without_torch(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "data").mkdir()
     code = (
         "import sys; from forge.cli import main as cli; from forge.cluster import launch; "
         "launch.run_training = lambda arguments, processes: 70 + processes; "
@@ -135,7 +137,7 @@ def test_the_config_is_checked_without_torch(tmp_path: Path) -> None:
 def test_more_processes_than_gpus_start_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("path: data", f"path: {tmp_path}"))
     monkeypatch.setattr(launch, "_trains_on_cpu", lambda environment: False)
     monkeypatch.setattr(launch, "visible_gpus", lambda environment: 2)
     assert main(["launch", str(tmp_path / "c.yaml"), "--processes", "4"]) == 2
@@ -154,7 +156,12 @@ def test_more_processes_than_cores_are_warned_of(
     assert capfd.readouterr().err == ""
     assert main(["launch", "c.yaml", "--processes", "5"]) == 0
     assert "5 processes share 2 CPU cores" in capfd.readouterr().err
-    assert [processes for _, processes in started] == [2, 5]
+    assert main(["launch", "c.yaml"]) == 0
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(launch, "_trains_on_cpu", lambda environment: False)
+    monkeypatch.setattr(launch, "visible_gpus", lambda environment: 8)
+    assert main(["launch", "c.yaml"]) == 0
+    assert [processes for _, processes in started] == [2, 5, 1, 8]  # without --processes one per GPU, or one on the CPU
 
 
 @pytest.mark.multiprocess
@@ -183,11 +190,12 @@ def test_two_launches_at_once_train_to_their_end_whatever_accelerate_was_configu
 
 @pytest.mark.multiprocess
 def test_what_only_the_ranks_can_find_is_told_once(config_file: Path, tmp_path: Path) -> None:
-    process = start(config_file, "--set", f"task.dataset.path={tmp_path / 'nowhere'}")
+    (tmp_path / "empty").mkdir()
+    process = start(config_file, "--set", f"task.dataset.path={tmp_path / 'empty'}")
     _, err = process.communicate(timeout=240)
     assert process.returncode == 2, err
     assert err.count("ERROR: ") == 1
-    assert err.count(f"{tmp_path / 'nowhere'}") == 1
+    assert err.count(f"{tmp_path / 'empty'}") == 1
     assert "Traceback" not in err
     assert not (tmp_path / "outputs" / "tiny").exists()
 

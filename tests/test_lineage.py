@@ -100,13 +100,16 @@ def test_every_run_records_the_hash_of_what_it_started_from(runs: SimpleNamespac
 def test_final_is_the_adapter_and_peft_loads_it(runs: SimpleNamespace) -> None:
     final = runs.adapter / "final"
     assert {path.name for path in final.iterdir()} == {
-        *("adapter_model.safetensors", "adapter_config.json", "base.json", "config.json"),
+        *("adapter_model.safetensors", "adapter_config.json", "base.json", "base_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "README.md", "merged"),
     }
     base = AutoModelForSequenceClassification.from_pretrained(
-        runs.full / "final", config=AutoConfig.from_pretrained(final)
+        runs.full / "final", config=AutoConfig.from_pretrained(final / "base_config.json")
     )
     expected = logits(PeftModel.from_pretrained(base, final))
+    # With a config.json next to the adapter it would look for whole weights there.
+    alone = AutoModelForSequenceClassification.from_pretrained(final)
+    torch.testing.assert_close(logits(alone), expected, rtol=0, atol=1e-5)
     largest = (logits(model_of(final / "merged")) - expected).abs().max().item()
     assert metadata(runs.adapter)["merged"]["largest_difference"] == pytest.approx(largest, abs=0.02)
     assert metadata(runs.adapter)["merged"]["dtype"] == "bfloat16"

@@ -148,3 +148,13 @@ def test_an_attempt_is_numbered_above_those_that_the_state_knows(tmp_path: Path)
     (tmp_path / "attempts" / "4.json").write_text("")
     lock = RunLock(RunDirectory(tmp_path))
     assert (lock.take(after=9), lock.take(after=2)) == (10, 11)
+
+
+def test_a_number_that_no_attempt_can_have_does_not_end_the_run(tmp_path: Path) -> None:
+    lock = RunLock(RunDirectory(tmp_path))
+    assert lock.take() == 1
+    for name in ("99999999999.json", "999999999999999999.json"):
+        (tmp_path / "attempts" / name).touch()
+    lock.check()
+    lock.release()
+    assert RunLock(RunDirectory(tmp_path)).take() == 2

@@ -177,7 +177,7 @@ def test_wandb_offline_leaves_its_run_in_the_run_directory(finished: tuple[Path,
 
     assert folder.name.endswith(run_id)
     contents = (folder / f"run-{run_id}.wandb").read_bytes()
-    for key in (b"train/loss", b"baseline/matched/accuracy", b"final/matched/accuracy", b"fingerprint"):
+    for key in (b"train/loss", b"eval/matched/accuracy", b"fingerprint"):
         assert key in contents
 
 
@@ -492,10 +492,10 @@ BAD_INPUT = {
         ["task.labels=[entailment, neutral]"],
         "has the label 2, which is not one of entailment, neutral",
     ),
-    "no such folder": (["task.dataset.path=./nowhere"], "task.dataset.path is nowhere, which does not exist"),
+    "no such folder": (["task.dataset.path=./nowhere"], "task.dataset.path is ./nowhere, which does not exist"),
     "model offline": (["model.path=someone/some-model"], "HF_HUB_OFFLINE"),
     "data offline": (["task.dataset.name=someone/data"], "someone/data could not be loaded from the hub"),
-    "no such model": (["model.path=./nowhere"], "model.path is ./nowhere, which is not a folder here"),
+    "no such model": (["model.path=./nowhere"], "model.path is ./nowhere, which does not exist"),
     "no package": (["model.path=package:nowhere/model"], "the package nowhere is not installed"),
     "too long": (["task.max_length=128"], "task.max_length is 128, but the tokenizer's model takes at most 64"),
     "fp16 on a CPU": (["training.mixed_precision=fp16"], "fp16, which needs a GPU"),

@@ -124,3 +124,15 @@ def test_a_process_is_alive_only_if_it_is_forge_and_on_this_host(tmp_path: Path)
         assert is_alive(entry.model_copy(update={"pid": other.pid})) is False
         other.communicate("\n")
     assert is_alive(entry.model_copy(update={"pid": 2**22 + 1})) is False
+
+
+def test_what_a_kill_left_of_an_entry_goes_with_the_next_attempt_and_with_the_end(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "abc")
+    folder = tmp_path / ".incomplete"
+    for name in (".abc.json.0123.tmp", ".other.json.0123.tmp"):
+        (folder / name).write_text("{")
+    register(tmp_path, run, "abc", Stage.TRAINING)
+    assert sorted(path.name for path in folder.iterdir()) == [".other.json.0123.tmp", "abc.json"]
+    (folder / ".abc.json.4567.tmp").write_text("{")
+    unregister(tmp_path, "abc")
+    assert [path.name for path in folder.iterdir()] == [".other.json.0123.tmp"]

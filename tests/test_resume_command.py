@@ -178,6 +178,21 @@ def test_all_runs_go_on_one_after_the_other_whatever_comes_of_each(
     assert "broken/config.yaml:2: YAML syntax" in err
 
 
+def test_a_run_with_a_broken_state_is_refused_and_not_left_out(
+    a_run: Callable[..., RunDirectory], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without an entry in the registry, nothing else knows of it."""
+    broken = a_run("broken")
+    for entry in Path("outputs/.incomplete").iterdir():
+        entry.unlink()
+    a_run("whole")
+    broken.state_file.write_text("{")
+    assert main(["resume", "--all"]) == 2
+    out, err = capfd.readouterr()
+    assert table(out) == {"broken": "refused", "whole": "complete"}
+    assert "broken/training_state.json is broken" in err
+
+
 @pytest.mark.parametrize(("wills", "code"), [(["0", "0"], 0), (["0", "2"], 2), (["2", "1", "0"], 1)])
 def test_the_worst_of_all_is_the_exit_code(wills: list[str], code: int, a_run: Callable[..., RunDirectory]) -> None:
     for number, will in enumerate(wills):

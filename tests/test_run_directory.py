@@ -13,12 +13,14 @@ from forge.errors import UsageError
 from forge.run import directory
 from forge.run.directory import (
     RunDirectory,
+    check_run_name,
     check_writable,
     create_run_directory,
     find_run,
     find_runs,
     valid_run_name,
 )
+from forge.run.hints import resume_command
 from forge.run.state import Stage, TrainingState
 
 CONFIG = Path("classification/mnli/distilbert/00_sft")
@@ -72,7 +74,8 @@ def test_an_unfinished_run_of_the_name_is_refused_with_the_resume_command(tmp_pa
     run = a_run(tmp_path, "a b", "mine")
     with pytest.raises(UsageError) as refusal:
         create_run_directory(tmp_path, Path("a b"), "mine")
-    assert f"python forge.py --resume '{run.path}'" in str(refusal.value)
+    assert f"{resume_command(run.path)}`, or" in str(refusal.value)  # as forge was started here
+    assert resume_command(run.path).endswith(f"resume '{run.path}'")
     assert "such as mine-2" in str(refusal.value)
 
 
@@ -290,3 +293,17 @@ def run_python(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=30
     ).stdout.strip()
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path: Path) -> None:
+    """Of 300 characters: the file system refuses it with an OSError."""
+    with pytest.raises(UsageError, match=r"no run in .* is named 'xxx.*…'"):
+        find_run(tmp_path, "x" * 300)
+    with pytest.raises(UsageError, match="is not allowed: use up to 200 letters"):
+        check_run_name(tmp_path, Path("sft"), "x" * 230)
+
+
+def test_a_file_as_output_root_is_not_a_folder_without_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file, not a folder; give another --output_root"):
+        find_runs(tmp_path / "file")

@@ -98,6 +98,9 @@ def test_a_file_of_a_newer_forge_is_refused(tmp_path: Path) -> None:
         ({"best_metric": {"name": "matched/accuracy", "value": 0.8}}, "best_metric.step is missing"),
         ({"step_sizes": [[0, "32"]]}, r"step_sizes\.0\.1 is '32'"),
         ({"latest_checkpoint": 500}, "latest_checkpoint is 500: .*string"),
+        ({"run_id": "../x"}, r"run_id is '\.\./x'"),
+        ({"run_id": "a" * 300}, "run_id is "),
+        ({"pipeline_complete": True, "stage": "training"}, "pipeline_complete is true, but stage is training"),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, changes: dict[str, object], what: str) -> None:

@@ -105,7 +105,6 @@ def test_a_run_that_had_checkpoints_does_not_start_again_when_none_is_usable(run
     ("change", "words"),
     [
         ({"step": "10"}, "step is '10'"),
-        ({"colour": "red"}, "colour is 'red'"),
         ({"files": {"model.safetensors": {"bytes": 5}}}, "files.model.safetensors.sha256 is missing"),
     ],
 )
@@ -118,6 +117,18 @@ def test_a_manifest_with_other_keys_or_types_is_bad_though_its_checksum_matches(
     file.write_text(json.dumps({**values, "digest": digest(values)}))
     with pytest.raises(BadCheckpoint, match=words):
         Manifest.read(run.checkpoint(10))
+
+
+@pytest.mark.parametrize("change", [{"colour": "red"}, {"files": {"model.safetensors": {"bytes": 5, "colour": "red"}}}])
+def test_a_manifest_with_a_key_of_a_newer_forge_is_left_alone(change: dict[str, Any], run: RunDirectory) -> None:
+    """Set aside as bad it would be lost to the forge that wrote it, and the run would go back to an older one."""
+    file = run.checkpoint(10) / "manifest.json"
+    values = {**json.loads(file.read_text()), **change}
+    del values["digest"]
+    file.write_text(json.dumps({**values, "digest": digest(values)}))
+    with pytest.raises(TrainingError, match=r"checkpoint-10 was written by a newer forge: .*colour of its manifest"):
+        select(run, STATE)
+    assert run.checkpoint(10).is_dir()
 
 
 def test_the_config_in_a_manifest_of_an_earlier_forge_has_the_keys_of_today(run: RunDirectory) -> None:

@@ -251,3 +251,13 @@ def test_a_lost_network_connection_is_reported_and_may_be_resumed() -> None:
         next(read)
     assert "some/texts, train failed after 1 rows (ConnectionError: no route to the hub)" in str(broken.value)
     assert "resume" in str(broken.value)
+
+
+def test_a_step_larger_than_the_stream_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    ledger(stream(50, micro_batches=1), 0, 2)
+    assert [record.message for record in caplog.records] == [
+        "the batch of a step is 50 rows, but the training split has only 21: a step has the same row several times"
+    ]
+    caplog.clear()
+    ledger(stream(21, micro_batches=1), 0, 2)
+    assert caplog.records == []

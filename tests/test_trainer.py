@@ -251,3 +251,34 @@ def test_weights_that_are_not_sound_are_told_before_training(build_trainer: Buil
     trainer = build_trainer(mutate=spoil)
     with pytest.raises(TrainingError, match=r"matched/ce is nan before any training, with mixed precision no: the"):
         trainer.evaluate("baseline")
+
+
+def test_a_batch_larger_than_the_data_is_told_and_costs_no_more(
+    build_trainer: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    """48 rows, of which every step takes all: in two micro-batches of 24, not in 22 of two or three."""
+    trainer = build_trainer("training.batch_size=512", "training.per_device_batch_size=24", "training.max_steps=2")
+    losses, _ = trajectory(trainer)
+    assert trainer.accelerator.gradient_accumulation_steps == 2
+    assert trainer.components.facts(trainer.config, trainer.accelerator)["world"]["micro_batches_per_rank"] == 2
+    assert "the batch of a step is 512 rows, but the training split has only 48: each step takes all of them" in [
+        record.message for record in caplog.records
+    ]
+    whole, _ = trajectory(build_trainer("training.batch_size=48", "training.max_steps=2"))
+    assert losses == pytest.approx(whole, rel=1e-5)
+
+
+def test_settings_that_are_longer_than_the_training_are_told(
+    build_trainer: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer("training.warmup_steps=20", "evaluation.every_steps=50", "training.max_steps=5")
+    trainer.train()
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert messages == [
+        "training.warmup_steps is 20, but the run takes only 5 steps: the learning rate rises to 25% of "
+        "training.learning_rate, and training ends there",
+        "evaluation.every_steps is 50, but the run takes only 5 steps: nothing is evaluated during training",
+    ]
+    caplog.clear()
+    build_trainer("training.warmup_steps=5", "evaluation.every_steps=5", "training.max_steps=5").train()
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []

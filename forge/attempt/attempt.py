@@ -85,6 +85,8 @@ class Attempt:
         attempt = cls(ranks.on_rank_0(lambda: _with_run_paths(request)), ranks)
         try:
             attempt.point = ranks.on_rank_0(attempt._resume_point)
+            if attempt.checkpoint is not None:  # before models are loaded, whose weights it replaces
+                logger.info("resuming from %s", attempt.checkpoint.name)
             yield attempt
         finally:
             if attempt._lock is not None:

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from forge.cluster.launch import option_words
 from forge.config.loader import LoadedConfig
 from forge.config.schema import Config, TrainingConfig
+from forge.data.stream import RowStream
 from forge.model.load import LoadedModel
 from forge.model.lora import with_lora
 from forge.model.origin import lineage
@@ -50,7 +51,7 @@ class Components:
             "model": self.student.facts(),
             "teacher": self.teacher.facts() if self.teacher is not None else None,
             "lineage": [ancestor.model_dump() for ancestor in (*lineage(self.student.origin), *of_teacher)],
-            "world": world_facts(accelerator, config.training),
+            "world": world_facts(accelerator, config.training, self.task),
         }
 
 
@@ -76,9 +77,15 @@ def load_components(loaded: LoadedConfig, ranks: Ranks, command: Sequence[str]) 
     return Components(task, student, LoadedTeacher(_with_origin(teacher, ranks, "teacher"), config.teacher))
 
 
-def world_facts(accelerator: Accelerator, training: TrainingConfig) -> dict[str, Any]:
+def shape_of_step(accelerator: Accelerator, training: TrainingConfig, task: Task) -> tuple[int, int]:
+    """The rows per optimizer step, and the micro-batches on each rank, no more than the training rows fill."""
+    known = None if isinstance(task.train, RowStream) or plans_of(accelerator) else len(task.train)  # a plan fixes them
+    return training.step_shape(accelerator.num_processes, known)
+
+
+def world_facts(accelerator: Accelerator, training: TrainingConfig, task: Task) -> dict[str, Any]:
     """What run_metadata.json records of the ranks, and of how a step is spread over them."""
-    rows_per_step, micro_batches = training.step_shape(accelerator.num_processes)
+    rows_per_step, micro_batches = shape_of_step(accelerator, training, task)
     return {
         "ranks": accelerator.num_processes,
         "device": accelerator.device.type,

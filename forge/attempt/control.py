@@ -272,5 +272,5 @@ def remove_half_made(control: RunDirectory) -> None:
 def _other(control: RunDirectory, why: str) -> str:
     return (
         f"{control.path} is reserved for this run's control (evaluation.control: sft), but holds something else: "
-        f"{why}; move it away, give this run another name, or set evaluation.control=null"
+        f"{why}; move it away and resume, or, while this run is not complete, set evaluation.control=null"
     )

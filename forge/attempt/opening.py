@@ -13,7 +13,7 @@ from forge.run.metadata import RunMetadata, read_metadata, write_metadata
 from forge.run.provenance import package_freeze, provenance, write_dirty_diff
 from forge.run.records import record_of
 from forge.run.registry import register
-from forge.run.state import TrainingState, new_run_id
+from forge.run.state import Stage, TrainingState, new_run_id
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,12 @@ def _next_attempt(
 ) -> tuple[RunDirectory, TrainingState]:
     state = TrainingState.load(run.state_file)
     state.error = None
+    metadata = read_metadata(run).model_dump(exclude_unset=True)
+    if state.pipeline_complete:  # to be trained further: its final model and numbers are of fewer steps
+        state.pipeline_complete, state.stage = False, Stage.TRAINING
+        metadata.pop("control", None)
     _write_config(loaded, run, attempt.guard)
-    _record_attempt(loaded, run, state, read_metadata(run).model_dump(exclude_unset=True), command, facts, attempt)
+    _record_attempt(loaded, run, state, metadata, command, facts, attempt)
     return run, state
 
 

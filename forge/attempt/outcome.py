@@ -10,7 +10,7 @@ from typing import Any
 from forge.attempt.control import wants_control
 from forge.config.loader import load_config
 from forge.config.schema import Config
-from forge.errors import LostRank, Stopped, Superseded
+from forge.errors import LostRank, Stopped, Superseded, UsageError
 from forge.model.export import push_to_hub
 from forge.ranks.agreement import lost_rank
 from forge.ranks.world import Ranks
@@ -106,6 +106,11 @@ def record_control(run: RunDirectory, control: RunDirectory) -> Result:
     The metadata come last: a run without `control` in them has this still to be done.
     """
     config, state = load_config(run.config_file).config, TrainingState.load(run.state_file)
+    if config.evaluation.final and not last_evaluation(control, "final"):
+        raise UsageError(
+            f"{control.metrics_file} has no final evaluation of the control of {run.path}; restore the file, or delete "
+            f"{control.path} and resume {run.path}, which trains its control again"
+        )
     metadata = read_metadata(run).model_copy(update={"control": named(control)})
     result = result_of(run, config, metadata.task.headline, control)
     write_card(result, metadata, config, state.step)

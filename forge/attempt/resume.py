@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from forge.attempt.control import control_of, wants_control
 from forge.checkpoint.manifest import Manifest
-from forge.checkpoint.selection import remove_leftovers, select
+from forge.checkpoint.selection import checkpoints, remove_leftovers, select
 from forge.config.changes import ROWS, Change, Kind, allowances, changes, check_changes
 from forge.config.explain import effective, with_absolute_paths
 from forge.config.loader import load_config
@@ -17,6 +18,7 @@ from forge.run.state import TrainingState
 
 SHOWN = 12  # digits of a hash in a message
 TEACHER_KEYS = tuple(f"teacher.{name}" for name in ("path", "revision", "base", "adapter"))  # each names its weights
+LENGTH_KEYS = ("training.max_steps", "training.epochs")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def prepare_resume(
     """
     attempt = lock.take(take_over=take_over, after=TrainingState.load(run.state_file).attempts)
     state = TrainingState.load(run.state_file)  # again: until now another process may have written it
-    if state.pipeline_complete:  # by an attempt that was alive when this process began
+    if state.pipeline_complete and not lengthens(run, config):  # by an attempt that was alive when this process began
         raise AlreadyComplete(complete_message(run))
     remove_leftovers(run)
     selected = select(run, state)
@@ -75,6 +77,47 @@ def prepare_resume(
     weights = metadata.model.weights_sha256 if manifest is None else None
     teacher = metadata.teacher.weights_sha256 if metadata.teacher is not None else None
     return ResumePoint(attempt, checkpoint, manifest, shown, allowances(found), fingerprint, weights, teacher)
+
+
+def is_done(run: RunDirectory, config: Config) -> bool:
+    """Return True if a run is complete and a config asks for no more of it. Raises UsageError as `lengthens` does."""
+    return TrainingState.load(run.state_file).pipeline_complete and not lengthens(run, config)
+
+
+def lengthens(run: RunDirectory, config: Config) -> bool:
+    """Return True if a config asks a complete run for more steps than it has taken, and False if it asks for nothing.
+
+    Raises:
+        UsageError: It asks for anything else, which a complete run cannot do any more.
+    """
+    state = TrainingState.load(run.state_file)
+    old = effective(with_absolute_paths(load_config(run.config_file).config))
+    found = changes(old, config, rows_per_step_old=0, rows_per_step_new=0)
+    found = [change for change in found if change.key != "output_root"]  # where a name is looked for
+    if not found:
+        return False
+    metadata = read_metadata(run)
+    if metadata.control_of is not None:
+        raise UsageError(
+            f"{run.path} is the control of {metadata.control_of.name}, and must stay its twin; start a new run"
+        )
+    steps, epochs = config.training.max_steps, config.training.epochs
+    longer = steps > state.step if steps is not None else epochs > state.epoch
+    if not longer or not any(change.key in LENGTH_KEYS for change in found):
+        raise UsageError(
+            f"{run.path} is complete at step {state.step}, so nothing else can be changed ({found[0]}); give a larger "
+            f"--max_steps to train it further, or start a new run with model.path={run.path}"
+        )
+    if wants_control(config) and control_of(run).state_file.is_file():
+        raise UsageError(
+            f"{run.path} has a control of as many steps, {control_of(run).name}, which would stay behind: add --set "
+            "evaluation.control=null to train the run further without it"
+        )
+    if not checkpoints(run):
+        raise UsageError(
+            f"{run.path} is complete but has no checkpoint to continue from; start a new run with model.path={run.path}"
+        )
+    return True
 
 
 def check_rows(point: ResumePoint, fingerprint: str, description: str, allowed_changes: list[str]) -> ResumePoint:

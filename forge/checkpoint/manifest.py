@@ -13,7 +13,7 @@ from pydantic import ValidationError, field_validator
 from forge.config.former_names import current_config
 from forge.errors import TrainingError
 from forge.run.files import sha256_of, write_atomically
-from forge.run.records import Record, reason, record_of
+from forge.run.records import Record, reason, record_of, unknown_keys
 
 FORMAT = 3
 MANIFEST_FILE = "manifest.json"
@@ -91,6 +91,11 @@ class Manifest(Record):
         try:
             return record_of(cls, values)
         except ValidationError as error:
+            if unknown := unknown_keys(error):
+                raise TrainingError(
+                    f"{folder} was written by a newer forge: this version does not know {', '.join(unknown)} of its "
+                    f"{MANIFEST_FILE}; update forge to use this run"
+                ) from None
             raise BadCheckpoint(f"its {MANIFEST_FILE} is broken: {reason(error)}") from None
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -25,8 +26,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Take each flag with `-` or `_` between its words; argparse calls this for every subcommand too."""
-        given = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._as_declared(argument) for argument in given], namespace)
+        given = [self._as_declared(argument) for argument in (sys.argv[1:] if args is None else args)]
+        if not any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
+            for flag in (argument.partition("=")[0] for argument in given if argument.startswith("--")):
+                if flag not in self._option_string_actions and flag != "--":
+                    self.error(f"there is no flag {flag}{self._meant(flag)}")  # before its value is taken for a file
+        return super().parse_known_args(given, namespace)
 
     def _as_declared(self, argument: str) -> str:
         flag, equals, value = argument.partition("=")
@@ -37,6 +42,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"error: {message}; see `{self.prog} --help`\n")
+
+    def _meant(self, unknown: str) -> str:
+        """A hint for a flag that there is not: the nearest one, or the key of the config that is called like it."""
+        from forge.config.hints import key_named
+
+        flags = {flag.replace("_", "-"): flag for flag in self._option_string_actions if flag.startswith("--")}
+        near = get_close_matches(unknown.replace("_", "-"), flags, n=1)
+        if near:
+            return f"; did you mean {flags[near[0]]}?"
+        key = key_named(unknown.removeprefix("--").replace("-", "_"))
+        return f"; keys of the config are set by --set {key}=VALUE" if key else ""
 
 
 @dataclass(frozen=True)
@@ -137,9 +153,7 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of training in this process."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="X.yaml", help=f"start a new run from this config; {SHIPPED}")
-    _add_resume(what)
+    _add_config_or_resume(parser)
     _add_run_name(parser)
     add_config_arguments(parser)
     add_resume_arguments(parser)
@@ -147,11 +161,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of training in several processes on this machine."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("config", metavar="X.yaml", nargs="?", help=f"start a new run from this config; {SHIPPED}")
-    _add_resume(what)
+    _add_config_or_resume(parser)
     parser.add_argument(
-        "--processes", type=positive, required=True, metavar="N", help="one per GPU, or that many CPU processes"
+        "--processes", type=positive, metavar="N", help="number of ranks (default: one per GPU, or one on the CPU)"
     )
     parser.add_argument(
         "--deepspeed",
@@ -182,8 +194,13 @@ def resume_arguments(args: argparse.Namespace) -> list[str]:
     return option_words(allow_change=args.allow_change, take_over=args.take_over)
 
 
-def _add_resume(parser: argparse._MutuallyExclusiveGroup) -> None:
-    parser.add_argument("--resume", metavar="RUN", help=f"resume a run: {RUN}")
+def _add_config_or_resume(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="X.yaml", help=f"start a new run from this config; {SHIPPED}")
+    what.add_argument(  # SUPPRESS: where it is absent, it leaves what --config has set
+        "config", metavar="X.yaml", nargs="?", default=argparse.SUPPRESS, help="the same without --config"
+    )
+    what.add_argument("--resume", metavar="RUN", help=f"resume a run: {RUN}")
 
 
 def _add_run_name(parser: argparse.ArgumentParser) -> None:

@@ -45,11 +45,14 @@ def _show(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     from forge.config.loader import load_config
+    from forge.config.places import missing_places
 
     wrong = 0
     for name in args.configs:
         try:
             loaded = load_config(Path(name))
+            if missing := missing_places(loaded):
+                raise ConfigError(missing)
         except BaseConfigError:
             print(f"{name}: valid, but only a base for other configs: it sets neither task nor model")
         except ConfigError as error:

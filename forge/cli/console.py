@@ -21,14 +21,17 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print a table without a frame."""
     from rich.table import Table
 
-    table = Table(*columns, box=None)
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # on a narrow terminal; a path that is cut names no run
     for row in rows:
         table.add_row(*row)
-    table_console().print(table)
+    widest = sum(max(len(cell) for cell in cells) + 2 for cells in zip(columns, *rows, strict=True))
+    table_console(widest).print(table)
 
 
-def table_console() -> "Console":
+def table_console(at_least: int = 0) -> "Console":
     """A console as wide as the terminal, or wide enough for a table if output is not a terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH, markup=False)
+    return Console(width=None if sys.stdout and sys.stdout.isatty() else max(PLAIN_WIDTH, at_least), markup=False)

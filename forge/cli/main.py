@@ -20,12 +20,16 @@ from forge.cli.arguments import (
 )
 from forge.cli.configs import add_config_commands
 from forge.cli.console import print_error
-from forge.errors import EXIT_COMPLETE, EXIT_FAILED, ForgeError
+from forge.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, ForgeError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand and return the exit code."""
-    args = _parser().parse_args(arguments)
+    parser, given = _parser(), sys.argv[1:] if arguments is None else arguments
+    if not given:
+        parser.print_help()
+        return EXIT_USAGE
+    args = parser.parse_args(given)
     try:
         return args.run(args)
     except ForgeError as error:

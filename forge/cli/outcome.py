@@ -79,11 +79,20 @@ def logged() -> Iterator[Outcome]:
 
 
 def heard_signals() -> StopRequest:
-    """Listen to stop signals from here on; until the end says otherwise, the outcome of this command is a failure."""
+    """Listen to stop signals from here on, and to nothing else; until the end, the outcome counts as a failure."""
+    _close_stdin()
     stop = StopRequest()
     stop.listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if world_size() > 1 else "true")
     return stop
+
+
+def _close_stdin() -> None:
+    """Leave nothing to read: a library that asks a question would wait for an answer that nobody gives."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    if nothing != 0:
+        os.close(nothing)
 
 
 def announce(code: int) -> int:

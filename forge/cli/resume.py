@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge.attempt.control import nothing_left
+from forge.attempt.resume import is_done
 from forge.cli.arguments import Overrides, resume_arguments
 from forge.cli.console import print_error, print_table
 from forge.cli.runs import incomplete_under
@@ -71,11 +72,11 @@ def _train_to_the_end(run: RunDirectory, args: argparse.Namespace, relay: "Signa
     """Train the run to its end in a child process; forge's exit code."""
     from forge.cluster.launch import option_words, run_training
 
-    if nothing_left(run):
+    overrides = replace(Overrides.of(args), output_root=None)  # where it looks for the run, not a change of it
+    config = overrides.load(run.config_file).config  # a wrong override is reported here, once, and not by every rank
+    if is_done(run, config) and nothing_left(run):
         print(complete_message(run), flush=True)
         return EXIT_COMPLETE
-    overrides = replace(Overrides.of(args), output_root=None)  # where it looks for the run, not a change of it
-    overrides.load(run.config_file)  # a wrong override is reported here, once, and not by every rank
     arguments = [*option_words(resume=run.path), *overrides.arguments(), *resume_arguments(args)]
     return run_training(arguments, args.processes or read_metadata(run).attempts[-1].ranks, relay=relay)
 

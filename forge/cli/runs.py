@@ -70,8 +70,8 @@ def incomplete_under(root: Path) -> list[tuple[RunDirectory, IncompleteRun]]:
         entry = entries.get(run.path.resolve())
         try:
             state = TrainingState.load(run.state_file)
-        except UsageError:  # a broken state: only the registry knows that the run is not complete
-            found += [(run, entry)] if entry is not None else []
+        except UsageError:  # a broken state: nobody knows that the run is complete
+            found.append((run, entry or _entry(run, TrainingState(run_id="unknown", created_at=""))))
             continue
         try:
             left = not (state.pipeline_complete and nothing_left(run))  # a complete run's control may be left
@@ -79,17 +79,21 @@ def incomplete_under(root: Path) -> list[tuple[RunDirectory, IncompleteRun]]:
             print(f"error: {error}", file=sys.stderr)
             continue
         if left:
-            known = IncompleteRun(
-                run_id=state.run_id,
-                path=run.path.absolute(),
-                name=run.name,
-                host="",
-                pid=0,
-                created_at=state.created_at,
-                stage=state.stage,
-            )
-            found.append((run, entry or known))
+            found.append((run, entry or _entry(run, state)))
     return found
+
+
+def _entry(run: RunDirectory, state: TrainingState) -> IncompleteRun:
+    """What the registry would know of a run that it does not have, such as one that was moved here."""
+    return IncompleteRun(
+        run_id=state.run_id,
+        path=run.path.absolute(),
+        name=run.name,
+        host="",
+        pid=0,
+        created_at=state.created_at,
+        stage=state.stage,
+    )
 
 
 def _row(run: RunDirectory, entry: IncompleteRun | None) -> dict[str, Any] | None:

@@ -16,14 +16,15 @@ from forge.attempt.control import (
     wants_control,
 )
 from forge.attempt.request import Request
+from forge.attempt.resume import is_done
 from forge.cli.arguments import Overrides, training_arguments
 from forge.cli.outcome import announce, heard_signals, logged, print_summary
-from forge.cluster.processes import rank
+from forge.cluster.processes import check_launcher_variables, rank
 from forge.config.explain import config_name
 from forge.config.loader import LoadedConfig, load_config
-from forge.errors import EXIT_COMPLETE, EXIT_FAILED, UsageError
+from forge.config.places import missing_places
+from forge.errors import EXIT_COMPLETE, EXIT_FAILED, ConfigError, UsageError
 from forge.run.directory import RunDirectory, complete_message, find_run
-from forge.run.state import TrainingState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,15 +64,15 @@ def launch(args: argparse.Namespace) -> int:
 
     Config, overrides and the run's name are checked first: what is wrong is reported before any process is started.
     """
-    from forge.cluster.launch import run_training
+    from forge.cluster.launch import default_processes, run_training
 
     if args.deepspeed is not None:
         args.set = [*args.set, f"deepspeed.student={args.deepspeed}"]
-    _, resumed = _checked(args)
-    if resumed is not None and nothing_left(resumed):
+    loaded, resumed = _checked(args)
+    if resumed is not None and is_done(resumed, loaded.config) and nothing_left(resumed):
         print(complete_message(resumed), flush=True)
         return EXIT_COMPLETE
-    return run_training(training_arguments(args), args.processes)
+    return run_training(training_arguments(args), args.processes or default_processes())
 
 
 def cache_teacher(args: argparse.Namespace) -> int:
@@ -84,19 +85,24 @@ def cache_teacher(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, stop: "StopRequest", log: "RunLog") -> tuple[RunDirectory, Request]:
     """Train to the end; the run, complete now or before, and what was asked."""
+    check_launcher_variables()
     loaded, resumed = _checked(args)
     check = ControlCheck(loaded.config, tuple(args.allow_change)) if wants_control(loaded.config) else None
     request = Request(
         *(loaded, sys.orig_argv, args.run_name, resumed, args.allow_change, args.take_over), before_training=check
     )
-    if resumed is not None and TrainingState.load(resumed.state_file).pipeline_complete:
-        ignored = " (what else the command line asks for was not done)" if Overrides.of(args).change_training else ""
-        logger.info("%s%s", complete_message(resumed), ignored)
+    if resumed is not None and is_done(resumed, loaded.config):
+        logger.info("%s", complete_message(resumed))
         return resumed, request
     if resumed is not None or args.run_name is not None:  # a run named by the time has a control with a new name
         place = Path(loaded.config.output_root) / config_name(loaded.file) / (args.run_name or "")
         check_free_for_control(resumed or RunDirectory(place), loaded.config, args.allow_change)
-    result = _imported_page(stop, log)(request, log, stop)
+    try:
+        result = _imported_page(stop, log)(request, log, stop)
+    except UsageError as error:
+        if resumed is not None and error.__cause__ is not None and rank() == 0 and not log.is_open:
+            log.open(resumed.log_file)  # with what a library raised, whose sentence alone is on the console
+        raise
     if rank() == 0 and not wants_control(loaded.config):
         print_summary(result)
     return result.run, request
@@ -130,6 +136,7 @@ def _imported_page(stop: "StopRequest", log: "RunLog") -> "Callable[[Request, Ru
 
 
 def _cache_teacher(args: argparse.Namespace, stop: "StopRequest", log: "RunLog") -> None:
+    check_launcher_variables()
     config = Overrides.of(args).load(Path(args.config)).config
     stop.breaks(_import_caching)
     from forge.data.progress import hide_progress_bars
@@ -160,7 +167,10 @@ def _checked(args: argparse.Namespace) -> tuple[LoadedConfig, RunDirectory | Non
         named = {"--allow-change": args.allow_change, "--take-over": args.take_over}
         if given := [flag for flag, value in named.items() if value]:
             raise UsageError(f"{', '.join(given)} can be given with --resume only: there is no run to resume")
-        return overrides.load(Path(args.config)), None
+        loaded = overrides.load(Path(args.config))
+        if missing := missing_places(loaded):
+            raise ConfigError(missing)
+        return loaded, None
     if given := [f"--{name}" for name in ("debug", "run_name") if getattr(args, name)]:
         raise UsageError(f"{', '.join(given)} cannot be combined with --resume: a resumed run stays what it is")
     run = find_run(Path(args.output_root or "outputs"), args.resume)

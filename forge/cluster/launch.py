@@ -187,6 +187,11 @@ def visible_gpus(environment: dict[str, str]) -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
+def default_processes() -> int:
+    """Return one process per visible GPU, or one on the CPU."""
+    return 1 if _trains_on_cpu(dict(os.environ)) else visible_gpus(dict(os.environ))
+
+
 def _trains_on_cpu(environment: dict[str, str]) -> bool:
     if environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true"):
         return True

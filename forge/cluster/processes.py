@@ -13,7 +13,7 @@ from typing import Self
 
 import psutil
 
-from forge.errors import ForgeError
+from forge.errors import ForgeError, UsageError
 
 OUTCOME = "FORGE_OUTCOME"  # the file for forge's exit code: accelerate's launcher returns 1 for every failure
 PARENT_VARIABLE = "FORGE_PARENT"  # a pid; training ends when that process does. Set by commands that start a training.
@@ -22,16 +22,42 @@ PARENT_VARIABLE = "FORGE_PARENT"  # a pid; training ends when that process does.
 MARK = "FORGE_STARTED_BY"
 POLL_S = 0.05
 KILL_TIMEOUT_S = 60.0
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a launcher sets all of them
+MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def rank() -> int:
     """Return the rank of this process, as its launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of ranks, as the launcher set it; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def check_launcher_variables() -> None:
+    """Raise UsageError for variables of a launcher that no launcher has set: a notebook or a job script left them.
+
+    With a part of them a library would fail, or wait for ranks that nobody starts.
+    """
+    found = [name for name in OF_A_RANK if name in os.environ]
+    wrong = [name for name in found if not os.environ[name].isdecimal()]
+    absent = [name for name in (*OF_A_RANK, *MEETING_PLACE) if name not in os.environ]
+    if found and (wrong or absent):
+        shown = ", ".join(f"{name}={os.environ[name]}" for name in wrong or found)
+        why = ", which is not a number" if wrong else f" without {', '.join(absent)}, which a launcher sets too"
+        raise UsageError(
+            f"the environment has {shown}{why}: it is left from something else; `unset {' '.join(found)}`, or "
+            "start several ranks with `forge launch`"
+        )
+    if found and int(os.environ["RANK"]) >= world_size():
+        raise UsageError(f"RANK is {os.environ['RANK']}, but WORLD_SIZE is {world_size()}: `unset {' '.join(found)}`")
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else default
 
 
 class Processes:

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from forge.config.effects import inert_keys
-from forge.config.fields import PlainText
-from forge.config.loader import LoadedConfig
+from forge.config.fields import BOOLEANS, PlainText
+from forge.config.loader import RUN_CONFIG, RUN_STATE, LoadedConfig
 from forge.config.plans import is_file
 from forge.config.schema import Config
 from forge.config.task_schema import absolute_if_folder
@@ -43,7 +44,16 @@ def show(loaded: LoadedConfig, *, origin: bool) -> str:
 
 
 def config_name(file: Path) -> Path:
-    """Return the folder of a config's runs in the output root: its path below configs/, or its bare name elsewhere."""
+    """Return the folder of a config's runs in the output root: its path below configs/, or its bare name elsewhere.
+
+    The config.yaml of a run counts as the file that the run was started from: a repeated run is found next to it.
+    """
+    if file.name == RUN_CONFIG and (file.parent / RUN_STATE).is_file():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            started_from = Path(json.loads((file.parent / "run_metadata.json").read_bytes())["config_file"])
+            return (
+                config_name(started_from) if started_from.name != RUN_CONFIG else Path(file.resolve().parents[1].name)
+            )
     path = file.resolve().with_suffix("")
     if "configs" in path.parts[:-1]:
         below = len(path.parts) - 1 - path.parts[::-1].index("configs")
@@ -93,7 +103,35 @@ def json_schema() -> str:
     schema["required"] = []  # a parent may set what a file leaves out
     for definition in schema["$defs"].values():
         definition.pop("required", None)
+    _as_written(schema)
     return json.dumps(schema, indent=2)
+
+
+def _as_written(node: Any) -> None:
+    """Let a schema accept what forge reads: it takes each scalar as text, and the type of the field decides.
+
+    Editors see a label `0` as a number, `no` as false, and `1e-4` as text if they follow YAML 1.1. A section `task` of
+    a parent may leave its type to its heirs, and then fits several kinds.
+    """
+    if isinstance(node, list):
+        for item in node:
+            _as_written(item)
+    if not isinstance(node, dict):
+        return
+    for item in node.values():
+        _as_written(item)
+    if "oneOf" in node:
+        node["anyOf"] = node.pop("oneOf")
+        node.pop("discriminator", None)
+    if isinstance(node.get("enum"), list):
+        node["enum"] += [BOOLEANS[word] for word in node["enum"] if word in BOOLEANS]
+        node.pop("type", None)
+    elif node.get("type") == "boolean":
+        node |= {"type": ["boolean", "string"], "pattern": f"^({'|'.join(BOOLEANS)})$"}
+    elif node.get("type") in ("number", "integer"):
+        node |= {"type": [node["type"], "string"], "pattern": r"^[-+]?[0-9.]+([eE][-+]?[0-9]+)?$"}
+    elif node.get("type") == "string" and "const" not in node:
+        node["type"] = ["string", "number", "boolean"]
 
 
 def inline(value: Any) -> str:

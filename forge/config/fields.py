@@ -1,6 +1,7 @@
 """The types of config values, and how each is read from the text that was written."""
 
 import math
+import os
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -48,6 +49,14 @@ Positive = Annotated[int, Field(gt=0)]
 Text = Annotated[
     str, Field(min_length=1), BeforeValidator(lambda value: str(value) if isinstance(value, str) else value)
 ]
+
+
+def _from_home(name: str) -> str:
+    return os.path.expanduser(name) if name.startswith("~") else name
+
+
+Place = Annotated[Text, AfterValidator(_from_home)]
+"""A path, or a name that may be one: relative to the working directory, and `~` is the home directory."""
 
 
 def _ascending(numbers: list[int]) -> list[int]:

@@ -36,6 +36,20 @@ OTHER_NAMES = {
     "max_seq_length": "task.max_length",
     "report_to": "tracking.wandb",
     "wandb": "tracking.wandb",
+    "sequence_len": "task.max_length",
+    "r": "model.lora.rank",
+    "lora_r": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "lora_target_modules": "model.lora.target",
+    "target_modules": "model.lora.target",
+    "micro_batch_size_per_gpu": "training.per_device_batch_size",
+    "gradient_checkpointing_enable": "training.gradient_checkpointing",
+    "sample_packing": "task.packing",
+    "load_best_model_at_end": "checkpoint.keep_best",
+    "metric_for_best_model": "checkpoint.best_metric",
+    "hub_model_id": "export.push_to_hub",
+    "wandb_project": "tracking.wandb.project",
 }
 
 
@@ -66,6 +80,22 @@ def task_type_of(section: type[Section]) -> str:
 ABSENT = {
     "fsdp": "forge shards only with DeepSpeed, since FSDP2 changes a model's parameters and would need its own code "
     "for checkpoints and the gathered head; set deepspeed.student: zero3, which shards the same tensors",
+    **dict.fromkeys(
+        ("optim", "optimizer"),
+        "forge trains with AdamW: training.weight_decay, adam_beta1, adam_beta2, adam_epsilon",
+    ),
+    "adapter": "an adapter is trained by model.lora, such as `model: {lora: {rank: 16}}`",
+}
+
+
+# What users write where forge has a map, and what they mean.
+IN_A_MAP = {
+    "deepspeed": "deepspeed: {{student: {}}}",
+    "task.dataset": "dataset: {{name: {0}}} for one of the hub, or {{path: {0}}} for a folder",
+    "model": "model: {{path: {}}}",
+    "teacher": "teacher: {{path: {}}}",
+    "model.lora": "lora: {{rank: 16}}",
+    "tracking.wandb": "wandb: {{project: forge}}",
 }
 
 
@@ -77,12 +107,19 @@ def unknown_key(path: tuple[str, ...], task_type: str | None = None) -> str:
     owners = [name for name in task_types() if dotted in all_keys(name)]
     if path[0] == "task" and owners:
         return f"{dotted} is a key of task.type {' and '.join(owners)}, but this task is of type {task_type}"
-    if path[0] in ABSENT:
-        return f"{dotted} is not a config key: {ABSENT[path[0]]}"
+    if absent := ABSENT.get(path[0]) or ABSENT.get(path[-1]):
+        return f"{dotted} is not a config key: {absent}"
     if "." in path[-1]:
         first, rest = path[-1].split(".", 1)
         return f"{dotted} is written as one key, but in a file it is a key in a map: `{first}: {{{rest}: …}}`"
     return f"{dotted} is not a config key; {key_hint(dotted, task_type)}"
+
+
+def key_named(leaf: str) -> str | None:
+    """Return the dotted key whose last word is `leaf`, also by the names of other toolkits; None: there is none."""
+    if leaf in OTHER_NAMES:
+        return OTHER_NAMES[leaf]
+    return next((key for key in all_keys() if key.rsplit(".", 1)[-1] == leaf), None)
 
 
 def key_hint(dotted: str, task_type: str | None = None) -> str:
@@ -146,6 +183,8 @@ def value_problem(path: tuple[str, ...], error: Any) -> str:
         length = {0: "no entries", 1: "one entry"}.get(context["actual_length"], f"{context['actual_length']} entries")
         return f"{key} has {length}; it needs at least {context['min_length']}"
     expected = wanted.get(kind.split("_")[0])
+    if expected == "a map of keys" and key in IN_A_MAP:
+        expected = f"a map of keys, such as {IN_A_MAP[key].format(_short(given))}"
     if expected == "text" and isinstance(given, list | dict):
         expected = "text, in quotes if it contains brackets, braces, a dash or a colon"
     return f"{key} is {shown}; it must be {expected}{or_null}" if expected else f"{key} is {shown}: {error['msg']}"

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from forge.config.effects import Inert, inert_keys, unsupported
 from forge.config.fields import PlainText
-from forge.config.former_names import current_config, current_key
+from forge.config.former_names import KEYS, current_config, current_key
 from forge.config.hints import schema_path, unknown_key, value_problem
 from forge.config.schema import ALTERNATIVES, Config
 from forge.config.shipped import find_config
@@ -123,7 +123,7 @@ def _parent(layer: Layer, file: Path, seen: list[Path]) -> tuple[Path | None, st
         return None, f"inherits must be one file, not a {'list' if isinstance(name, list) else 'map'}"
     if not name:
         return None, "inherits is empty; name the parent file, or remove the line"
-    parent = file.parent / name
+    parent = file.parent / os.path.expanduser(name)
     if os.path.isdir(parent):
         return None, f"inherits {display(parent)}, which is a folder; name a file in it"
     if not os.path.exists(parent):  # unlike Path.exists, also for names that no file can have
@@ -138,6 +138,13 @@ def _parent(layer: Layer, file: Path, seen: list[Path]) -> tuple[Path | None, st
 
 
 def _with_current_names(layer: Layer) -> None:
+    """Translate the keys that an earlier version wrote; of a key with both names it is unknown which one counts."""
+    for former, current in KEYS.items():
+        if _get(layer.tree, former) is not None and _get(layer.tree, current) is not None:
+            origin = layer.origins[tuple(former.split("."))]
+            layer.problems.append(
+                f"{origin}: {former} is now called {current}, which is set too; keep only one of them"
+            )
     layer.tree = current_config(layer.tree)
     layer.origins = {tuple(current_key(".".join(path)).split(".")): at for path, at in layer.origins.items()}
 

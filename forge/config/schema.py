@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from forge.config.fields import Bool, Layers, OpenMap, Positive, Section, Text
+from forge.config.fields import Bool, Layers, OpenMap, Place, Positive, Section, Text
 from forge.config.former_names import current_metric
 from forge.config.task_schema import AnyTask
 from forge.config.teacher_schema import DistillationConfig, TeacherConfig
@@ -26,7 +26,9 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the matrices."""
     target: Annotated[
-        list[Text], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+        list[Text],
+        Field(min_length=1, json_schema_extra={"type": ["array", "string"]}),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     ] = ["all-linear"]
     """The modules to adapt: all-linear (all linear layers but the head), or names such as [q_proj, v_proj]."""
     modules_to_save: list[Text] = []
@@ -50,20 +52,20 @@ class NewTokenizerConfig(Section):
 class ModelConfig(Section):
     """The model to train (the student): exactly one of path and config."""
 
-    path: Text | None = None
+    path: Place | None = None
     """A hub id, a local folder, a run directory (its final model), or package:NAME/FOLDER inside an installed
     package."""
     revision: Text | None = None
     """The hub model's revision: a commit, a branch or a tag."""
     config: OpenMap | None = None
     """Build a model from scratch: the keys of its transformers config, including model_type."""
-    tokenizer: Text | None = None
+    tokenizer: Place | None = None
     """Source of the tokenizer (or processor), in the forms of path. null: path."""
     new_tokenizer: NewTokenizerConfig | None = None
     """Alternative to tokenizer: build one from the training split."""
-    base: Text | None = None
+    base: Place | None = None
     """If path is an adapter: the base to use, in the forms of path, instead of the one that the adapter names."""
-    adapter: Text | None = None
+    adapter: Place | None = None
     """An adapter to merge into path: a folder or a run."""
     lora: LoraConfig | None = None
     """Train a low-rank adapter. null: train all weights."""
@@ -180,12 +182,17 @@ class TrainingConfig(Section):
     0."""
     loss: LossConfig = LossConfig()
 
-    def step_shape(self, ranks: int) -> tuple[int, int]:
-        """Return the rows per optimizer step over all ranks, and the micro-batches per step on each rank."""
+    def step_shape(self, ranks: int, rows: int | None = None) -> tuple[int, int]:
+        """Return the rows per optimizer step over all ranks, and the micro-batches per step on each rank.
+
+        rows: in the training split, which may be fewer than a step asks for: they fill fewer micro-batches.
+        """
+        at_once = self.per_device_batch_size * ranks
         if self.batch_size is None:
-            micro_batches = self.gradient_accumulation_steps
-            return self.per_device_batch_size * micro_batches * ranks, micro_batches
-        return self.batch_size, math.ceil(self.batch_size / (self.per_device_batch_size * ranks))
+            rows_per_step, micro_batches = at_once * self.gradient_accumulation_steps, self.gradient_accumulation_steps
+        else:
+            rows_per_step, micro_batches = self.batch_size, math.ceil(self.batch_size / at_once)
+        return rows_per_step, micro_batches if rows is None else min(micro_batches, math.ceil(rows / at_once))
 
     def micro_batch_rows(self, ranks: int) -> int:
         """Return the rows of the largest micro-batch on that many ranks."""
@@ -196,9 +203,9 @@ class TrainingConfig(Section):
 class DeepSpeedConfig(Section):
     """DeepSpeed plans: names of files in ds_configs/ (without .json), or paths of your own JSON files."""
 
-    student: Text | None = None
+    student: Place | None = None
     """How the student's training is sharded: zero1, zero2, zero3, ... null: not at all (DDP)."""
-    teacher: Text = "teacher_zero3"
+    teacher: Place = "teacher_zero3"
     """How the teacher is sharded if teacher.placement is zero3."""
 
 
@@ -303,7 +310,7 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     logging: LoggingConfig = LoggingConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output_root: Text = "outputs"
+    output_root: Place = "outputs"
     """The folder for all runs, relative to the working directory."""
 
     @property

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from forge.config.fields import Bool, Positive, Section, Text
+from forge.config.fields import Bool, Place, Positive, Section, Text
 
 
 class DatasetConfig(Section):
@@ -17,7 +17,7 @@ class DatasetConfig(Section):
     """The configuration of the hub data set, such as mnli."""
     revision: Text | None = None
     """The revision of the hub data set: a commit, a branch or a tag."""
-    path: Text | None = None
+    path: Place | None = None
     """A local folder with train.{jsonl,parquet,csv} and validation*.{jsonl,parquet,csv}, relative to the working
     directory."""
     demo: Literal["nli", "lines", "chat"] | None = None
@@ -29,7 +29,7 @@ class DatasetConfig(Section):
     """Size of the buffer from which the rows of a stream are drawn at random (with the seed). 0: keep their order."""
     train_split: Text = "train"
     """The split to train on."""
-    validation_splits: list[Text] | None = None
+    validation_splits: Annotated[list[Text], Field(min_length=1)] | None = None
     """The splits to evaluate on. null: every split whose name begins with `validation`."""
     max_rows: Positive | None = None
     """Use at most this many evenly spaced rows of each split, for a quick look. null: all rows."""
@@ -38,6 +38,18 @@ class DatasetConfig(Section):
     def _one_source(self) -> Self:
         if not (self.name or self.path or self.demo):
             raise ValueError("has no source: set one of task.dataset.name, task.dataset.path and task.dataset.demo")
+        return self
+
+    @model_validator(mode="after")
+    def _separate_splits(self) -> Self:
+        evaluated = self.validation_splits or []
+        if self.train_split in evaluated:
+            raise ValueError(
+                f"trains on the split {self.train_split}, and task.dataset.validation_splits names it too: an "
+                "evaluation on the rows that are learned says nothing about new ones; name another split"
+            )
+        if twice := [name for name in evaluated if evaluated.count(name) > 1]:
+            raise ValueError(f"has the split {twice[0]} twice in task.dataset.validation_splits; name it once")
         return self
 
 
@@ -199,7 +211,7 @@ class CausalLmTask(TaskSection):
     columns: TextColumns = TextColumns()
     format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
     """The form of the rows. auto: decided by their columns."""
-    chat_template: Text | None = None
+    chat_template: Place | None = None
     """A file with the chat template (Jinja). null: the tokenizer's own."""
     max_length: Annotated[int, Field(ge=4)] = 1024
     """Maximum tokens per row."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from forge.config.fields import Positive, Section, Text
+from forge.config.fields import Place, Positive, Section, Text
 
 WHOLE_LOGITS_COLUMNS = 1024  # a cache keeps all logits of heads up to this width: 4 KB per label; a top 64 is 264 B
 
@@ -14,15 +14,15 @@ Layer = Annotated[int, Field(ge=0)]
 class TeacherConfig(Section):
     """The model to distil from. Not loaded if distillation.alpha is 0, unless evaluation.teacher is true."""
 
-    path: Text | None = None
+    path: Place | None = None
     """A model in the forms of model.path. An adapter is merged into its base."""
     revision: Text | None = None
     """The hub model's revision: a commit, a branch or a tag."""
-    base: Text | None = None
+    base: Place | None = None
     """If path is an adapter: the base to use, in the forms of path, instead of the one that the adapter names."""
-    adapter: Text | None = None
+    adapter: Place | None = None
     """An adapter to merge into path: a folder or a run."""
-    tokenizer: Text | None = None
+    tokenizer: Place | None = None
     """Source of the tokenizer (or processor), in the forms of path. null: path."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
     """The label names in the order of the teacher's outputs, if its own config does not name them."""
@@ -33,7 +33,7 @@ class TeacherConfig(Section):
     """replicated: whole on every device. offload: in host memory, on the device only during its forward pass. zero3:
     sharded over all devices, each layer gathered for its forward pass; needs deepspeed.student. cached: not in memory,
     its outputs are read from the files of `forge cache-teacher`."""
-    cache: Text | None = None
+    cache: Place | None = None
     """With placement cached: the folder of those files. null: a folder in output_root, named by their content."""
     top_k: Positive = 64
     """With placement cached: number of most probable tokens to keep per label of a language model."""

@@ -135,6 +135,11 @@ class StepBatches:
         self._lengths = np.asarray(rows["length"][:])
         self._loaded: Iterator[Batch] = iter(())
 
+    @property
+    def shortage(self) -> str | None:
+        """A sentence where a step asks for more rows than there are; None: there are enough."""
+        return too_few(len(self._rows), self.step_sizes[-1][1], "each step takes all of them")
+
     def adopt(self, step: int, step_sizes: list[list[int]]) -> None:
         """Continue, in the step size of this run, a run that took its first `step` steps in the given sizes.
 
@@ -214,6 +219,13 @@ class StepBatches:
             for rows in self._deal(place)[place.steps :]:
                 yield from split_step(rows, self._share)
             place = _Place(place.epoch + 1, np.arange(len(self._rows)), 0, 0, place.rows_per_step)
+
+
+def too_few(rows: int, rows_per_step: int, so: str) -> str | None:
+    """Say that a step asks for more rows than the training split has, and what comes of it; None: it has enough."""
+    if rows >= rows_per_step:
+        return None
+    return f"the batch of a step is {rows_per_step} rows, but the training split has only {rows}: {so}"
 
 
 def continued_sizes(step: int, sizes: list[list[int]], rows_per_step: int) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """Loads the rows of a data set, by split: from the hub, from a local folder, or generated."""
 
+import glob
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,17 +163,27 @@ def _evaluated(config: DatasetConfig, splits: list[str]) -> list[str]:
     where, has = describe(config), ", ".join(splits)
     if config.train_split not in splits:
         raise UsageError(f"{where} has no split {config.train_split}; it has: {has} (task.dataset.train_split)")
-    wanted = config.validation_splits or [name for name in splits if name.startswith("validation")]
+    others = [name for name in splits if name.startswith("validation") and name != config.train_split]
+    wanted = config.validation_splits or others
     absent = [name for name in wanted if name not in splits]
     if absent:
         raise UsageError(f"{where} has no split {absent[0]}; it has: {has} (task.dataset.validation_splits)")
     if not wanted:
         raise UsageError(f"{where} has no validation split (it has: {has}); add one, such as validation.jsonl")
+    by_name: dict[str, str] = {}
+    for split in wanted:
+        other = by_name.setdefault(_short(split), split)
+        if other != split:
+            raise UsageError(
+                f"{where}: the splits {other} and {split} would both be {_short(split)} in the metrics; rename one"
+            )
     return wanted
 
 
 def _short(split: str) -> str:
-    return split.removeprefix("validation").strip("_-.") or split
+    """Return the name of a split in metrics; `train` is the split that is trained on, whatever its own name."""
+    name = split.removeprefix("validation").strip("_-.") or split
+    return name if name != "train" else "validation_train"
 
 
 def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
@@ -187,8 +198,9 @@ def _find_files(folder: Path, config: DatasetConfig) -> dict[str, Path]:
     """Return the file of each split. Raises UsageError if one that forge reads is empty."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
+        here = "" if folder.is_absolute() else f" (you are in {Path.cwd()})"
         raise UsageError(
-            f"task.dataset.path is {folder}, which {what}; name the folder with {config.train_split}.jsonl in it"
+            f"task.dataset.path is {folder}, which {what}{here}; name the folder with {config.train_split}.jsonl in it"
         )
     files = _files_by_split(folder)
     wanted = {config.train_split, *(config.validation_splits or [])}
@@ -267,17 +279,23 @@ def _read(file: Path, *, streaming: bool = False) -> Any:
     library.setLevel(logging.CRITICAL)  # it would log the error that is raised below
     try:
         return datasets.load_dataset(
-            READERS[file.suffix], data_files=str(file.absolute()), split="train", streaming=streaming, **options
+            READERS[file.suffix],
+            data_files=glob.escape(str(file.absolute())),
+            split="train",
+            streaming=streaming,
+            **options,
         )
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        hint = "check that it is complete, that text is UTF-8, and that every row has the same columns"
-        raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason}); {hint}") from error
+    except ForgeError:
+        raise
     except OSError as error:
         cache = datasets.config.HF_DATASETS_CACHE
         raise UsageError(
             f"{file} cannot be read into the cache {cache} ({error}); set HF_HOME to another folder"
         ) from error
+    except Exception as error:  # a library may raise anything for a file that it cannot read
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        hint = "check that it is complete, that text is UTF-8, and that every row has the same columns"
+        raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason}); {hint}") from error
     finally:
         library.setLevel(level)
 
@@ -287,7 +305,9 @@ def _load_hub(config: DatasetConfig, *, streaming: bool = False) -> dict[str, An
     try:
         options = {"streaming": True} if streaming else {}
         loaded = datasets.load_dataset(config.name, config.config, revision=config.revision, **options)
-    except (OSError, ValueError) as error:
+    except ForgeError:
+        raise
+    except Exception as error:  # a library may raise anything, such as RuntimeError for a data set with a script
         offline = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
         reason = " ".join(str(error).split())[:200]
         raise UsageError(

@@ -5,6 +5,7 @@ step's number. To start at a later step, the rows before it are read again but n
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -23,9 +24,12 @@ from forge.data.batches import (
     StepBatches,
     continued_sizes,
     split_step,
+    too_few,
     with_positions,
 )
 from forge.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class StreamBatches:
         self._seed, self._pin_memory = seed, pin_memory
         self._loaded: Iterator[Batch] = iter(())
         self._length: int | None = None  # of the stream, once its end was reached
+
+    @property
+    def shortage(self) -> str | None:
+        """None: how many rows there are is known only at the end of the first pass."""
+        return None
 
     def adopt(self, step: int, step_sizes: list[list[int]]) -> None:
         """Continue, in the step size of this run, a run that took its first `step` steps in the given sizes."""
@@ -148,6 +157,9 @@ class StreamBatches:
                     yield numbered
             if count == 0:
                 raise UsageError(f"{self._rows.description} has no rows; training needs at least one")
+            shortage = too_few(count, self.step_sizes[-1][1], "a step has the same row several times")
+            if shortage and self._length is None and self._share.rank == 0:
+                logger.warning(shortage)
             self._length = count
 
 

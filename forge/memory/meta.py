@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from forge.config.schema import Config, ModelConfig
 from forge.data.batches import Batch, model_inputs
-from forge.errors import UsageError
+from forge.errors import ForgeError, UsageError
 from forge.memory.activations import forward_bytes, row_bytes, step_bytes
 from forge.memory.sizes import sizes_of
 from forge.memory.totals import Form, Job, Pass, RowBytes, form_for
@@ -130,7 +130,9 @@ def build_on_meta(section: ModelConfig, config: Config, key: str) -> PreTrainedM
     try:
         with torch.device("meta"):
             return cast(PreTrainedModel, task.auto_model.from_config(built))
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except ForgeError:
+        raise
+    except Exception as error:
         where = f"{key}.config" if section.config is not None else f"{key}.path"
         raise UsageError(f"{where}: no model can be built from it ({_first_words(error)})") from error
 

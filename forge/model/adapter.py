@@ -16,12 +16,11 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import PeftType
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from forge.errors import UsageError
+from forge.errors import ForgeError, UsageError
 from forge.model.origin import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_file
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,9 @@ def load_adapter(
     try:
         adapter = attach(model, config)
         unexpected = load_adapter_tensors(model, tensors)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except ForgeError:
+        raise
+    except Exception as error:
         raise UsageError(f"{fits} ({_first_line(error)}); {advice}") from error
     missing = sorted(set(adapter_tensors(model)) - set(tensors))
     if missing or unexpected:
@@ -164,7 +165,9 @@ def read_adapter(folder: Path, key: str) -> tuple[LoraConfig, dict[str, Tensor]]
         if safe.is_file():
             return config, load_file(safe)
         return config, torch.load(pickled, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except ForgeError:
+        raise
+    except Exception as error:  # a library may raise anything for a file that it cannot read
         raise UsageError(f"{key}: the adapter in {folder} cannot be read ({_first_line(error)})") from error
 
 

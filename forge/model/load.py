@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from forge.config.schema import ModelConfig, TrainingConfig
-from forge.errors import UsageError
+from forge.errors import ForgeError, UsageError
 from forge.model.adapter import is_adapted, is_untied, load_adapter, merge
 from forge.model.layers import KeptLayers, check_layers, keep_layers
 from forge.model.origin import Origin
-from forge.model.source import ModelSource, find_model, load_model_config, load_tokenizer, model_source, not_found
+from forge.model.source import ModelSource, find_model, load_model_config, load_tokenizer, model_source, reading
 from forge.run.metadata import AdapterFacts
 
 logger = logging.getLogger(__name__)
@@ -148,19 +146,17 @@ def read_checkpoint(
         UsageError: there are no such weights, or an adapter does not fit them.
     """
     options = _in_4bit(source, key) if source.in_4bit else {}
-    with _quiet_about_missing_weights():
-        try:
-            model, info = auto_model.from_pretrained(
-                source.location,
-                revision=source.revision,
-                config=config,
-                dtype=torch.float32,  # master weights; mixed precision computes in fewer bits
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # a head of another size is judged by its task
-                **options,
-            )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UsageError(not_found(source, f"{key}.path", what, error)) from error
+    with _quiet_about_missing_weights(), reading(source, f"{key}.path", what):
+        model, info = auto_model.from_pretrained(
+            source.location,
+            revision=source.revision,
+            config=config,
+            dtype=torch.float32,  # master weights; mixed precision computes in fewer bits
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head of another size is judged by its task
+            trust_remote_code=False,
+            **options,
+        )
     if is_adapted(model):
         raise UsageError(
             f"{key}.path: {source.name} is an adapter on the hub; set {key}.path to its base, and {key}.adapter to it"
@@ -183,7 +179,9 @@ def build_model(auto_model: AutoModelClass, config: PreTrainedConfig, key: str) 
     """Return a model with random weights, in float32. Raises UsageError if it cannot be built from the config."""
     try:
         model = auto_model.from_config(config)
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # sizes that do not fit each other
+    except ForgeError:
+        raise
+    except Exception as error:  # sizes that do not fit each other
         raise UsageError(_not_buildable(f"{key}.config", error)) from error
     logger.info("%s: built from scratch (%s)", key, model.config.model_type)
     return cast(PreTrainedModel, model.float())
@@ -207,7 +205,9 @@ def scratch_config(keys: dict[str, Any], where: str, **defaults: Any) -> PreTrai
         if unknown:
             raise UsageError(f"{where}.{unknown[0]} is not a setting of {model_type} models")
         return AutoConfig.for_model(model_type, **{**defaults, **given})
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except ForgeError:
+        raise
+    except Exception as error:
         raise UsageError(_not_buildable(where, error)) from error
 
 

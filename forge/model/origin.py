@@ -28,6 +28,7 @@ from forge.run.state import TrainingState
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"  # a folder with this file is an adapter
+BASE_CONFIG = "base_config.json"  # of an exported adapter: as config.json, transformers would take it for a whole model
 BASE_FILE = "base.json"  # next to an adapter: what it was trained on
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 RUN_DEPTH = 3  # the deepest model of a run is in RUN/final/merged

@@ -2,13 +2,17 @@
 
 import importlib.util
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -19,15 +23,15 @@ from transformers import (
 )
 
 from forge.config.schema import Config, ModelConfig
-from forge.errors import UsageError
-from forge.model.origin import ADAPTER_CONFIG, BASE_FILE, Origin, WeightFiles, hashed, read_file, short
+from forge.errors import ForgeError, UsageError
+from forge.model.origin import ADAPTER_CONFIG, BASE_CONFIG, BASE_FILE, Origin, WeightFiles, hashed, read_file, short
 from forge.run.directory import find_run, find_runs, valid_run_name
 
 logger = logging.getLogger(__name__)
 
 # What an adapter's folder may hold; else the base has it.
 PARTS = {
-    "config.json": ("config.json",),
+    "config.json": ("config.json", BASE_CONFIG),
     "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
     "processor": ("processor_config.json", "preprocessor_config.json"),
 }
@@ -49,7 +53,7 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        return Path(self.location).is_dir()
+        return Path(self.location).exists()  # a folder, or the file BASE_CONFIG of an adapter
 
     def place_of(self, part: str) -> "ModelSource":
         """Return where a part is read from: the newest adapter whose folder has it, else the base."""
@@ -70,7 +74,7 @@ def with_run_paths(config: Config) -> Config:
 
     @cache  # logs a name once, even if several keys have it
     def path_of(name: str | None) -> str | None:
-        if name is None or not valid_run_name(name) or Path(name).exists():
+        if name is None or not valid_run_name(name) or os.path.exists(name):
             return name
         root = Path(config.output_root)
         if all(run.name != name for run in find_runs(root)):
@@ -129,16 +133,16 @@ def _folder(name: str, key: str) -> Path | None:
     if name.startswith("package:"):
         return _package_folder(name, key)
     folder = Path(name).expanduser()
-    if (folder / "training_state.json").is_file():
+    if os.path.isfile(folder / "training_state.json"):  # unlike Path.is_file, also of names that no file can have
         final = folder / "final"
         if not any((final / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             raise UsageError(
                 f"{key} is the run {name}, which has no final model yet; resume it first, or name another model"
             )
         return final.absolute()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder.absolute()
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+    if os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise UsageError(f"{key} is {name}, which is not a folder here; check the path (you are in {Path.cwd()})")
     return None
 
@@ -231,10 +235,8 @@ def _downloaded(name: str, key: str) -> Path:
     """Return the folder in the hub's cache that holds an adapter of the hub."""
     logger.info("%s: looking for %s in the local cache and on the hub", key, name)
     wanted = ["adapter_*", BASE_FILE, *(file for files in PARTS.values() for file in files)]
-    try:
+    with reading(ModelSource(name, name), key, "adapter"):
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise UsageError(not_found(ModelSource(name, name), key, "adapter", error)) from error
 
 
 def origin_of(source: ModelSource, key: str) -> Origin:
@@ -285,8 +287,12 @@ def load_model_config(source: ModelSource, key: str) -> PreTrainedConfig:
         UsageError: it cannot be read, or the adapter is for another type of model.
     """
     config: PreTrainedConfig = _from_pretrained(AutoConfig, source, key, "config.json")
+    _refuse_quantized(config, source, key)
     place = source.place_of("config.json")
     if place is not source:
+        folder = Path(place.location)
+        if not (folder / "config.json").is_file():
+            place = replace(place, location=str(folder / BASE_CONFIG))
         adapted: PreTrainedConfig = _from_pretrained(AutoConfig, place, key, "config.json")
         if adapted.model_type != config.model_type:
             raise UsageError(
@@ -295,6 +301,22 @@ def load_model_config(source: ModelSource, key: str) -> PreTrainedConfig:
             )
         config.id2label, config.label2id = adapted.id2label, adapted.label2id
     return config
+
+
+def _refuse_quantized(config: PreTrainedConfig, source: ModelSource, key: str) -> None:
+    """Raise UsageError for a checkpoint whose weights are integers with scales, which no gradient can change."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    found = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(found.get("quant_method", "an unknown method"))
+    if source.in_4bit and "bitsandbytes" in method:  # the form that model.load_in_4bit itself makes
+        return
+    section = key.split(".")[0]
+    raise UsageError(
+        f"{key}: {source.base or source.name} has quantized weights ({method}), which forge neither trains nor distils "
+        f"from; set {section}.{'base' if source.adapters else 'path'} to the model that it was made from"
+    )
 
 
 def load_tokenizer(source: ModelSource, key: str) -> PreTrainedTokenizerBase:
@@ -323,15 +345,36 @@ def load_processor(source: ModelSource, key: str) -> ProcessorMixin:
 def _from_pretrained(factory: Any, source: ModelSource, key: str, what: str) -> Any:
     if not source.is_local:
         logger.info("%s: looking for %s in the local cache and on the hub", key, source.name)
+    with reading(source, key, what):
+        return factory.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+
+
+@contextmanager
+def reading(source: ModelSource, key: str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises inside, while it reads a part of a model, into a sentence.
+
+    Libraries raise any kind of exception for a file that they cannot read. The log file keeps the traceback.
+
+    Raises:
+        UsageError: The part cannot be read.
+    """
     try:
-        return factory.from_pretrained(source.location, revision=source.revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        yield
+    except (ForgeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        logging.getLogger("libraries").info("%s: reading the %s failed", key, what, exc_info=error)
         raise UsageError(not_found(source, key, what, error)) from error
 
 
 def not_found(source: ModelSource, key: str, what: str, error: Exception) -> str:
     """Return the message for a model that from_pretrained could not read."""
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if "trust_remote_code" in str(error):
+        return (
+            f"{key}: {source.name} needs Python code that comes with the model (auto_map in its config), which forge "
+            f"does not run; use a model that transformers {transformers.__version__} knows by itself"
+        )
     if source.is_local:
         return f"{key}: the folder {source.location} has no usable {what} ({reason})"
     name = source.name

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from forge.config.schema import ExportConfig
 from forge.model.adapter import adapter_config_text, adapter_tensors, config_of_base, is_adapted, load_adapter_tensors
 from forge.model.export import MODEL_CONFIG, MergeProof, export_merged, export_model
-from forge.model.origin import ADAPTER_CONFIG, BASE_FILE, Origin
+from forge.model.origin import ADAPTER_CONFIG, BASE_CONFIG, BASE_FILE, Origin
 from forge.run.metadata import Merged
 
 
@@ -146,7 +146,7 @@ class AdapterWeights(TrainedWeights):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
         save_file(tensors, folder / self.file, metadata={"format": "pt"})
         for name, text in self.texts().items():
-            (folder / name).write_text(text)
+            (folder / (BASE_CONFIG if name == MODEL_CONFIG else name)).write_text(text)
         if self.model.can_generate():  # it may stop at other tokens than its base
             self.model.generation_config.save_pretrained(folder)
         if not self.merges(settings):

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from forge.cluster.processes import world_size
+from forge.cluster.processes import MEETING_PLACE, world_size
 from forge.cluster.signals import parent_command
 from forge.errors import UsageError
 
@@ -34,6 +34,9 @@ def build_accelerator(mixed_precision: str, seed: int, *, deterministic: bool = 
     precision = resolve_precision(mixed_precision)
     if trains_on_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which logs what it lacks
+    if world_size() > 1:
+        place = ":".join(os.environ.get(name, "?") for name in MEETING_PLACE)
+        logger.info("joining %d ranks at %s", world_size(), place)  # it waits until all of them are there
     accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False, **options)
     set_seed(seed)  # the same on every rank, for equal new weights; the trainer gives each rank its own dropout
     logger.info(

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 STUDENT, TEACHER = "student", "teacher"
 
+_environment_before: dict[str, str | None] = {}  # by variable that was set for DeepSpeed
+
 
 def accelerator_of(config: Config) -> Accelerator:
     """Join the ranks, with the models sharded as the config says. Raises UsageError as build_accelerator does."""
@@ -207,6 +209,23 @@ def _stage(plan: dict[str, Any] | None) -> int:
     return 0 if plan is None else int(plan["zero_optimization"]["stage"])
 
 
+def _set(variables: dict[str, str | None]) -> None:
+    """Set environment variables, or remove them with None, and note what they were."""
+    for name, value in variables.items():
+        _environment_before.setdefault(name, os.environ.pop(name, None))
+        if value is not None:
+            os.environ[name] = value
+
+
+def restore_environment() -> None:
+    """Set the variables that DeepSpeed needed back to what they were: a later run in this process may be without it."""
+    for name, value in _environment_before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    _environment_before.clear()
+
+
 def _load_whole() -> None:
     """Let from_pretrained load whole models: with a plan of stage 3 selected it would shard what it reads.
 
@@ -253,13 +272,12 @@ def _deepspeed(config: Config) -> dict[str, Any]:
     backend = None
     if trains_on_cpu():
         # With ACCELERATE_USE_CPU accelerate ignores DeepSpeed, which has its own variable for the CPU.
-        os.environ.pop("ACCELERATE_USE_CPU", None)
-        os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+        _set({"ACCELERATE_USE_CPU": None, "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"})
         backend = "gloo"
     _import_deepspeed()
     if "LOCAL_RANK" not in os.environ:  # DeepSpeed does not support a process without a launcher
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        _set({**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     ranks = int(os.environ["WORLD_SIZE"])
     rows_per_step, micro_batches = training.step_shape(ranks)
     rows = math.ceil(rows_per_step / (ranks * micro_batches))

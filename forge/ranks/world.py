@@ -11,7 +11,7 @@ from accelerate.utils import release_memory
 from forge.cluster.signals import StopRequest, stopped_early
 from forge.config.schema import Config
 from forge.ranks.agreement import agreement_group, on_every_rank, on_rank_0, rank_0_first
-from forge.ranks.deepspeed import accelerator_of
+from forge.ranks.deepspeed import accelerator_of, restore_environment
 from forge.ranks.stop_vote import StopVote
 
 T = TypeVar("T")
@@ -69,3 +69,4 @@ def leave_ranks() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         agreement_group.cache_clear()
+    restore_environment()

@@ -18,7 +18,6 @@ class Evidence:
     evaluations: dict[str, dict[str, float]]  # by model (untrained, SFT, KD, teacher, in this order), then by metric
     metrics: list[str]  # each split's headline metrics, agreement, kl and ece; then each split's number of rows
     gap_closed: dict[str, float]  # by headline metric, if there is a gap to close
-    against: str | None  # the model that the gap is measured from: SFT with a control, else untrained; None: no gap
     sampled: bool  # evaluated on a sample of the rows
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -38,7 +37,7 @@ class Evidence:
         """The notes that follow the table, one per line; may be empty."""
         lines = []
         if self.gap_closed:
-            lines.append(f"gap closed: the share of the way from {self.against} to the teacher; one seed, no interval")
+            lines.append("gap closed: the share of the way from SFT to the teacher; one seed, no interval")
         if self.sampled:
             lines.append("evaluated on a sample of the rows (evaluation.max_rows), not on all of them")
         return "\n".join(lines)
@@ -61,14 +60,14 @@ def evidence(run: RunDirectory, control: RunDirectory | None = None) -> Evidence
     evaluations = {name: numbers for name in (UNTRAINED, SFT, KD, TEACHER) if (numbers := found.get(name))}
     headline = read_metadata(run).task.headline
     metrics = shown_metrics(list(evaluations.values()), headline)
-    against = SFT if control is not None else UNTRAINED
-    gaps = _gaps(metrics, headline, *(evaluations.get(name) for name in (against, trained, TEACHER)))
+    # Without a control there is no gap: what the task itself teaches would count as the teacher's.
+    compared = (SFT, trained, TEACHER) if control is not None else ()
+    gaps = _gaps(metrics, headline, *(evaluations.get(name) for name in compared)) if compared else {}
     names = dict.fromkeys(name for numbers in evaluations.values() for name in numbers)
     return Evidence(
         evaluations,
         [*metrics, *(name for name in names if name.endswith("/rows"))],
         gaps,
-        against if gaps else None,
         any(name.endswith("/rows_of") for name in names),
     )
 

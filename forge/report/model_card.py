@@ -86,7 +86,7 @@ def usage(task: TaskFacts, model: ModelFacts, merged: Merged | None) -> str:
         "from peft import PeftModel",
         f"from transformers import AutoConfig, {auto}, {processing}",
         "",
-        f"config = AutoConfig.from_pretrained({HERE})  # as in training, with the labels if there are any",
+        f'config = AutoConfig.from_pretrained({HERE} + "/base_config.json")  # as in training, with the labels if any',
         f'model = {auto}.from_pretrained("{model.location}"{pinned}, config=config)',
         *(UNTIE if model.untied else ()),
         *(f'model = PeftModel.from_pretrained(model, "{item.location}").merge_and_unload()' for item in merged_before),

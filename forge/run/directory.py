@@ -3,7 +3,6 @@
 import difflib
 import errno
 import os
-import shlex
 import shutil
 import string
 import tempfile
@@ -13,10 +12,12 @@ from itertools import count
 from pathlib import Path
 
 from forge.errors import UsageError
+from forge.run.hints import resume_command
 from forge.run.state import TrainingState
 
 PROBE_BYTES = 1 << 20  # small beside any checkpoint, but too large for a disk with a few free blocks
 NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "._-+=")
+NAME_LENGTH = 200  # bytes of a file's name end at 255, and names of temporary files and of controls are longer
 STATE_FILE = "training_state.json"  # a folder that holds it is a run directory
 
 
@@ -130,7 +131,8 @@ def check_run_name(output_root: Path, config_name: Path, run_name: str) -> None:
     """Raise UsageError for a name that is not allowed or is taken. Another process may still take it afterwards."""
     if not valid_run_name(run_name):
         raise UsageError(
-            f"run name {run_name!r} is not allowed: use letters, digits and . _ - + =, and do not start with . or -"
+            f"run name {run_name!r} is not allowed: use up to {NAME_LENGTH} letters, digits and . _ - + =, and do not "
+            "start with . or -"
         )
     run = RunDirectory(output_root / config_name / run_name)
     if run.path.exists():
@@ -144,7 +146,7 @@ def complete_message(run: RunDirectory) -> str:
 
 def valid_run_name(name: str) -> bool:
     """True if the name works as a folder on every system and on a command line without quotes."""
-    return bool(name) and name[0] not in ".-" and NAME_CHARACTERS.issuperset(name)
+    return 0 < len(name) <= NAME_LENGTH and name[0] not in ".-" and NAME_CHARACTERS.issuperset(name)
 
 
 def find_run(output_root: Path, run: str) -> RunDirectory:
@@ -158,15 +160,22 @@ def find_run(output_root: Path, run: str) -> RunDirectory:
     if named:
         paths = "".join(f"\n  {found.path}" for found in named)
         raise UsageError(f"{len(named)} runs in {output_root} are named {run}; give the path of one:{paths}")
-    if run and Path(run).is_dir():
+    if run and os.path.isdir(run):
         raise UsageError(f"{run} is not a run directory: it has no {STATE_FILE}; `forge runs` lists the runs")
     near = difflib.get_close_matches(run, [found.name for found in runs], n=1)
     hint = f"did you mean {near[0]}?" if near else "`forge runs` lists the runs"
-    raise UsageError(f"no run in {output_root} is named {run!r}, and no run directory has that path; {hint}")
+    shown = run if len(run) <= NAME_LENGTH else f"{run[:60]}…"
+    raise UsageError(f"no run in {output_root} is named {shown!r}, and no run directory has that path; {hint}")
 
 
 def find_runs(output_root: Path) -> list[RunDirectory]:
-    """Return every run in the output root, oldest first."""
+    """Return every run in the output root, oldest first; none if there is no such folder.
+
+    Raises:
+        UsageError: It is a file.
+    """
+    if output_root.is_file():
+        raise UsageError(f"output root {output_root} is a file, not a folder; give another --output_root")
     runs = []
     for folder, subfolders, files in os.walk(output_root):
         if STATE_FILE in files:
@@ -209,7 +218,7 @@ def _taken(run: RunDirectory) -> str:
     if TrainingState.load(run.state_file).pipeline_complete:
         return f"run {run.path} exists and is complete: choose another --run_name, such as {_free_name(run)}"
     return (
-        f"run {run.path} exists: resume it with `python forge.py --resume {shlex.quote(str(run.path))}`, "
+        f"run {run.path} exists: resume it with `{resume_command(run.path)}`, "
         f"or choose another --run_name, such as {_free_name(run)}"
     )
 
@@ -229,7 +238,7 @@ def _refuse_run_above(output_root: Path, parent: Path) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / STATE_FILE).is_file()
+    return os.path.isfile(path / STATE_FILE)  # unlike Path.is_file, also of names that no file can have
 
 
 def _started_s(run: RunDirectory) -> float:

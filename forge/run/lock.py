@@ -170,4 +170,6 @@ def _latest_attempt(run: RunDirectory) -> int:
         names = os.listdir(run.attempts)
     except FileNotFoundError:
         return 0
-    return max((int(found[1]) for name in names if (found := re.fullmatch(r"([0-9]{1,18})\.json", name))), default=0)
+    return max(
+        (int(found[1]) for name in names if (found := re.fullmatch(r"([1-9][0-9]{0,8})\.json", name))), default=0
+    )

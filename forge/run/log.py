@@ -22,7 +22,9 @@ from rich.logging import RichHandler
 # Libraries with console handlers of their own, or with a lot to say: below WARNING they go to the file only.
 LIBRARIES = (
     *("transformers", "datasets", "accelerate", "torch", "peft", "trl", "DeepSpeed", "wandb", "huggingface_hub"),
-    *("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "asyncio"),
+    *("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "asyncio", "hf_xet", "h11", "h2", "hpack"),
+    *("requests", "aiohttp", "PIL", "bitsandbytes", "numexpr", "tokenizers", "safetensors"),
+    "libraries",  # what forge itself keeps of them for the file, such as the traceback of what one raised
 )
 # Exec'd by sh: neither signals from SLURM to the whole job nor a closed console may end the tee before the run.
 TEE = 'trap "" HUP INT TERM PIPE USR1 USR2; exec "$0" -a "$1"'
@@ -79,6 +81,11 @@ class RunLog:
                 library.removeHandler(handler)
             if own or "." not in name:  # torch silences some of its loggers on purpose
                 library.propagate = True
+
+    @property
+    def is_open(self) -> bool:
+        """True if the lines go to a file, and not only to memory."""
+        return not isinstance(self._to_file.stream, io.StringIO)
 
     def open(self, path: Path) -> None:
         """Copy everything to the file from now on: kept lines, the log, and all output to file descriptors 1 and 2.

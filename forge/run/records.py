@@ -53,9 +53,13 @@ def reason(error: ValidationError) -> str:
     return f"{key or 'it'} is {_shortened(first['input'])}: {message}"
 
 
+def unknown_keys(error: ValidationError) -> list[str]:
+    """Return the keys that this forge does not know, which a newer one wrote."""
+    return [".".join(map(str, item["loc"])) for item in error.errors() if item["type"] == "extra_forbidden"]
+
+
 def _sentence(error: ValidationError, path: Path, advice: str) -> str:
-    unknown = [".".join(map(str, item["loc"])) for item in error.errors() if item["type"] == "extra_forbidden"]
-    if unknown:
+    if unknown := unknown_keys(error):
         return (
             f"{path} was written by a newer forge: this version does not know {', '.join(unknown)}; update forge to "
             "use this run"

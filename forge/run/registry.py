@@ -1,5 +1,6 @@
 """The registry of unfinished runs: one small file for each in the output root, without a lock or a shared database."""
 
+import glob
 import logging
 import os
 import socket
@@ -40,6 +41,7 @@ def register(output_root: Path, run: RunDirectory, run_id: str, stage: Stage) ->
         stage=stage,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(file)
     write_json(file, entry.model_dump())
 
 
@@ -64,7 +66,9 @@ def is_alive(run: IncompleteRun) -> bool | None:
 
 def unregister(output_root: Path, run_id: str) -> None:
     """Remove the entry of a run that is complete."""
-    _entry_file(output_root, run_id).unlink(missing_ok=True)
+    file = _entry_file(output_root, run_id)
+    file.unlink(missing_ok=True)
+    _remove_leftovers(file)
 
 
 def incomplete_runs(output_root: Path) -> list[IncompleteRun]:
@@ -80,6 +84,12 @@ def incomplete_runs(output_root: Path) -> list[IncompleteRun]:
         else:
             logger.warning("skipping a stale entry: the run %s %s; %s can be removed", run.path, stale, file)
     return sorted(runs, key=lambda run: (run.created_at, run.run_id))
+
+
+def _remove_leftovers(file: Path) -> None:
+    """Delete what a kill left of an entry that was being written; the run is locked, so nobody writes it now."""
+    for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _entry_file(output_root: Path, run_id: str) -> Path:

@@ -4,7 +4,7 @@ import secrets
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -67,7 +67,7 @@ class TrainingState(Record):
 
     model_config = ConfigDict(frozen=False)
 
-    run_id: str
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=-]{0,99}$")]  # it names files
     stage: Stage = Stage.SETUP  # the one the run is in
     pipeline_complete: bool = False
     step: int = 0
@@ -101,4 +101,6 @@ class TrainingState(Record):
         state = read_record(cls, path, ADVICE)
         if "stage" not in state.model_fields_set:  # a new state starts in setup, a file must say where it is
             raise UsageError(f"{path} is broken: stage is missing; {ADVICE}")
+        if state.pipeline_complete and state.stage is not Stage.COMPLETE:
+            raise UsageError(f"{path} is broken: pipeline_complete is true, but stage is {state.stage}; {ADVICE}")
         return state

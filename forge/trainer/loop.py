@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forge.attempt.attempt import Attempt
-from forge.attempt.components import Components
+from forge.attempt.components import Components, shape_of_step
 from forge.checkpoint.contents import Training, restore
 from forge.checkpoint.shards import Named
 from forge.cluster.signals import in_loader_worker
@@ -69,7 +69,6 @@ class LoopTrainer:
         """Continue from a verified checkpoint; None: start from the beginning."""
         on_every_rank(lambda: self._restore(checkpoint))
         if checkpoint is not None:
-            logger.info("resuming from %s", checkpoint.name)
             self.attempt.prune()
         if self.state.reached(Stage.TRAINING):  # else the baseline's stage does it
             self.evaluate_teacher()
@@ -123,6 +122,7 @@ class LoopTrainer:
             Stopped: A signal came; a checkpoint is committed.
         """
         state, config, attempt = self.state, self.config, self.attempt
+        self._say_what_cannot_be()
         self.batches.start_at(state.step)
         self.student.train()
         attempt.training_started()
@@ -209,7 +209,7 @@ class LoopTrainer:
     def _build_model(self, loaded: LoadedModel) -> None:
         """The student on its device with its optimizer, prepared; and what a checkpoint takes of them."""
         training, accelerator, model = self.config.training, self.accelerator, loaded.model
-        _, micro_batches = training.step_shape(accelerator.num_processes)
+        _, micro_batches = shape_of_step(accelerator, training, self.task)
         # accelerator.backward divides by the micro-batches and DDP by the ranks; the loss is already divided by the
         # labels of the whole step, so both are undone.
         self._undo_averaging = micro_batches * accelerator.num_processes
@@ -268,7 +268,7 @@ class LoopTrainer:
     def _build_batches(self) -> None:
         """The training rows in the order of the seed, this rank's share of each step."""
         training, task, accelerator = self.config.training, self.task, self.accelerator
-        rows_per_step, micro_batches = training.step_shape(accelerator.num_processes)
+        rows_per_step, micro_batches = shape_of_step(accelerator, training, task)
         self.num_workers = task.num_workers if training.num_workers is None else training.num_workers
         self.batches = step_batches(
             task.train,
@@ -314,6 +314,23 @@ class LoopTrainer:
     def _note_position(self) -> None:
         self.state.samples = self.batches.rows_at(self.state.step)
         self.state.epoch = self.batches.epochs_at(self.state.step)
+
+    def _say_what_cannot_be(self) -> None:
+        """Warn of settings that the number of rows or of steps leaves without their effect."""
+        training, total, every = self.config.training, self.total_steps, self.config.evaluation.every_steps
+        notices = [] if self.batches.shortage is None else [self.batches.shortage]
+        if training.warmup_steps is not None and training.warmup_steps > total:
+            notices.append(
+                f"training.warmup_steps is {training.warmup_steps}, but the run takes only {total} steps: the learning "
+                f"rate rises to {total / training.warmup_steps:.0%} of training.learning_rate, and training ends there"
+            )
+        if every is not None and every > total:
+            notices.append(
+                f"evaluation.every_steps is {every}, but the run takes only {total} steps: nothing is evaluated during "
+                "training"
+            )
+        for notice in notices if self.attempt.ranks.is_main else []:
+            logger.warning(notice)
 
     # Duties of the loop
 

@@ -1,4 +1,4 @@
-"""Keeps the best value of every metric over a run's evaluations, with its step."""
+"""Keeps the best value that every metric had since training began, with its step."""
 
 import json
 import logging
@@ -14,8 +14,8 @@ from forge.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("baseline", "training", "final")  # of the student, not of the teacher
-AVERAGED, AVERAGED_STAGES = "agreement", ("training", "final")  # not the untrained student's
+STAGES = ("training", "final")  # of the trained student: not of the teacher, and not before training
+AVERAGED = "agreement"
 
 
 class PeakMetrics(Callback):
@@ -70,7 +70,7 @@ def peaks(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             sign = -1 if metric in LOWER_IS_BETTER else 1
             if name not in best or sign * value > sign * best[name]["value"]:
                 best[name] = {"value": value, "step": row["step"], "stage": row["stage"]}
-            if metric == AVERAGED and row["stage"] in AVERAGED_STAGES:
+            if metric == AVERAGED:
                 averaged.setdefault(name, {})[row["step"]] = value
     for name, values in averaged.items():
         best[name] |= {"mean": sum(values.values()) / len(values), "evaluations": len(values)}
