@@ -23,6 +23,7 @@ from forge.model.load import (
     LoadedModel,
     check_embeddings,
     check_fits,
+    check_limit,
     load_own_tokenizer,
     load_whole,
     scratch_config,
@@ -137,9 +138,7 @@ class CausalLm(Task):
         )
 
     def _teacher_encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        longest, limit = self.config.max_length, tokenizer.model_max_length
-        if longest > limit:
-            raise UsageError(f"task.max_length is {longest}, but the teacher's tokenizer takes at most {limit}")
+        check_limit(self.config.max_length, tokenizer, "the teacher's tokenizer")
         if self.encoder.form.name == "messages" and not tokenizer.chat_template:
             raise UsageError(
                 "the data are messages, but the teacher's tokenizer has no chat template; name the tokenizer of an "
@@ -222,11 +221,7 @@ def load_causal_lm(whole: Config) -> CausalLm:
     form = choose_form(config, read.columns, where)
     _check_columns(form, read.splits, where)
     tokenizer = _tokenizer(whole, config, form, read.train, where)
-    if config.max_length > tokenizer.model_max_length:
-        raise UsageError(
-            f"task.max_length is {config.max_length}, but the tokenizer's model takes at most "
-            f"{tokenizer.model_max_length}"
-        )
+    check_limit(config.max_length, tokenizer, "the tokenizer's model")
     encoder = build_encoder(config, tokenizer, form)
     if config.chat_template is not None:  # the trained model is to be used with the template that it was trained with
         tokenizer.chat_template = load_text(config.chat_template)
