@@ -215,9 +215,8 @@ def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
     """Set every dropout rate in the config, whose names differ from model to model; None: leave them."""
     if rate is not None:
         for name, value in config.to_dict().items():
-            is_rate = isinstance(value, int | float | None) and not isinstance(
-                value, bool
-            )  # ESM's token_dropout is none
+            # A boolean, such as ESM's token_dropout, is a switch.
+            is_rate = isinstance(value, int | float | None) and not isinstance(value, bool)
             if ("dropout" in name or "pdrop" in name) and is_rate:
                 setattr(config, name, rate)
         for part in config.sub_configs:
