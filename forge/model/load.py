@@ -220,7 +220,8 @@ def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
             if ("dropout" in name or "pdrop" in name) and is_rate:
                 setattr(config, name, rate)
         for part in config.sub_configs:
-            set_dropout(getattr(config, part), rate)
+            if getattr(config, part) is not None:  # ESM has a part for folding alone
+                set_dropout(getattr(config, part), rate)
 
 
 def check_embeddings(embeddings: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
