@@ -112,7 +112,7 @@ def test_a_tokenizer_that_writes_its_own_ends_is_given_none_twice(chat_model: Pa
         ),
         ({"messages": [{"role": "user", "content": "x"}]}, "data, train: row 1 ends with the role user and not with"),
         ({"messages": []}, "data, train: row 1 has no messages"),
-        ({"messages": None}, "data, train: row 1 has NoneType where a text belongs (messages)"),
+        ({"messages": None}, "data, train: row 1 has no messages in the column messages; fill it in"),
     ],
 )
 def test_a_bad_row_is_named_with_its_split(load_lm: Any, row: dict[str, Any], expected: str) -> None:
@@ -131,7 +131,7 @@ def test_a_bad_row_is_named_with_its_split(load_lm: Any, row: dict[str, Any], ex
             ("task.chat_template=t.jinja",),
             "task.chat_template writes messages, but the rows are read",
         ),
-        ([{"prompt": "x", "completion": ""}], (), "train: row 0 has an empty completion"),
+        ([{"prompt": "x", "completion": ""}], (), "train: row 0 has no text in the column completion; fill it in"),
         ([{"text": 3}], (), "train: row 0 has int where a text belongs (text)"),
         (
             [{"text": "x y"}],

@@ -32,7 +32,7 @@ def test_rows_that_are_too_long_are_cut_counted_and_reported(load_lm: Any, caplo
     assert task.facts()["rows"] == {"train": 2, "validation": 1}
     assert f"train: 1 rows are cut to task.max_length 64 and lose {whole - 64} tokens in all" in caplog.messages
     assert (
-        "train: 2 rows are left out, the first is row 2: nothing to learn is left of them within task.max_length 64"
+        "train: 2 rows are left out, the first is row 2: they have nothing to learn, or not within task.max_length 64"
         in caplog.messages
     )
 
@@ -82,6 +82,7 @@ def test_an_empty_text_is_left_out_and_counted_with_any_tokens_around_it(chat_mo
     rows = [{"text": "red"}, {"text": ""}, {"text": "blue"}]
     for own in ((), (f"model.tokenizer={tmp_path / 'own'}",)):
         for settings in (own, (*own, "task.append_eos=false")):
+            settings = (*settings, "task.empty=leave_out")
             task = load_causal_lm(config_on(tmp_path, chat_model, rows, rows[:1], *settings))
             assert task.train["row"][:] == [0, 2], settings
             assert task.facts()["cut"]["train"]["left_out"] == 1

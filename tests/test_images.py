@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image
 
 from forge.errors import UsageError
-from forge.task.ocr.images import check_images, fit, open_image, png
+from forge.task.ocr.images import check_images, fit, open_image, png, refused_sizes
 
 
 def square(mode: str = "L") -> Image.Image:
@@ -109,3 +109,105 @@ def test_a_large_image_is_opened_without_a_warning_and_a_bomb_is_broken() -> Non
 def test_a_column_of_something_else_is_refused() -> None:
     with pytest.raises(UsageError, match=r"the column image \(task.columns.image\) holds .*int64.*, not images"):
         check_images(Dataset.from_dict({"image": [1, 2]}), "image", "data", skip_broken=False)
+
+
+def tiff(values: object, dtype: type) -> bytes:
+    file = BytesIO()
+    Image.fromarray(np.array(values, dtype)).save(file, "TIFF")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "shown"),
+    [
+        ([[0, 4095], [2048, 1024]], np.uint16, [[0, 255], [128, 64]]),  # 12 bits in 16
+        ([[0, 200], [100, 50]], np.uint16, [[0, 200], [100, 50]]),  # 8 bits in 16
+        ([[0, 65535], [32768, 257]], np.int32, [[0, 255], [128, 1]]),  # 16 bits in 32
+        ([[0, 2**20], [2**19, 0]], np.int32, [[0, 255], [128, 0]]),  # its own range
+        ([[-10, 10], [0, 10]], np.int32, [[0, 255], [128, 255]]),
+        ([[0.0, 1.0], [0.5, 0.25]], np.float32, [[0, 255], [128, 64]]),
+        ([[0.0, 255.0], [128.0, 64.0]], np.float32, [[0, 255], [128, 64]]),
+        ([[-1.0, 1.0], [0.0, 1.0]], np.float32, [[0, 255], [128, 255]]),
+        ([[0.0, 0.0]], np.float32, [[0, 0]]),
+    ],
+)
+def test_more_than_8_bits_are_scaled_by_the_range_of_the_data(values: object, dtype: type, shown: object) -> None:
+    image = open_image(tiff(values, dtype))
+    assert image.mode == "L"
+    assert np.asarray(image).tolist() == shown
+
+
+def test_what_is_done_to_deep_images_and_pages_gets_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    pages = BytesIO()
+    square().save(pages, "TIFF", save_all=True, append_images=[square()])
+    images = [tiff([[0, 4000]], np.uint16), tiff([[0, 3000]], np.uint16), pages.getvalue(), png(square())]
+    checked, broken = check_images(Dataset.from_dict({"image": images}), "image", "data", skip_broken=False)
+    assert not broken
+    assert checked["image_size"][:] == [[2, 1], [2, 1], [8, 8], [8, 8]]
+    assert "data: of 2 images, grey values from 0 to 4095 are scaled to 8 bits" in caplog.text
+    assert "data: of 1 images, only the first of several pages or frames is read" in caplog.text
+
+
+def test_values_that_are_not_numbers_are_refused() -> None:
+    nan = tiff([[0.0, float("nan")]], np.float32)
+    with pytest.raises(
+        UsageError, match=r"row 0, image in the data itself .it has values that are not finite. cannot be"
+    ):
+        check_images(Dataset.from_dict({"image": [nan]}), "image", "data", skip_broken=False)
+
+
+def test_a_deep_tiff_whose_white_is_zero_is_turned_round() -> None:
+    file = BytesIO()
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(file, "TIFF", tiffinfo={262: 0})
+    with Image.open(BytesIO(file.getvalue())) as written:
+        white_is_zero = written.tag_v2[262] == 0
+    expected = [[255, 0]] if white_is_zero else [[0, 255]]
+    assert np.asarray(open_image(file.getvalue())).tolist() == expected
+
+
+@pytest.mark.parametrize(("mode", "form"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("P", "GIF"), ("YCbCr", "JPEG")])
+def test_colours_of_other_kinds_are_the_same_picture(mode: str, form: str) -> None:
+    file = BytesIO()
+    square("RGB").resize((64, 64), Image.Resampling.NEAREST).convert(mode).save(file, form)
+    shown = open_image(file.getvalue())
+    assert shown.mode == "RGB"
+    assert min(shown.getpixel((8, 8))) > 240
+    assert max(shown.getpixel((56, 56))) < 15
+
+
+def test_a_palette_with_transparency_and_premultiplied_alpha_show_white_paper() -> None:
+    shown = Image.new("P", (2, 1), 1)
+    shown.putpalette([0, 0, 0, 9, 9, 9])
+    shown.putpixel((1, 0), 0)
+    file = BytesIO()
+    shown.save(file, "PNG", transparency=0)
+    image = open_image(file.getvalue())
+    assert (image.getpixel((0, 0)), image.getpixel((1, 0))) == ((9, 9, 9), (255, 255, 255))
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
+def test_every_format_with_an_orientation_is_turned_upright(form: str) -> None:
+    file, exif = BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (30, 10)).save(file, form, exif=exif)
+    assert open_image(file.getvalue()).size == (10, 30)
+
+
+def test_sizes_that_a_processor_does_not_take_are_found_at_the_extremes() -> None:
+    asked = []
+
+    def refusal(size: tuple[int, int]) -> str | None:
+        asked.append(size)
+        width, height = size
+        return "too wide" if width > 20 * height else "too small" if min(size) < 3 else None
+
+    usual = [(100 + i, 50) for i in range(200)]
+    sizes = [*usual, (1000, 10), (2000, 10), (30, 2), (401, 20), (399, 20)]
+    assert refused_sizes(refusal, sizes) == {
+        (2000, 10): "too wide",
+        (1000, 10): "too wide",
+        (30, 2): "too small",
+        (401, 20): "too wide",
+    }
+    assert len(asked) < 12
+    assert refused_sizes(lambda size: None, usual) == {}

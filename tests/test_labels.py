@@ -22,3 +22,12 @@ def test_other_names_are_refused_with_both_lists_and_a_way_out(model: list[str])
 def test_default_names_of_transformers_do_not_count() -> None:
     assert named_labels({0: "LABEL_0", 1: "LABEL_1"}) is None
     assert named_labels({1: "no", 0: "yes"}) == ["yes", "no"]
+
+
+def test_names_that_differ_by_case_alone_are_matched_where_they_are_written_alike() -> None:
+    assert align(["A", "a"], ["a", "A"]) == [1, 0]
+    assert align(["x ", "x"], ["x", "x "]) == [1, 0]
+    for key in ("model", "teacher"):
+        with pytest.raises(UsageError, match="'A' and 'a' differ only by case, white space, _ or -") as refused:
+            align(["A", "a"], ["a", "A "], key)
+        assert f"the data's labels (A, a) and the {key}'s (a, A )" in str(refused.value)

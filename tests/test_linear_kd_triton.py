@@ -379,3 +379,23 @@ def test_what_the_difference_form_cannot_do_falls_back_with_one_warning(
         "linear_kd uses fp32 logits instead of precision difference: a bias or a softcap comes between hidden states "
         "and logits."
     ]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("excluded_by", ["student", "teacher", "both"])
+@pytest.mark.parametrize(("divergence", "mix"), DIVERGENCES)
+def test_a_masked_vocabulary_gives_what_the_plain_path_gives(
+    divergence: str, mix: float, excluded_by: str, temperature: float
+) -> None:
+    """Also where that is infinite: forward_kl if the student excludes a token, reverse_kl if the teacher does."""
+    x = cast(problem(N=5, V=70), torch.float32, DEVICE)
+    x["labels"] = x["labels"].clamp(max=9)
+    for whose in ("student", "teacher"):
+        x[f"{whose}_bias"] = torch.zeros(70, device=DEVICE)
+        if excluded_by in (whose, "both"):
+            x[f"{whose}_bias"][10:40] = -torch.inf
+    settings = Settings(0.4, temperature, divergence, teacher_share(divergence, mix, mix))
+    got, expected = fused(inputs_of(x), settings, Chunks(5, 5), "fp32"), exact(inputs_of(x), settings)
+    for field in dataclasses.fields(Outputs):
+        one, other = getattr(got, field.name).double(), getattr(expected, field.name).double()
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4, equal_nan=True)

@@ -1,5 +1,6 @@
 """Models by every name they can have, and heads that fit the data's labels or are refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    EsmConfig,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    LlamaModel,
     RobertaConfig,
+    XLNetConfig,
 )
 
 from forge.config.schema import ModelConfig, TrainingConfig
 from forge.errors import UsageError
 from forge.model.classifier import load_classifier
-from forge.model.load import LoadedModel, check_fits
+from forge.model.load import LoadedModel, check_fits, check_limit, set_dropout
 from forge.model.source import find_model
 
 LABELS = ["entailment", "neutral", "contradiction"]
@@ -184,3 +189,40 @@ def test_a_package_is_found_and_its_code_is_not_run(tmp_path: Path, monkeypatch:
     assert find_model("package:some_weights/model", "model.path").location == str(tmp_path / "some_weights/model")
     with pytest.raises(UsageError, match="has no folder weights"):
         find_model("package:some_weights/weights", "model.path")
+
+
+def test_a_limit_of_minus_one_or_none_is_no_limit(tiny_model: Path) -> None:
+    """XLNet's config says -1."""
+    config = XLNetConfig(vocab_size=24, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    assert config.max_position_embeddings == -1
+    check_fits(AutoModelForSequenceClassification.from_config(config), 10_000, TrainingConfig())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for limit in (-1, 0, None):
+        tokenizer.model_max_length = limit
+        check_limit(10_000, tokenizer, "the model")
+    tokenizer.model_max_length = 64
+    with pytest.raises(UsageError, match=r"task\.max_length is 65, but the model takes at most 64"):
+        check_limit(65, tokenizer, "the model")
+
+
+@pytest.mark.parametrize("pad", [-1, 5, None])
+def test_a_decoder_reads_the_last_token_before_the_padding_of_its_tokenizer(
+    pad: int | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """With -1, as older configs have it, or with another token, it would read the padding."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaModel(LlamaConfig(vocab_size=24, pad_token_id=0, **sizes)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": pad}))
+    model = load(tiny_model, path=str(tmp_path)).model.eval()
+    alone = model(input_ids=torch.tensor([[2, 8, 3]])).logits[0]
+    padded = model(input_ids=torch.tensor([[2, 8, 3, 0, 0], [2, 8, 9, 9, 3]])).logits[0]
+    assert torch.allclose(alone, padded, atol=1e-6)
+
+
+def test_a_switch_that_is_called_dropout_is_no_rate() -> None:
+    """ESM has token_dropout: true, and refuses a number there."""
+    config = EsmConfig(vocab_size=20, token_dropout=True, hidden_dropout_prob=0.3)
+    set_dropout(config, 0.0)
+    assert (config.token_dropout, config.hidden_dropout_prob) == (True, 0.0)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from datasets import Dataset
 
 from forge.data.batches import Loading, preparing, row_loader
 from forge.errors import UnreadableRows, UsageError
+from forge.task.ocr.task import _taken
 
 BAD = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -59,3 +61,26 @@ def test_a_stream_without_anything_to_learn_is_an_error(tmp_path: Path) -> None:
     assert "no row of the last steps up to 1 has anything to learn" in done.stdout + done.stderr
     (state,) = (tmp_path / "outputs").rglob("training_state.json")
     assert json.loads(state.read_text())["error"].startswith("TrainingError: no row")
+
+
+def test_an_image_that_the_models_processor_does_not_take_is_found_before_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A scanned line of 6500 x 32 pixels, for Qwen2-VL and others."""
+    reader: Any = SimpleNamespace(refusal=lambda size: "ratio above 200" if size[0] > 200 * size[1] else None)
+    rows = Dataset.from_dict({"row": [0, 4, 7], "image_size": [[100, 50], [6500, 32], [320, 32]]})
+    config: Any = SimpleNamespace(skip_broken=False)
+    with pytest.raises(UsageError) as refused:
+        _taken(config, reader, rows, "data, train")
+    assert (
+        "data, train: the model's processor does not take the image of row 4, of 6500 x 32 pixels (ratio above"
+        in str(refused.value)
+    )
+    assert "task.skip_broken: true" in str(refused.value)
+    config = SimpleNamespace(skip_broken=True)
+    kept, left_out = _taken(config, reader, rows, "data, train")
+    assert (kept["row"][:], left_out) == ([0, 7], 1)
+    assert "data, train: 1 of 3 images are left out" in caplog.text
+    with pytest.raises(UsageError, match="1 of 1 images are refused"):
+        _taken(config, reader, rows.select([1]), "data, train")
+    assert _taken(config, reader, rows.select([0, 2]), "data, train")[1] == 0

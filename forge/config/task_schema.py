@@ -66,6 +66,9 @@ class TaskSection(Section):
 
     type: str
     dataset: DatasetConfig
+    empty: Literal["error", "leave_out"] = "error"
+    """How rows are handled that lack what is learned from: a text, a label, a transcript or a reply. error: the first
+    one is an error. leave_out: they are left out, counted and reported."""
 
     @property
     def packs_rows(self) -> bool:
@@ -119,7 +122,8 @@ class ClassificationTask(TaskSection):
     dataset: DatasetConfig
     columns: LabelColumns = LabelColumns()
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
-    """The label names, in the order of the integers in the data. null: taken from the data set's features or rows."""
+    """The label names; for integers in the data that are not themselves names, in their order from 0. null: taken from
+    the data set's features or rows."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Maximum tokens per row. Longer rows are cut at the end of the longer sentence, counted and reported."""
 

@@ -1,8 +1,7 @@
 """Loads the rows of a data set, by split: from the hub, from a local folder, or generated."""
 
-import glob
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from forge.config.task_schema import DatasetConfig
 from forge.data.demo.chat import demo_chat
 from forge.data.demo.lines import demo_lines
 from forge.data.demo.nli import demo_nli
+from forge.data.files import READERS, read_file, stream_file
 from forge.errors import ForgeError, TrainingError, UsageError
 
 logger = logging.getLogger(__name__)
 
-READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 METADATA = "metadata"  # the file in an image folder with a row for each image, which it names by file_name
 IN_LINES = "write one JSON object in each line of a .jsonl file"
 OTHER_FORMATS = {  # by the end of a file's name: what to do with data that forge does not read
@@ -58,9 +57,7 @@ class StreamedRows:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             place = f"reading {self.source} failed after {count} rows ({reason})"
             if isinstance(error, ValueError | TypeError | KeyError):  # raised by parsers: the content is wrong
-                raise UsageError(
-                    f"{place}; check that it is complete, that text is UTF-8, and that all rows have the same columns"
-                ) from error
+                raise UsageError(f"{place}; check that it is complete and that text is UTF-8") from error
             raise TrainingError(f"{place}; resume once it can be read again") from error
 
     def select_columns(self, names: list[str]) -> "StreamedRows":
@@ -105,9 +102,9 @@ def load_stream(config: DatasetConfig, max_evaluated: int | None) -> tuple[Strea
         files = _find_files(Path(config.path), config)
         wanted = _evaluated(config, list(files))
         file = files[config.train_split]
-        train = StreamedRows(_read(file, streaming=True), str(file))
+        train = StreamedRows(stream_file(file), str(file))
         identity = f"{file.name} of {file.stat().st_size} bytes"  # in the fingerprint of runs: never to be reworded
-        splits = {name: _read(files[name]) for name in wanted}
+        splits = {name: read_file(files[name]) for name in wanted}
     else:
         assert max_evaluated is not None  # the config requires it
         streams = _load_hub(config, streaming=True)
@@ -139,6 +136,31 @@ def row_numbers(rows: Dataset) -> Sequence[int]:
     """Return each row's number in the user's data, of which max_rows may have selected a part."""
     chosen = rows._indices  # where a Dataset keeps its selection
     return range(len(rows)) if chosen is None else chosen.column(0).to_pylist()
+
+
+def kept_rows(rows: Dataset, missing: Mapping[int, str], empty: str, where: str) -> list[int]:
+    """Return the places of the rows that nothing is missing in, and log how many are left out.
+
+    Args:
+        missing: in words, what the row at a place has, such as "no text in the column text".
+        empty: the value of task.empty.
+
+    Raises UsageError for the first row that lacks something, unless it is to be left out, and if no row is left.
+    """
+    kept = [place for place in range(len(rows)) if place not in missing]
+    if not missing:
+        return kept
+    first = min(missing)
+    what = f"row {row_numbers(rows)[first]} has {missing[first]}"
+    if empty == "error":
+        more = f" ({len(missing)} such rows in all)" if len(missing) > 1 else ""
+        raise UsageError(
+            f"{where}: {what}{more}; fill it in, remove the row, or leave out such rows with task.empty: leave_out"
+        )
+    if not kept:
+        raise UsageError(f"{where}: no row is left, since each of them lacks a text or a label: {what}")
+    logger.warning("%s: %d of %d rows are left out, the first because %s", where, len(missing), len(rows), what)
+    return kept
 
 
 def _generate(config: DatasetConfig, split: str) -> Dataset:
@@ -190,7 +212,7 @@ def _load_folder(folder: Path, config: DatasetConfig) -> dict[str, Dataset]:
     files = _find_files(folder, config)
     wanted = {config.train_split, *(config.validation_splits or [])}
     read = {split: file for split, file in files.items() if split in wanted or split.startswith("validation")}
-    splits = {split: _read(file) if file.parent == folder else _read_images(file) for split, file in read.items()}
+    splits = {split: read_file(file) if file.parent == folder else _read_images(file) for split, file in read.items()}
     return splits or {file: Dataset.from_list([]) for file in files}
 
 
@@ -258,7 +280,7 @@ def _in_subfolders(folder: Path) -> str:
 
 def _read_images(file: Path) -> Dataset:
     """Return the rows of an image folder's metadata, with each image's path as `image` instead of its file_name."""
-    rows = _read(file)
+    rows = read_file(file)
     if "file_name" not in rows.column_names:
         has = ", ".join(rows.column_names)
         raise UsageError(f"{file} has no column file_name, the name of each row's image in its folder; it has: {has}")
@@ -270,34 +292,6 @@ def _read_images(file: Path) -> Dataset:
             )
     paths = [None if name is None else str(file.parent.absolute() / name) for name in names]
     return rows.remove_columns(["file_name"]).add_column("image", paths, feature=datasets.Value("string"))
-
-
-def _read(file: Path, *, streaming: bool = False) -> Any:
-    options = {"keep_default_na": False} if file.suffix == ".csv" else {}  # a cell with NA is text
-    library = logging.getLogger("datasets")
-    level = library.level
-    library.setLevel(logging.CRITICAL)  # it would log the error that is raised below
-    try:
-        return datasets.load_dataset(
-            READERS[file.suffix],
-            data_files=glob.escape(str(file.absolute())),
-            split="train",
-            streaming=streaming,
-            **options,
-        )
-    except ForgeError:
-        raise
-    except OSError as error:
-        cache = datasets.config.HF_DATASETS_CACHE
-        raise UsageError(
-            f"{file} cannot be read into the cache {cache} ({error}); set HF_HOME to another folder"
-        ) from error
-    except Exception as error:  # a library may raise anything for a file that it cannot read
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        hint = "check that it is complete, that text is UTF-8, and that every row has the same columns"
-        raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason}); {hint}") from error
-    finally:
-        library.setLevel(level)
 
 
 def _load_hub(config: DatasetConfig, *, streaming: bool = False) -> dict[str, Any]:

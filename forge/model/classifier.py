@@ -46,7 +46,7 @@ def load_classifier(
     else:
         loaded = _load_checkpoint(model_source(config, key), config, labels, key)
     check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
-    if loaded.model.config.pad_token_id is None:  # decoder models need it to find a row's last token
+    if tokenizer.pad_token_id is not None:  # decoders read a row's last token, which they find by the padding after it
         loaded.model.config.pad_token_id = tokenizer.pad_token_id
     return loaded
 
@@ -58,7 +58,9 @@ def named_labels(id2label: Mapping[Any, str]) -> list[str] | None:
 
 
 def align(data_labels: Sequence[str], model_labels: Sequence[str], key: str = "model") -> list[int]:
-    """Return for each label of the data the index of the model's output with that name, ignoring case.
+    """Return for each label of the data the index of the model's output with that name.
+
+    Case, white space, _ and - are ignored, unless the names are the same with them.
 
     Args:
         key: the model's section of the config, for the message.
@@ -66,8 +68,17 @@ def align(data_labels: Sequence[str], model_labels: Sequence[str], key: str = "m
     Raises:
         UsageError: the two have different names, so nobody can tell which output is which label.
     """
-    positions = {_plain(name): i for i, name in enumerate(model_labels)}
-    wanted = [_plain(name) for name in data_labels]
+    if sorted(data_labels) == sorted(model_labels):
+        return [list(model_labels).index(name) for name in data_labels]
+    positions = {plain_name(name): i for i, name in enumerate(model_labels)}
+    wanted = [plain_name(name) for name in data_labels]
+    alike = _written_alike(data_labels) or _written_alike(model_labels)
+    if alike and set(positions) == set(wanted):
+        raise UsageError(
+            f"the data's labels ({', '.join(data_labels)}) and the {key}'s ({', '.join(model_labels)}) are not written "
+            f"alike, and {alike[0]!r} and {alike[1]!r} differ only by case, white space, _ or -, so it is not clear "
+            "which is which; write the data's, or task.labels, exactly as the model has them"
+        )
     if sorted(positions) != sorted(wanted) or len(positions) != len(model_labels):
         way_out = (
             f"the model's with {key}.labels, or start a new head with {key}.new_head: true"
@@ -130,5 +141,12 @@ def _reset_head(model: PreTrainedModel, head: Sequence[str]) -> None:
     model.load_state_dict({name: fresh[name] for name in head}, strict=False)
 
 
-def _plain(name: str) -> str:
-    return name.strip().lower().replace("_", " ").replace("-", " ")
+def _written_alike(names: Sequence[str]) -> list[str]:
+    """Return the first names that are the same without what people write in several ways."""
+    groups = ([other for other in names if plain_name(other) == plain_name(name)] for name in names)
+    return next((group for group in groups if len(group) > 1), [])
+
+
+def plain_name(name: str) -> str:
+    """Return a label's name without what people write in several ways."""
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())

@@ -215,10 +215,13 @@ def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
     """Set every dropout rate in the config, whose names differ from model to model; None: leave them."""
     if rate is not None:
         for name, value in config.to_dict().items():
-            if ("dropout" in name or "pdrop" in name) and isinstance(value, int | float | None):
+            # A boolean, such as ESM's token_dropout, is a switch.
+            is_rate = isinstance(value, int | float | None) and not isinstance(value, bool)
+            if ("dropout" in name or "pdrop" in name) and is_rate:
                 setattr(config, name, rate)
         for part in config.sub_configs:
-            set_dropout(getattr(config, part), rate)
+            if getattr(config, part) is not None:  # ESM has a part for folding alone
+                set_dropout(getattr(config, part), rate)
 
 
 def check_embeddings(embeddings: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
@@ -230,13 +233,25 @@ def check_embeddings(embeddings: torch.nn.Module, tokenizer: PreTrainedTokenizer
         )
 
 
+def limit_of(value: int | None) -> int | None:
+    """Return a limit that a checkpoint states; None where it states none, which some write as -1 or 0."""
+    return value if value is not None and value > 0 else None
+
+
+def check_limit(max_length: int, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    """Raise UsageError if the rows may be longer than a tokenizer says that its model reads."""
+    limit = limit_of(tokenizer.model_max_length)
+    if limit is not None and max_length > limit:
+        raise UsageError(f"task.max_length is {max_length}, but {whose} takes at most {limit}")
+
+
 def check_fits(model: PreTrainedModel, max_length: int, training: TrainingConfig) -> None:
     """Raise UsageError if the model cannot read rows of max_length tokens, or cannot be trained as asked."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = limit_of(getattr(model.config.get_text_config(), "max_position_embeddings", None))
     for name, module in model.named_modules():
         # RoBERTa and similar models count positions from padding_idx + 1 on.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions -= module.padding_idx + 1
+            positions = positions and positions - module.padding_idx - 1
     if positions is not None and max_length > positions:
         raise UsageError(
             f"task.max_length is {max_length}, but the model has only {positions} positions; lower task.max_length"

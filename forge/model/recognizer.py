@@ -21,6 +21,7 @@ from forge.model.load import (
     load_whole,
     scratch_config,
 )
+from forge.model.unused import unused_weights
 
 logger = logging.getLogger(__name__)
 
@@ -99,29 +100,12 @@ def freeze_unused(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[
     model.eval()  # no layer is dropped
     logits = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False).logits
     model.train(training)
-    used = _weights_reached_by(logits) | {id(parameter) for parameter in writer(model).parameters()}
-    frozen = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in used:
-            parameter.requires_grad_(False)
-            frozen.append(name)
+    writing = {id(parameter) for parameter in writer(model).parameters()}
+    weights = dict(model.named_parameters())
+    frozen = [name for name in unused_weights(model, logits) if id(weights[name]) not in writing]
+    for name in frozen:
+        weights[name].requires_grad_(False)
     return frozen
-
-
-def _weights_reached_by(output: Tensor) -> set[int]:
-    """Return the id of every tensor that would get a gradient in a backward pass from the output."""
-    found: set[int] = set()
-    seen: set[Any] = {None}
-    waiting: list[Any] = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # a leaf of the graph, where a gradient is stored
-            found.add(id(node.variable))
-        waiting += [before for before, _ in node.next_functions]
-    return found
 
 
 def new_recognizer_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> PreTrainedConfig:

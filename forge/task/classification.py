@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,15 +25,20 @@ from forge.config.schema import Config, ModelConfig, TrainingConfig
 from forge.config.task_schema import ClassificationTask
 from forge.data.batches import TEACHER_PREFIX, Batch, Row
 from forge.data.fingerprints import rows_hash, source_hash, text_hash, tokenizer_hash
-from forge.data.rows import describe, load_rows
+from forge.data.rows import describe, kept_rows, load_rows, row_numbers
 from forge.errors import UsageError
 from forge.losses.cross_entropy import IGNORE
-from forge.model.classifier import load_classifier
-from forge.model.load import LoadedModel, check_fits, load_own_tokenizer
+from forge.model.classifier import load_classifier, plain_name
+from forge.model.load import LoadedModel, check_fits, check_limit, load_own_tokenizer
 from forge.task.probe import check_padding
 from forge.task.task import Metrics, Task, task_section
 
 logger = logging.getLogger(__name__)
+
+NO_LABEL = "-1"  # what SNLI, GLUE's test rows and others write where a row has no label
+INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")  # with a leading zero it is a name
+FLOAT = re.compile(r"-?[0-9]*\.[0-9]+(e-?[0-9]+)?|nan")
+SHOWN_LABELS = 5
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Classification(Task):
     validation: dict[str, Dataset]  # by short name
     fingerprint: str  # hash of texts, labels and tokenizer
     truncated: dict[str, int]  # rows cut to max_length, by split
+    left_out: dict[str, int]  # rows without a text or a label, by split
     description: str
     texts: dict[str, Dataset]  # by split, train included: the columns text, text_pair and label
     label_ids: list[int] = field(default_factory=list)  # the model's output for each of labels
@@ -104,7 +111,7 @@ class Classification(Task):
 
         Where the tokens are the same and only the inputs differ, both are padded on the same side.
         """
-        _check_limit(self.max_length, tokenizer, "the teacher's tokenizer")
+        check_limit(self.max_length, tokenizer, "the teacher's tokenizer")
         backend = tokenizer_hash(tokenizer)
         read = {split: _tokenize(rows, tokenizer, backend, self.max_length) for split, rows in self.texts.items()}
         splits = {"train": self.train, **self.validation}
@@ -154,6 +161,7 @@ class Classification(Task):
         return {
             **super().facts(),
             "truncated": self.truncated,
+            "left_out": self.left_out,
             **({"teacher_truncated": self.teacher_truncated} if self.teacher_tokenizer is not None else {}),
             "labels": self.labels,
         }
@@ -206,35 +214,42 @@ def prepare(config: ClassificationTask, tokenizer: PreTrainedTokenizerBase) -> C
     Raises UsageError for missing columns, bad labels and empty splits.
     """
     train, validation = load_rows(config.dataset)
-    splits = {"train": train, **validation}
-    for split, rows in splits.items():
+    raw = {"train": train, **validation}
+    for split, rows in raw.items():
         _check_columns(config, split, rows)
-    labels = _label_names(config, train)
-    splits = {split: _index_labels(config, split, rows, labels) for split, rows in splits.items()}
-    _check_limit(config.max_length, tokenizer, "the tokenizer's model")
+    labels = Labels.of(config, train)
+    splits: dict[str, Dataset] = {}
+    left_out: dict[str, int] = {}
+    for split, rows in raw.items():
+        splits[split], left_out[split] = _with_labels(config, split, rows, labels)
+    check_limit(config.max_length, tokenizer, "the tokenizer's model")
     backend = tokenizer_hash(tokenizer)
     tokenized: dict[str, Dataset] = {}
     truncated: dict[str, int] = {}
+    counts: dict[str, Counter[int]] = {}
     for split, texts in splits.items():
         rows = tokenized[split] = _tokenize(texts, tokenizer, backend, config.max_length)
         truncated[split] = sum(rows["truncated"])
-        counts = Counter(rows["label"])
-        by_label = ", ".join(f"{name} {counts[i]}" for i, name in enumerate(labels))
+        _check_tokens(config, split, rows)
+        counts[split] = Counter(rows["label"])
+        by_label = ", ".join(f"{name} {counts[split][i]}" for i, name in enumerate(labels.names))
         logger.info(
             "%s: %d rows (%s), %.1f tokens a row, %d cut to %d tokens",
             *(split, len(rows), by_label, _mean(rows["length"]), truncated[split], config.max_length),
         )
+    _warn_of_absent_labels(labels.names, counts)
     return Classification(
         processing=tokenizer,
-        labels=labels,
+        labels=labels.names,
         max_length=config.max_length,
         train=tokenized.pop("train"),
         validation=tokenized,
         fingerprint=text_hash(f"{rows_hash(splits)} {backend}"),
         truncated=truncated,
+        left_out=left_out,
         description=describe(config.dataset),
         texts=splits,
-        label_ids=list(range(len(labels))),
+        label_ids=list(range(len(labels.names))),
     )
 
 
@@ -269,64 +284,130 @@ def _check_columns(config: ClassificationTask, split: str, rows: Dataset) -> Non
             continue
         if getattr(kind, "dtype", "") not in ("string", "large_string"):
             raise UsageError(f"{place} holds {kind}, not text")
-        empty = next((i for i, text in enumerate(rows[column]) if text is None), None)
-        if empty is not None:
-            raise UsageError(f"{where}: row {empty} has no text in the column {column}; remove the row or fill it in")
 
 
-def _label_names(config: ClassificationTask, train: Dataset) -> list[str]:
-    """Return the names of the data's labels: task.labels, or the features' own, or the values that occur in train."""
-    feature = train.features[config.columns.label]
-    own = feature.names if isinstance(feature, ClassLabel) else None
-    if config.labels is not None:
-        if own is not None and sorted(own) == sorted(config.labels) and own != config.labels:
-            raise UsageError(
-                f"task.labels is {', '.join(config.labels)}, but the data set itself numbers its labels as "
-                f"{', '.join(own)}; remove task.labels, or put it in that order"
-            )
-        if len(set(config.labels)) < len(config.labels):
-            raise UsageError("task.labels names a label twice")
-        return list(config.labels)
-    if own is not None:
-        return list(own)
-    values = set(train[config.columns.label])
-    if any(not isinstance(value, str | int) for value in values):
-        odd = next(value for value in values if not isinstance(value, str | int))
-        raise UsageError(f"the column {config.columns.label} holds {odd!r}; a label is a name or an integer")
+@dataclass(frozen=True)
+class Labels:
+    """The names of the data's labels, and how a value in the data becomes one of them."""
+
+    names: list[str]  # task.labels, or the features' own, or the values that occur in train
+    by_name: bool  # False: an integer is the place of a name
+    no_label: bool  # True: -1 is no label
+
+    @classmethod
+    def of(cls, config: ClassificationTask, train: Dataset) -> "Labels":
+        """Return the labels of a data set. Raises UsageError if they cannot be used."""
+        feature = train.features[config.columns.label]
+        own = feature.names if isinstance(feature, ClassLabel) else None
+        values = {value for value in set(train[config.columns.label]) if not _is_missing(value)}
+        others = {value for value in values if str(value).strip() != NO_LABEL}
+        if config.labels is None and own is None:
+            no_label = len(others) > 1  # of two labels, -1 is one
+            return cls(_names_of(config, others if no_label else values), by_name=True, no_label=no_label)
+        if config.labels is not None:
+            _check_named(config.labels, own)
+        names = list(config.labels or own or [])
+        by_name = own is None and {str(value) for value in others} <= set(names)
+        return cls(names, by_name, no_label=NO_LABEL not in names)
+
+    def place(self, value: Any) -> int | None:
+        """Return the index of a value of the data; None if it is not one of the labels."""
+        text = str(value)
+        if not self.by_name and INTEGER.fullmatch(text) and not isinstance(value, bool):
+            return int(text) if 0 <= int(text) < len(self.names) else None
+        return self.names.index(text) if text in self.names else None
+
+
+def _check_named(names: Sequence[str], own: Sequence[str] | None) -> None:
+    """Raise UsageError for labels in task.labels that do not fit those that the data set has itself."""
+    if own is not None and sorted(own) == sorted(names) and own != names:
+        raise UsageError(
+            f"task.labels is {', '.join(names)}, but the data set itself numbers its labels as "
+            f"{', '.join(own)}; remove task.labels, or put it in that order"
+        )
+    if len(set(names)) < len(names):
+        raise UsageError("task.labels names a label twice")
+
+
+def _names_of(config: ClassificationTask, values: set[Any]) -> list[str]:
+    """Return the names of the labels that occur, in the order of numbers if all are integers, else of texts."""
+    texts = {str(value) for value in values}
+    floats = [text for text in texts if FLOAT.fullmatch(text)] or [
+        str(value) for value in values if type(value) is float
+    ]
+    if floats and all(FLOAT.fullmatch(text) or INTEGER.fullmatch(text) or text in floats for text in texts):
+        raise UsageError(
+            f"the column {config.columns.label} holds {min(floats)}; a label is a name or an integer (if these are "
+            "names, list them in task.labels)"
+        )
     if len(values) < 2:
         raise UsageError(
-            f"{describe(config.dataset)}, train: the only label is {values.pop()}; a classifier needs at least two"
+            f"{describe(config.dataset)}, train: the only label is {', '.join(texts) or 'none'}; a classifier needs at "
+            "least two"
         )
-    return [str(value) for value in sorted(values)]
+    names = sorted(texts, key=int) if all(map(INTEGER.fullmatch, texts)) else sorted(texts)
+    plain: dict[str, str] = {}
+    for name in names:
+        other = plain.setdefault(plain_name(name), name)
+        if other != name:
+            logger.warning(
+                "the labels %r and %r differ only by case, white space, _ or -, and are two classes; if that is not "
+                "intended, write them alike in the data",
+                *(other, name),
+            )
+    return names
 
 
-def _index_labels(config: ClassificationTask, split: str, rows: Dataset, labels: list[str]) -> Dataset:
-    """Return the columns text, text_pair and label (an index into labels), whatever their names in the data."""
-    column = config.columns.label
-    numbered = isinstance(rows.features[column], ClassLabel) or config.labels is not None
-    positions: dict[Any, int] = {name: i for i, name in enumerate(labels)}
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _with_labels(config: ClassificationTask, split: str, rows: Dataset, labels: Labels) -> tuple[Dataset, int]:
+    """Return the columns text, text_pair and label (an index into labels), and how many rows are left out."""
+    where = f"{describe(config.dataset)}, {split}"
+    columns = {config.columns.text: "text", config.columns.text_pair: "text_pair"}
+    values = rows[config.columns.label][:]
+    missing = {}
+    for place, value in enumerate(values):
+        if _is_missing(value):
+            missing[place] = f"no label in the column {config.columns.label}"
+        elif labels.no_label and str(value).strip() == NO_LABEL:
+            missing[place] = "the label -1, which usually means none (if it is a class, name all labels in task.labels)"
+    for column in filter(None, columns):
+        blank = (place for place, text in enumerate(rows[column]) if _is_missing(text))
+        missing |= dict.fromkeys(blank, f"no text in the column {column}")
+    kept = kept_rows(rows, missing, config.empty, where)
     indices = []
-    for row, value in enumerate(rows[column]):
-        if isinstance(value, int) and numbered:
-            index = value if 0 <= value < len(labels) else None
-        else:
-            index = positions.get(str(value))
-        if index is None:
+    for place in kept:
+        if (index := labels.place(values[place])) is None:
             raise UsageError(
-                f"{describe(config.dataset)}, {split}: row {row} has the label {value!r}, which is not one of "
-                f"{', '.join(labels)}; remove the row, or name all labels with task.labels"
+                f"{where}: row {row_numbers(rows)[place]} has the label {values[place]!r}, which is not one of "
+                f"{', '.join(labels.names)}; remove the row, or name all labels with task.labels"
             )
         indices.append(index)
-    columns = {config.columns.text: "text", config.columns.text_pair: "text_pair"}
     texts = {name: plain for name, plain in columns.items() if name and name != plain}
-    kept = rows.select_columns([name for name in columns if name])
-    kept = kept.rename_columns(texts) if texts else kept
-    return kept.add_column("label", indices)
+    chosen = rows.select_columns([name for name in columns if name])
+    chosen = chosen.rename_columns(texts) if texts else chosen
+    return (chosen.select(kept) if missing else chosen).add_column("label", indices), len(missing)
 
 
-def _check_limit(max_length: int, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
-    if max_length > tokenizer.model_max_length:
-        raise UsageError(f"task.max_length is {max_length}, but {whose} takes at most {tokenizer.model_max_length}")
+def _warn_of_absent_labels(names: Sequence[str], counts: dict[str, Counter[int]]) -> None:
+    """Log which labels a split has no row of: they cannot be learned, or their metrics say nothing."""
+    for split, count in counts.items():
+        absent = [name for i, name in enumerate(names) if not count[i]]
+        if absent:
+            shown = ", ".join(absent[:SHOWN_LABELS]) + (", …" if len(absent) > SHOWN_LABELS else "")
+            effect = "it cannot be learned" if split == "train" else "whether it is learned is not measured"
+            logger.warning("%s: no row has the label %s (%d in all): %s", split, shown, len(absent), effect)
+
+
+def _check_tokens(config: ClassificationTask, split: str, rows: Dataset) -> None:
+    """Raise UsageError for a text that gives no token at all."""
+    lengths = rows["length"][:]
+    if 0 in lengths:
+        raise UsageError(
+            f"{describe(config.dataset)}, {split}: {lengths.count(0)} rows have a text that gives no token; remove them"
+        )
 
 
 def _tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, backend: str, max_length: int) -> Dataset:

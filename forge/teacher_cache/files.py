@@ -365,11 +365,14 @@ def _record_file(folder: Path, shard: Shard) -> Path:
 
 
 def _stamp(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return, by file name, its hash, its size, and when it was last modified, in ns."""
+    """Return, by file name, its hash, its size, and when content and file were last changed, in ns.
+
+    The first time can be set (rsync -t, cp -p) but not the second, so a file that is replaced is noticed.
+    """
     found = {}
     for record in manifest.shards:
         status = (folder / record.shard.file).stat()
-        found[record.shard.file] = [record.sha256, status.st_size, status.st_mtime_ns]
+        found[record.shard.file] = [record.sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     return found
 
 

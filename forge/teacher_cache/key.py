@@ -29,7 +29,7 @@ def content_key(config: Config, task: Task, origin: Origin, dtype: str) -> Conte
     """
     of_task = effective(config)["task"]
     rows = of_task.pop("dataset")
-    for name in ("columns", "chat_template"):  # replaced by what they give: the rows, and the template's text
+    for name in ("columns", "chat_template", "empty"):  # replaced by what they give: the rows, the template's text
         of_task.pop(name, None)
     settings = {f"task.{name}": value for name, value in of_task.items()}
     tokenizer, own = task.tokenizer, task.teacher_tokenizer

@@ -1,13 +1,13 @@
 """The loop over Accelerate: it fine-tunes (SFT), and with a teacher it distils (KD)."""
 
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +24,7 @@ from forge.losses.cross_entropy import count_labels
 from forge.model.head import LinearHead, find_head
 from forge.model.layers import compile_layers
 from forge.model.load import LoadedModel
+from forge.model.unused import unused_weights, use_varies
 from forge.model.weights import trained_weights
 from forge.ranks.accelerator import rank_seed
 from forge.ranks.agreement import on_every_rank
@@ -227,6 +228,7 @@ class LoopTrainer:
         optimizer = build_optimizer(student, training)
         named = Named.of(self.weights.tensors(), model, student.projections, optimizer)
         unrounded = weights_to_round(accelerator, named.trained.values())
+        self._allow_unused_weights(student)
         self.student, self.optimizer = prepare(accelerator, student, optimizer)
         partitions = Partitions(self.optimizer) if plans_of(accelerator) else None
         if partitions is not None:
@@ -247,6 +249,35 @@ class LoopTrainer:
         features = build_features(distillation, config.training.seed, model, options, teacher, self._any_batch())
         teacher.whole_logits = head is None
         return Student(model, options, head, objective, features)
+
+    def _allow_unused_weights(self, student: Student) -> None:
+        """Have data parallelism look for weights without a gradient at each step, where there may be some.
+
+        It would wait for their gradients, and fail at the second step. One row's graph shows them, without a backward
+        pass and without dropout.
+        """
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1 or plans_of(accelerator):
+            return
+        student.train()
+        student.model.eval()
+        # the import of torch's compiler takes seconds
+        with torch.compiler.set_stance("force_eager") if self.config.training.compile else nullcontext():
+            loss = student(self._any_batch())["loss_sum"]
+        student.train()
+        projections = {} if student.projections is None else dict(student.projections.named_parameters())
+        of_teacher = {id(weight) for weight in projections.values()}  # no loss without a teacher depends on them
+        weights = dict(student.named_parameters())
+        unused = [name for name in unused_weights(student, loss) if id(weights[name]) not in of_teacher]
+        if unused or use_varies(student.model):
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        if unused:
+            names = ", ".join(name.removeprefix("model.") for name in unused[:3])
+            logger.info(
+                "%d weights have no part in the loss, so they are not trained, and no rank waits for their gradients: "
+                "%s%s",
+                *(len(unused), names, ", …" if len(unused) > 3 else ""),
+            )
 
     def _language_head(self, model: PreTrainedModel) -> LinearHead | None:
         """The head to fuse with the loss, so that no logits of a whole batch are held: they may be larger than the

@@ -17,7 +17,7 @@ from forge.errors import UsageError
 from forge.task import fixed_date
 from forge.task.causal_lm import chat, forms, unprinted
 from forge.task.causal_lm.chat import BadRow, ChatTemplate, Written, load_template, special_texts
-from forge.task.causal_lm.forms import RowForm, clean, texts_of
+from forge.task.causal_lm.forms import RowForm, clean, lacking, texts_of
 from forge.task.causal_lm.unprinted import Message
 
 FEATURES = Features(
@@ -99,8 +99,8 @@ class Encoder:
         special: list[list[str]] = []
         for number, *values in zip(numbers, *(columns[name] for name in self.form.columns), strict=True):
             try:
-                cleaned = [clean(self.config, self.form, value) for value in values]
-                written.append(self._write(cleaned))
+                cleaned = self._cleaned(values)
+                written.append(self._write(cleaned) if cleaned else Written("", []))
             except BadRow as problem:
                 raise UsageError(f"{where}: row {number} {problem}") from problem
             texts = self._without_own_ends(texts_of(cleaned))
@@ -122,7 +122,7 @@ class Encoder:
         parts = [
             *(transformers.__version__, tokenizers.__version__, jinja2.__version__, code),
             *(tokenizer_hash(self.tokenizer), self.form, self.template, self.specials),
-            *(config.max_length, config.remove_text, config.append_eos),
+            *(config.max_length, config.remove_text, config.append_eos, config.empty),
         ]
         return repr(parts)
 
@@ -164,15 +164,22 @@ class Encoder:
                     found.append(i)
         return found
 
+    def _cleaned(self, values: list[Any]) -> list[Any]:
+        """Return the values without task.remove_text; none for a row that is left out, since it lacks its text."""
+        lacks = lacking(self.form, values)
+        cleaned = [] if lacks else [clean(self.config, self.form, value) for value in values]
+        lacks = lacks or lacking(self.form, cleaned)
+        if lacks and self.config.empty == "error":
+            raise BadRow(f"has {lacks}; fill it in, remove the row, or leave out such rows with task.empty: leave_out")
+        return [] if lacks else cleaned
+
     def _write(self, values: list[Any]) -> Written:
         if self.form.name == "messages":
             assert self.template is not None
             return self.template.write(values[0] if len(values) == 1 else _pair(*values))
         if self.form.name == "text":
-            return Written(values[0], [(0, len(values[0]))] if values[0] else [])  # nothing is learned of an empty text
+            return Written(values[0], [(0, len(values[0]))])
         prompt, completion = values
-        if not completion:
-            raise BadRow("has an empty completion")
         return Written(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
 
 

@@ -68,6 +68,32 @@ def clean(config: CausalLmTask, form: RowForm, value: Any) -> Any:
     return _without_pieces(config, value)
 
 
+def lacking(form: RowForm, values: Sequence[Any]) -> str | None:
+    """Return in words what a row lacks that is learned from, such as a reply; None if nothing."""
+    learned = values[-1]
+    if form.name == "messages" and len(values) == 1:
+        if not learned:
+            return f"no messages in the column {form.columns[0]}"
+        replies = ((i, message) for i, message in enumerate(learned) if _is_reply(message))
+        silent = next((i for i, message in replies if not _says_something(message)), None)
+        return None if silent is None else f"an empty reply (message {silent})"
+    if values[0] is None:
+        return f"no text in the column {form.columns[0]}"
+    if learned is None or (isinstance(learned, str) and not learned.strip()):
+        return f"no text in the column {form.columns[-1]}"
+    return None
+
+
+def _is_reply(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    """True if a reply has any content, such as a text, a tool call or a thought."""
+    values = (value for name, value in message.items() if name not in ("role", "weight", "train", "name"))
+    return any(value.strip() if isinstance(value, str) else value for value in values)
+
+
 def texts_of(values: Sequence[Any]) -> list[str]:
     """Return every text in the cleaned columns of a row."""
     messages = [message for value in values if isinstance(value, list) for message in value]
@@ -78,8 +104,11 @@ def texts_of(values: Sequence[Any]) -> list[str]:
 def training_texts(config: CausalLmTask, form: RowForm, rows: Dataset, where: str) -> Iterator[str]:
     """Yield every text that a new tokenizer is trained on."""
     for number, row in enumerate(rows.select_columns(list(form.columns))):
+        values = [row.get(name) for name in form.columns]
+        if config.empty == "leave_out" and lacking(form, values):
+            continue
         try:
-            yield from texts_of([clean(config, form, row[name]) for name in form.columns])
+            yield from texts_of([clean(config, form, value) for value in values])
         except BadRow as problem:
             raise UsageError(f"{where}, train: row {number} {problem}") from problem
 

@@ -23,6 +23,7 @@ from forge.model.load import (
     LoadedModel,
     check_embeddings,
     check_fits,
+    check_limit,
     load_own_tokenizer,
     load_whole,
     scratch_config,
@@ -147,9 +148,7 @@ class CausalLm(Task):
         )
 
     def _teacher_encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        longest, limit = self.config.max_length, tokenizer.model_max_length
-        if longest > limit:
-            raise UsageError(f"task.max_length is {longest}, but the teacher's tokenizer takes at most {limit}")
+        check_limit(self.config.max_length, tokenizer, "the teacher's tokenizer")
         if self.encoder.form.name == "messages" and not tokenizer.chat_template:
             raise UsageError(
                 "the data are messages, but the teacher's tokenizer has no chat template; name the tokenizer of an "
@@ -234,11 +233,7 @@ def load_causal_lm(whole: Config) -> CausalLm:
     if form.name == "messages" and "tools" in read.columns:
         logger.warning("%s: the column tools is not read: each conversation is written as if it had no tools", where)
     tokenizer = _tokenizer(whole, config, form, read.train, where)
-    if config.max_length > tokenizer.model_max_length:
-        raise UsageError(
-            f"task.max_length is {config.max_length}, but the tokenizer's model takes at most "
-            f"{tokenizer.model_max_length}"
-        )
+    check_limit(config.max_length, tokenizer, "the tokenizer's model")
     encoder = build_encoder(config, tokenizer, form)
     if config.chat_template is not None:  # the trained model is to be used with the template that it was trained with
         tokenizer.chat_template = load_text(config.chat_template)

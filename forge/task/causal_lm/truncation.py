@@ -148,7 +148,7 @@ def _warn_of_cuts(config: CausalLmTask, split: str, cut: Cut) -> None:
             *(split, cut.left_out, cut.first_left_out),
             "they are longer than task.max_length, or have nothing to learn"
             if config.truncation == "leave_out"
-            else f"nothing to learn is left of them within task.max_length {config.max_length}",
+            else f"they have nothing to learn, or not within task.max_length {config.max_length}",
         )
 
 

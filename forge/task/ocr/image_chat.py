@@ -123,6 +123,13 @@ class ImageChat:
     def prompt_tokens(self, image: Image.Image) -> int:
         return int(self._prompts([image])["attention_mask"].sum())
 
+    def refusal(self, size: tuple[int, int]) -> str | None:
+        try:
+            self._prompts([Image.new("RGB", size)])
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:  # each has its own way
+            return " ".join(str(error).split())[:200] or type(error).__name__
+        return None
+
     def check_model(self, config: PreTrainedConfig, key: str) -> None:
         """Accept every model: its processor brings images to the size that it reads."""
 

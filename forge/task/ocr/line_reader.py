@@ -92,6 +92,9 @@ class LineReader:
     def prompt_tokens(self, image: Image.Image) -> int:
         return 0
 
+    def refusal(self, size: tuple[int, int]) -> str | None:
+        return None  # every image is brought to one size
+
     def check_model(self, config: PreTrainedConfig, key: str) -> None:
         """Raise UsageError for an encoder that reads images of another size."""
         check_image_size(config.encoder, self.height, self.width, self.channels, key)

@@ -60,6 +60,10 @@ class Reader(Protocol):
         """Return how many tokens the decoder reads before a transcript, those of the image included."""
         ...
 
+    def refusal(self, size: tuple[int, int]) -> str | None:
+        """Return why an image of this width and height is not taken; None if it is."""
+        ...
+
     def check_model(self, config: PreTrainedConfig, key: str) -> None:
         """Raise UsageError if the model of section `key` cannot read the images."""
         ...

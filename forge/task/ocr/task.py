@@ -1,6 +1,7 @@
 """The OCR task: images of text with their transcripts, read by an encoder-decoder or by a chat-style vision model."""
 
 import logging
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from forge.config.schema import Config, ModelConfig, TrainingConfig
 from forge.config.task_schema import OcrTask
 from forge.data.batches import FILLER, Batch, Row, model_inputs
 from forge.data.fingerprints import rows_hash, text_hash, tokenizer_hash
-from forge.data.rows import describe, load_rows, row_numbers
+from forge.data.rows import describe, kept_rows, load_rows, row_numbers
 from forge.errors import UsageError
 from forge.model.generation import write
 from forge.model.load import LoadedModel, check_fits, load_own_tokenizer, processing_source, scratch_config
@@ -28,7 +29,7 @@ from forge.model.recognizer import freeze_unused, load_recognizer, new_recognize
 from forge.model.source import ModelSource, load_processor
 from forge.task.ocr.characters import character_tokenizer
 from forge.task.ocr.image_chat import image_chat
-from forge.task.ocr.images import check_images, open_image, png
+from forge.task.ocr.images import check_images, open_image, png, refused_sizes
 from forge.task.ocr.line_reader import line_reader, new_processor, planned_size
 from forge.task.ocr.reader import Reader
 from forge.task.ocr.transcripts import (
@@ -58,6 +59,8 @@ class Ocr(Task):
     fingerprint: str  # hash of images, transcripts, tokenizer and the reader's facts
     truncated: dict[str, int]  # transcripts cut to max_length, by split
     broken: dict[str, int]  # images left out, by split
+    left_out: dict[str, int]  # rows without a transcript, by split
+    largest: tuple[int, int]  # width and height of the largest image
     description: str
     shown_texts: int = 4  # rows of each split whose text is shown
     special_tokens: dict[str, Any] = field(default_factory=dict)  # those that the model's generate uses
@@ -164,15 +167,15 @@ class Ocr(Task):
             **super().facts(),
             "truncated": self.truncated,
             "broken_images": self.broken,
+            "left_out": self.left_out,
             "normalization": describe_normalization(self.config.normalization),
             "num_beams": self.config.num_beams,
             **self.reader.facts(),
         }
 
     def _longest(self) -> int:
-        """Return the tokens that the decoder reads if the row with the longest transcript had max_length of them."""
-        longest = max(range(len(self.train)), key=self.train["length"].__getitem__)
-        return self.reader.prompt_tokens(open_image(self.train[longest]["image"])) + self.config.max_length
+        """Return the tokens that the decoder reads of the largest image with a transcript of max_length tokens."""
+        return self.reader.prompt_tokens(Image.new("RGB", self.largest)) + self.config.max_length
 
 
 class OcrMetrics(Metrics):
@@ -226,12 +229,16 @@ def load_ocr(whole: Config) -> Ocr:
         raise UsageError("task.dataset.streaming is for causal LMs; an OCR data set is checked before training")
     train, validation = load_rows(config.dataset)
     name = describe(config.dataset)
-    splits, broken = {}, {}
+    splits, broken, left_out = {}, {}, {}
     for split, rows in {"train": train, **validation}.items():
-        splits[split], broken[split] = _checked_rows(config, rows, f"{name}, {split}")
+        splits[split], broken[split], left_out[split] = _checked_rows(config, rows, f"{name}, {split}")
     reader = _reader(whole, splits["train"]["text"])
     truncated: dict[str, int] = {}
-    for split, rows in splits.items():
+    largest = (1, 1)
+    for split, checked in splits.items():
+        rows, refused = _taken(config, reader, checked, f"{name}, {split}")
+        broken[split] += refused
+        largest = max([largest, *map(tuple, rows["image_size"])], key=math.prod)
         splits[split], truncated[split] = _tokenized(config, reader, rows, f"{name}, {split}")
         lengths = splits[split]["length"]
         logger.info(
@@ -248,20 +255,57 @@ def load_ocr(whole: Config) -> Ocr:
         fingerprint=_fingerprint(read, reader),
         truncated=truncated,
         broken=broken,
+        left_out=left_out,
+        largest=largest,
         description=name,
         shown_texts=whole.evaluation.shown_texts,
     )
 
 
-def _checked_rows(config: OcrTask, rows: Dataset, where: str) -> tuple[Dataset, int]:
-    """Return the columns image, text, row and image_hash of a split, and how many broken images were left out."""
+def _checked_rows(config: OcrTask, rows: Dataset, where: str) -> tuple[Dataset, int, int]:
+    """Return the columns image, text, row, image_hash and image_size of a split, and how many rows were left out.
+
+    These are those with broken images, and those without a transcript.
+    """
     transcripts = read_transcripts(rows, config.columns, config.normalization, where)
+    rows = rows.select_columns([config.columns.image, config.columns.text])
+    blank = [place for place, text in enumerate(transcripts) if not text.strip()]
+    kept_rows(
+        rows, dict.fromkeys(blank, f"an empty transcript in the column {config.columns.text}"), config.empty, where
+    )
     texts = dict(zip(row_numbers(rows), transcripts, strict=True))
     checked, faults = check_images(rows, config.columns.image, where, config.skip_broken)
-    kept = [int(row) for row in checked["row"]]
-    columns = {"text": [texts[row] for row in kept], "row": kept, "image_hash": checked["image_hash"]}
+    kept = [place for place, row in enumerate(checked["row"]) if texts[row].strip()]
+    if not kept:
+        raise UsageError(f"{where}: no row is left that has both an image and a transcript")
+    checked = checked.select(kept) if len(kept) < len(checked) else checked
+    columns = {name: checked[name][:] for name in ("row", "image_hash", "image_size")}
     images = checked.select_columns([config.columns.image]).rename_columns({config.columns.image: "image"})
-    return _with_columns(images, columns), len(faults)
+    return _with_columns(images, {"text": [texts[row] for row in columns["row"]], **columns}), len(faults), len(blank)
+
+
+def _taken(config: OcrTask, reader: Reader, rows: Dataset, where: str) -> tuple[Dataset, int]:
+    """Return the rows whose image the model's processor takes, and how many it does not.
+
+    Raises UsageError for the first of them, unless task.skip_broken, and if none is left.
+    """
+    sizes = [(width, height) for width, height in rows["image_size"]]
+    refused = refused_sizes(reader.refusal, sizes)
+    bad = [place for place, size in enumerate(sizes) if size in refused]
+    if not bad:
+        return rows, 0
+    width, height = sizes[bad[0]]
+    what = (
+        f"the model's processor does not take the image of row {rows[bad[0]]['row']}, of {width} x {height} pixels "
+        f"({refused[width, height]})"
+    )
+    if not config.skip_broken or len(bad) == len(rows):
+        raise UsageError(
+            f"{where}: {what}; {len(bad)} of {len(rows)} images are refused. Replace them, set task.image.height and "
+            "task.image.width, or leave out such rows with task.skip_broken: true"
+        )
+    logger.warning("%s: %d of %d images are left out, the first because %s", where, len(bad), len(rows), what)
+    return rows.select([place for place in range(len(rows)) if sizes[place] not in refused]), len(bad)
 
 
 def _tokenized(config: OcrTask, reader: Reader, rows: Dataset, where: str) -> tuple[Dataset, int]:
@@ -272,6 +316,7 @@ def _tokenized(config: OcrTask, reader: Reader, rows: Dataset, where: str) -> tu
     warn_of_moved_spaces(texts, decoded, config.normalization, numbers, where)
     truncated = sum(len(ids) > config.max_length for ids in tokens)
     tokens = [ids[: config.max_length] for ids in tokens]
+    rows = rows.remove_columns("image_size")
     return _with_columns(rows, {"tokens": tokens, "length": [len(ids) for ids in tokens]}), truncated
 
 

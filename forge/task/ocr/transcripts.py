@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from forge.config.task_schema import ImageColumns, NormalizationConfig
-from forge.data.rows import row_numbers
 from forge.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def describe_normalization(how: NormalizationConfig) -> str:
 
 
 def read_transcripts(rows: Dataset, columns: ImageColumns, how: NormalizationConfig, where: str) -> list[str]:
-    """Return the normalised transcripts. Raises UsageError for missing columns and for rows without a text."""
+    """Return the normalised transcripts, "" where there is none. Raises UsageError for missing columns."""
     for key in ("image", "text"):
         column = getattr(columns, key)
         if column not in rows.column_names:
@@ -54,14 +53,7 @@ def read_transcripts(rows: Dataset, columns: ImageColumns, how: NormalizationCon
     if getattr(rows.features[columns.text], "dtype", "") not in ("string", "large_string"):
         kind = rows.features[columns.text]
         raise UsageError(f"{where}: the column {columns.text} (task.columns.text) holds {kind}, not text")
-    texts = [normalize(text or "", how) for text in rows[columns.text]]
-    empty = next((row for row, text in enumerate(texts) if not text.strip()), None)
-    if empty is not None:
-        raise UsageError(
-            f"{where}: row {row_numbers(rows)[empty]} has an empty transcript in the column {columns.text}; remove "
-            "the row, or fill it in"
-        )
-    return texts
+    return [normalize(text or "", how) for text in rows[columns.text]]
 
 
 def check_lossless(
