@@ -46,9 +46,19 @@ def load_classifier(
     else:
         loaded = _load_checkpoint(model_source(config, key), config, labels, key)
     check_embeddings(loaded.model.get_input_embeddings(), tokenizer, key)
-    if tokenizer.pad_token_id is not None:  # decoders read a row's last token, which they find by the padding after it
+    if tokenizer.pad_token_id is not None and not _counts_from_padding(loaded.model):
+        # decoders read a row's last token, which they find by the padding after it
         loaded.model.config.pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def _counts_from_padding(model: PreTrainedModel) -> bool:
+    """Return True for a model whose positions begin after the padding token's number, such as RoBERTa.
+
+    Such a model is built with that number, so with another one in its config it would be another model when it is
+    loaded again.
+    """
+    return any(hasattr(module, "padding_idx") and hasattr(module, "position_embeddings") for module in model.modules())
 
 
 def named_labels(id2label: Mapping[Any, str]) -> list[str] | None:
