@@ -176,7 +176,7 @@ def test_a_layer_of_the_teacher_is_whole_for_its_forward_alone(chat_model: Path,
     assert seen["live"] <= largest < whole / 3
 
 
-@pytest.mark.parametrize("plan", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("plan", ["zero2", "zero3"])  # stage 1 saves the same shards as stage 2
 def test_a_run_that_was_killed_in_a_save_ends_with_the_bits_of_the_unbroken_one(
     config_file: Path, tmp_path: Path, plan: str
 ) -> None:

@@ -220,7 +220,9 @@ def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     del sys.path[0]  # the folder of this file: a program has its own there
     sys.path.insert(0, str(REPOSITORY))
+    gc.disable()  # nothing of what imports make is garbage
     _import_everything()
+    gc.enable()
     sys.path.pop(0)
     _path.extend(sys.path)
     gc.collect()
