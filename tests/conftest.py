@@ -32,7 +32,7 @@ _seconds: dict[str, float] = {}  # by test function; the longest setup or call o
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record-slow", action="store_true", help=f"write {SLOW_TESTS.name} anew, after a whole run")
+    parser.addoption("--record-slow", action="store_true", help=f"update {SLOW_TESTS.name} from this run of all tests")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -50,7 +50,7 @@ def steps_of(kind: str, run: Path) -> Counter[int]:
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Does something after a step of training was taken: at_step(3, work); no more once its context is left."""
+    """Calls `work` after the given training step, while the context is open: `with at_step(3, work)`."""
     plain = LoopTrainer.train_step
 
     def arm(step: int, work: Any) -> None:

@@ -116,7 +116,7 @@ def unknown_key(path: tuple[str, ...], task_type: str | None = None) -> str:
 
 
 def key_named(leaf: str) -> str | None:
-    """Return the dotted key whose last word is `leaf`, also by the names of other toolkits; None: there is none."""
+    """Return the dotted key that ends in `leaf`, or that another toolkit calls so; None if no key matches."""
     if leaf in OTHER_NAMES:
         return OTHER_NAMES[leaf]
     return next((key for key in all_keys() if key.rsplit(".", 1)[-1] == leaf), None)

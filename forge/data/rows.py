@@ -257,7 +257,7 @@ def _files_by_split(folder: Path) -> dict[str, Path]:
 
 
 def _other_formats(folder: Path) -> str:
-    """Return a file of the folder in a format that forge does not read, with what to do; "" if there is none.
+    """Describe the first file in a format that forge cannot read, and how to convert it; "" if every file is readable.
 
     Only files that are named like splits count, not a licence or a list of sources.
     """
@@ -268,7 +268,7 @@ def _other_formats(folder: Path) -> str:
 
 
 def _in_subfolders(folder: Path) -> str:
-    """Return a file that the hub or save_to_disk puts into a folder of its own, with what to do; "" for none."""
+    """Describe the first data file in a subfolder, where the hub and save_to_disk put them, and how to use it; or ""."""
     for file in sorted(folder.glob("*/*")):
         name = file.relative_to(folder)
         if file.suffix in READERS:

@@ -42,7 +42,7 @@ def describe_normalization(how: NormalizationConfig) -> str:
 
 
 def read_transcripts(rows: Dataset, columns: ImageColumns, how: NormalizationConfig, where: str) -> list[str]:
-    """Return the normalised transcripts, "" where there is none. Raises UsageError for missing columns."""
+    """Return the normalised transcripts; a missing one is "". Raises UsageError for missing columns."""
     for key in ("image", "text"):
         column = getattr(columns, key)
         if column not in rows.column_names:
