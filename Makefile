@@ -1,5 +1,5 @@
 # make demo        sets everything up, trains a teacher, distils it and compares, on the CPU (3 minutes on two cores)
-# make test        sets everything up and runs all tests (ten minutes on two cores); prints the 20 slowest
+# make test        sets everything up and runs all tests (14 minutes on two cores that did other work too); prints the 20 slowest
 # make test-quick  the same without slow tests and those on two ranks, for every day
 # make faults      injects faults into running trainings and reports which survive (half an hour on two cores)
 # make lint        checks style and types
