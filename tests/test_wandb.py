@@ -50,7 +50,7 @@ def steps_of(kind: str, run: Path) -> Counter[int]:
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Calls `work` after the given training step, while the context is open: `with at_step(3, work)`."""
+    """A function that has `work` called after a training step, for the rest of the test: at_step(3, work)."""
     plain = LoopTrainer.train_step
 
     def arm(step: int, work: Any) -> None:

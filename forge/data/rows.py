@@ -268,7 +268,7 @@ def _other_formats(folder: Path) -> str:
 
 
 def _in_subfolders(folder: Path) -> str:
-    """Describe the first data file in a subfolder, where the hub and save_to_disk put them, and how to use it; or ""."""
+    """Describe the first data file in a subfolder, as the hub and save_to_disk write them, and how to use it; or ""."""
     for file in sorted(folder.glob("*/*")):
         name = file.relative_to(folder)
         if file.suffix in READERS:
