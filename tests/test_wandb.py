@@ -4,7 +4,6 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def steps_of(kind: str, run: Path) -> Counter[int]:
 
 
 @pytest.fixture
-def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that has `work` called after a training step, for the rest of the test: at_step(3, work)."""
     plain = LoopTrainer.train_step
 
@@ -61,8 +60,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
         monkeypatch.setattr(LoopTrainer, "train_step", train_step)
 
-    yield arm
-    monkeypatch.setattr(LoopTrainer, "train_step", plain)
+    return arm
 
 
 def fail() -> None:
